@@ -1,0 +1,43 @@
+"""How the work is spread and in which numbers it is done: the user's degrees and precision (facts: no torch)."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ParallelConfig(BaseModel):
+    """The degrees of every axis and the batch. The data degree follows: ranks / (tensor * pipeline)."""
+
+    model_config = STRICT
+
+    tensor: int = Field(1, ge=1, description="ranks that share every matrix of a layer (tensor parallel degree)")
+    sequence: bool = Field(
+        False, description="split activations between the matrices along the sequence over the tensor ranks"
+    )
+    pipeline: int = Field(1, ge=1, description="stages the layers are cut into (pipeline parallel degree)")
+    zero_stage: int = Field(
+        0, ge=0, le=3, description="what data ranks share out: 1 optimizer state, 2 also gradients, 3 also weights"
+    )
+    micro_batch: int = Field(ge=1, description="sequences one data rank takes in one forward")
+    global_batch: int = Field(
+        ge=1, description="sequences in one step over all ranks; gradient accumulation follows from it"
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="`full`: keep only each block's input and compute the rest again in the backward"
+    )
+
+
+class PrecisionConfig(BaseModel):
+    """The number format of the forward and backward; master weights and optimizer state stay fp32."""
+
+    model_config = STRICT
+
+    compute: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of forward and backward")
+    initial_scale_power: int = Field(
+        16, ge=0, le=32, description="fp16 only: the loss scale starts at 2 to this power"
+    )
+    scale_window: int = Field(
+        1000, ge=1, description="fp16 only: steps without overflow after which the loss scale doubles"
+    )

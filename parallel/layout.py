@@ -1,0 +1,109 @@
+"""Where each rank stands on each axis, in pure integers (facts: no torch).
+
+The order is megatron-core's default, `tp-cp-ep-dp-pp`, and that of DeepSpeed's `PipeModelDataParallelTopology`: tensor
+ranks are neighbours, then data ranks, and stages are furthest apart.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import NamedTuple, Protocol
+
+AXES = ("tp", "dp", "pp")  # from the fastest to the slowest; a further axis takes its place in this order
+GROUPS = {"tp": ("tp",), "dp": ("dp",), "pp": ("pp",), "model": ("tp", "pp")}  # group name: the axes it runs along
+
+
+class Degrees(Protocol):
+    """What `Layout.of` reads from a config."""
+
+    tensor: int
+    pipeline: int
+    sequence: bool
+
+
+class Coordinates(NamedTuple):
+    """A rank's index on every axis, each from 0."""
+
+    tp: int
+    dp: int
+    pp: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The set of degrees of a run. `sequence` adds no ranks: it reuses the tensor ranks."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.tensor, self.pipeline, self.data) < 1:
+            raise ValueError(f"every degree of a layout is at least 1, not {self}")
+
+    @classmethod
+    def of(cls, parallel: Degrees, world_size: int) -> "Layout":
+        """The layout of `parallel` on `world_size` ranks.
+
+        Raises ValueError when they do not divide; `parallel.rules` tells the user before that.
+        """
+        model_ranks = parallel.tensor * parallel.pipeline
+        if world_size < 1 or world_size % model_ranks:
+            raise ValueError(f"{world_size} ranks do not divide into models of {model_ranks} ranks")
+        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """The number of ranks along each axis, in the order of AXES."""
+        return {"tp": self.tensor, "dp": self.data, "pp": self.pipeline}
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.degrees.values())
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where `rank` stands. Raises ValueError for a rank outside the world."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not in a world of {self.world_size} ranks")
+        found = {}
+        for axis, degree in self.degrees.items():
+            rank, found[axis] = divmod(rank, degree)
+        return Coordinates(**found)
+
+    def rank(self, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
+        """The rank at these coordinates. Raises ValueError when one is outside its axis."""
+        indices = {"tp": tp, "dp": dp, "pp": pp}
+        number = 0
+        for axis in reversed(AXES):
+            degree = self.degrees[axis]
+            if not 0 <= indices[axis] < degree:
+                raise ValueError(f"{axis} index {indices[axis]} is outside 0..{degree - 1}")
+            number = number * degree + indices[axis]
+        return number
+
+    def group(self, name: str, rank: int) -> list[int]:
+        """The ranks, ascending, that `rank` shares the group `name` (a key of GROUPS) with, itself included."""
+        along = GROUPS[name]
+        here = self.coordinates(rank)._asdict()
+        choices = [range(degree) if axis in along else [here[axis]] for axis, degree in self.degrees.items()]
+        return sorted(self.rank(**dict(zip(AXES, indices, strict=True))) for indices in product(*choices))
+
+    def groups(self, name: str) -> list[list[int]]:
+        """Every group of this name; together they hold each rank once."""
+        found = {tuple(self.group(name, rank)) for rank in range(self.world_size)}
+        return [list(group) for group in sorted(found)]
+
+
+def legal(world_size: int) -> Iterator[Layout]:
+    """Every (tensor, pipeline, data) whose product is `world_size`, without sequence parallelism."""
+    for tensor in divisors(world_size):
+        for pipeline in divisors(world_size // tensor):
+            yield Layout(tensor, pipeline, world_size // (tensor * pipeline))
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a positive integer, ascending."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

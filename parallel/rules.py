@@ -1,0 +1,212 @@
+"""Which settings cannot run together, and what to change: the table of rules (facts: no torch).
+
+A rule looks at a `Case` and speaks only when it is broken. Most of the limits of DeepSpeed that stand behind them were
+seen running; the message says what the engine would do.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import gcd
+
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.layout import divisors
+
+Found = tuple[str, str, str, str]  # where, asked, possible, change
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rules need to know of a model. `vocab_size` is the padded one, as built; lengths are in tokens."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    ffn: int
+    vocab_size: int
+    sequence_length: int
+    pipeline_supported: bool = True
+    why_no_pipeline: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run as the rules see it. `world_size` is the number of ranks, None while it is not known."""
+
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    model: ModelFacts
+    world_size: int | None = None
+
+    @property
+    def model_ranks(self) -> int:
+        return self.parallel.tensor * self.parallel.pipeline
+
+    @property
+    def data(self) -> int | None:
+        """The data degree, None while it is unknown or not whole."""
+        if self.world_size is None or self.world_size % self.model_ranks:
+            return None
+        return self.world_size // self.model_ranks
+
+    @property
+    def batch_unit(self) -> int:
+        """Sequences that all data ranks take in one forward; with an unknown world, those of one data rank."""
+        return self.parallel.micro_batch * (self.data or 1)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that cannot be, and the message about it."""
+
+    name: str
+    where: str
+    broken: Callable[[Case], bool]
+    asked: Callable[[Case], str]
+    possible: Callable[[Case], str]
+    change: Callable[[Case], str]
+
+
+def problems(parallel: ParallelConfig, precision: PrecisionConfig, world_size: int | None,
+             model: ModelFacts) -> Iterator[Found]:
+    """A (where, asked, possible, change) for every broken rule. Rules on ranks wait until `world_size` is known."""
+    case = Case(parallel, precision, model, world_size)
+    for rule in RULES:
+        if rule.broken(case):
+            yield rule.where, rule.asked(case), rule.possible(case), rule.change(case)
+
+
+def nearest_multiples(number: int, unit: int) -> list[int]:
+    """The multiples of `unit` just below and above `number`, without 0."""
+    below = number // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple > 0]
+
+
+def _either(numbers: list[int]) -> str:
+    return " or ".join(str(number) for number in numbers)
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+def _legal_tensors(model: ModelFacts) -> list[int]:
+    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size))
+
+
+def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int], remedy: str) -> Rule:
+    """The tensor ranks share `what` out evenly. `remedy` may use {multiples}."""
+
+    def change(case: Case) -> str:
+        multiples = _either(nearest_multiples(size(case.model), case.parallel.tensor))
+        return (f"set parallel.tensor to one of {_listed(_legal_tensors(case.model))} (they fit the whole model), or "
+                + remedy.format(multiples=multiples, tensor=case.parallel.tensor))
+
+    return Rule(
+        name=name,
+        where=where,
+        broken=lambda case: size(case.model) % case.parallel.tensor != 0,
+        asked=lambda case: f"{size(case.model)} {what} over parallel.tensor={case.parallel.tensor} ranks",
+        possible=lambda case: f"parallel.tensor one of {_listed(divisors(size(case.model))[:12])}, ... "
+        f"(a divisor of {size(case.model)})" if len(divisors(size(case.model))) > 12
+        else f"parallel.tensor one of {_listed(divisors(size(case.model)))} (a divisor of {size(case.model)})",
+        change=change,
+    )
+
+
+def _legal_micro_batches(case: Case) -> list[int]:
+    share, remainder = divmod(case.parallel.global_batch, case.data or 1)
+    return [] if remainder else divisors(share)
+
+
+def _batch_change(case: Case) -> str:
+    text = f"set parallel.global_batch to {_either(nearest_multiples(case.parallel.global_batch, case.batch_unit))}"
+    micro = sorted(_legal_micro_batches(case), key=lambda size: abs(size - case.parallel.micro_batch))[:3]
+    return text + (f", or parallel.micro_batch to {_either(sorted(micro))}" if micro else "")
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="world-divides",
+        where="parallel",
+        broken=lambda c: c.world_size is not None and c.world_size % c.model_ranks != 0,
+        asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor} x pipeline={c.parallel.pipeline}",
+        possible=lambda c: f"a multiple of {c.model_ranks} ranks (the rest is the data degree)",
+        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.model_ranks))} ranks, or choose degrees "
+        f"whose product is one of {_listed(divisors(c.world_size))}",
+    ),
+    _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
+                    "model.heads to {multiples}"),
+    _tensor_divides("tensor-kv-heads", "model.kv_heads", "key and value heads", lambda m: m.kv_heads,
+                    "model.kv_heads to {multiples}"),
+    _tensor_divides("tensor-ffn", "model.ffn", "columns of the feed-forward matrix", lambda m: m.ffn,
+                    "model.ffn to {multiples}"),
+    _tensor_divides("tensor-vocab", "model.vocab_size", "rows of the embedding (model.vocab_size, padded)",
+                    lambda m: m.vocab_size,
+                    "pad the vocabulary: model.pad_vocab_to={tensor} or a multiple of it"),
+    Rule(
+        name="sequence-needs-tensor",
+        where="parallel.sequence",
+        broken=lambda c: c.parallel.sequence and c.parallel.tensor == 1,
+        asked=lambda c: "sequence=true with tensor=1",
+        possible=lambda c: "sequence=true with tensor of at least 2: it splits over the tensor ranks, and one rank "
+        "has nothing to split",
+        change=lambda c: "set parallel.sequence=false, or parallel.tensor to one of "
+        f"{_listed(_legal_tensors(c.model)[1:]) or 'at least 2'}",
+    ),
+    Rule(
+        name="sequence-divides",
+        where="model.sequence_length",
+        broken=lambda c: c.parallel.sequence and c.model.sequence_length % c.parallel.tensor != 0,
+        asked=lambda c: f"{c.model.sequence_length} tokens split over tensor={c.parallel.tensor} ranks by "
+        "parallel.sequence",
+        possible=lambda c: f"a multiple of {c.parallel.tensor} tokens",
+        change=lambda c: "set model.sequence_length to "
+        f"{_either(nearest_multiples(c.model.sequence_length, c.parallel.tensor))}, or parallel.sequence=false",
+    ),
+    Rule(
+        name="pipeline-supported",
+        where="parallel.pipeline",
+        broken=lambda c: c.parallel.pipeline > 1 and not c.model.pipeline_supported,
+        asked=lambda c: f"pipeline={c.parallel.pipeline}",
+        possible=lambda c: f"pipeline=1: {c.model.why_no_pipeline}",
+        change=lambda c: "set parallel.pipeline=1",
+    ),
+    Rule(
+        name="pipeline-blocks",
+        where="parallel.pipeline",
+        broken=lambda c: c.parallel.pipeline > c.model.layers,
+        asked=lambda c: f"pipeline={c.parallel.pipeline} stages from {c.model.layers} blocks",
+        possible=lambda c: f"1 to {c.model.layers} stages: each holds at least one block",
+        change=lambda c: f"set parallel.pipeline to {c.model.layers} or less",
+    ),
+    Rule(
+        name="pipeline-zero",
+        where="parallel.zero_stage",
+        broken=lambda c: c.parallel.pipeline > 1 and c.parallel.zero_stage > 1,
+        asked=lambda c: f"zero_stage={c.parallel.zero_stage} with pipeline={c.parallel.pipeline}",
+        possible=lambda c: "zero_stage 0 or 1 in a pipeline: DeepSpeed's pipeline engine refuses stages 2 and 3, which "
+        "would exchange gradients or weights again for every micro-batch",
+        change=lambda c: f"set parallel.zero_stage=1, or parallel.pipeline=1 to keep zero_stage={c.parallel.zero_stage}",
+    ),
+    Rule(
+        name="batch-divides",
+        where="parallel.global_batch",
+        broken=lambda c: c.parallel.global_batch % c.batch_unit != 0,
+        asked=lambda c: f"global_batch={c.parallel.global_batch} from micro_batch={c.parallel.micro_batch}"
+        + (f" on {c.data} data ranks" if c.data else ""),
+        possible=lambda c: f"a multiple of {c.batch_unit}"
+        + (" (micro_batch x data ranks)" if c.data else " (micro_batch), times the data ranks"),
+        change=_batch_change,
+    ),
+    Rule(
+        name="fp16-zero",
+        where="parallel.zero_stage",
+        broken=lambda c: c.precision.compute == "fp16" and c.parallel.zero_stage == 0,
+        asked=lambda c: "precision.compute=fp16 with zero_stage=0",
+        possible=lambda c: "fp16 with zero_stage of at least 1, whose optimizer scales the loss; "
+        + "bf16 and fp32 with any stage",
+        change=lambda c: "set parallel.zero_stage=1 (on one data rank it holds the same bytes), or "
+        "precision.compute=bf16",
+    ),
+)

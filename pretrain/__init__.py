@@ -1,0 +1,1 @@
+"""What is trained, and the loop that trains it."""

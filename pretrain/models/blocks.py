@@ -1,0 +1,189 @@
+"""Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
+
+Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on this
+tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions cut dim 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.initialise import plan_parameter
+from parallel.megatron import TensorShard
+from parallel.seeds import attention, dropout
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What a block is made of, free of any family's config."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    norm: str
+    norm_position: str
+    norm_epsilon: float
+    activation: str
+    bias: bool
+    dropout: float
+    attention_dropout: float
+    std: float
+    residual_std: float
+    rotary_base: float | None
+
+    @staticmethod
+    def scaled_residual(std: float, num_layers: int) -> float:
+        """Std of the projections that write to the residual: std / sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
+        return std / sqrt(2 * num_layers)
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens seen so far, per attention layer; `length` of them are valid."""
+
+    max_tokens: int
+    length: int = 0
+    entries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def extend(self, layer: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v [b, g, s, d] of the new tokens; returns all of them so far."""
+        if layer not in self.entries:
+            b, g, _, d = k.shape
+            self.entries[layer] = (k.new_zeros(b, g, self.max_tokens, d), v.new_zeros(b, g, self.max_tokens, d))
+        keys, values = self.entries[layer]
+        end = self.length + k.shape[2]
+        keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim; tensor ranks hold it whole."""
+
+    def __init__(self, kind: str, hidden: int, epsilon: float, shard: TensorShard):
+        super().__init__()
+        self.kind, self.epsilon, self.shard = kind, epsilon, shard
+        self.weight = nn.Parameter(torch.empty(hidden, device=shard.device))
+        plan_parameter(self.weight, mean=1.0)
+        self.bias = None
+        if kind == "layernorm":
+            self.bias = nn.Parameter(torch.empty(hidden, device=shard.device))
+            plan_parameter(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # [.., h] -> [.., h]
+        weight = self.shard.shared(self.weight)
+        if self.bias is None:
+            return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
+        return F.layer_norm(x, (x.shape[-1],), weight, self.shard.shared(self.bias), self.epsilon)
+
+
+class Rotary:
+    """Rotary position embedding (Su et al. 2021, eq. 34), in the half-split arrangement that Llama uses.
+
+    Tables are fp32 and live outside the module's buffers, so no mixed-precision cast can reach them.
+    """
+
+    def __init__(self, head_width: int, base: float):
+        self.head_width, self.base = head_width, base
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [length, d], for positions 0 .. length - 1."""
+        if self._table is None or self._table[0].shape[0] < length or self._table[0].device != device:
+            exponent = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device) / self.head_width
+            angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), self.base**-exponent)
+            angle = torch.cat((angle, angle), dim=-1)
+            self._table = (angle.cos(), angle.sin())
+        return self._table[0][:length], self._table[1][:length]
+
+    def __call__(self, x: Tensor, offset: int) -> Tensor:  # [b, heads, s, d], first token at position `offset`
+        cos, sin = (t[offset:].to(x.dtype) for t in self.table(offset + x.shape[2], x.device))
+        low, high = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
+
+    The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim holds
+    whole groups on any tensor degree.
+    """
+
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
+        super().__init__()
+        self.shape, self.shard, self.name, self.causal = shape, shard, name, causal
+        self.width = shape.hidden // shape.heads
+        self.per_group = shape.heads // shape.kv_heads
+        size = (shape.heads + 2 * shape.kv_heads) * self.width
+        self.qkv = shard.column(shape.hidden, size, bias=shape.bias, std=shape.std)
+        self.out = shard.row(shape.heads * self.width, shape.hidden, bias=shape.bias, std=shape.residual_std)
+        self.rotary = Rotary(self.width, shape.rotary_base) if shape.rotary_base else None
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [s(/t), b, h] -> same
+        qkv = self.qkv(x)  # [s, b, g * (per_group + 2) * d]
+        s, b, _ = qkv.shape
+        qkv = qkv.view(s, b, -1, self.per_group + 2, self.width).permute(1, 2, 3, 0, 4)  # [b, g, per_group + 2, s, d]
+        q, k, v = qkv[:, :, :-2].reshape(b, -1, s, self.width), qkv[:, :, -2], qkv[:, :, -1]
+        if self.rotary:
+            offset = cache.length if cache else 0
+            q, k = self.rotary(q, offset), self.rotary(k, offset)
+        if cache:
+            k, v = cache.extend(self.name, k, v)
+        causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
+        y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
+                      shard=self.shard)
+        return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """Two matrices with an activation, or the gated form SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, shape: BlockShape, shard: TensorShard):
+        super().__init__()
+        self.activation = ACTIVATIONS.get(shape.activation)
+        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        self.gate = None
+        if shape.activation == "swiglu":
+            self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=shape.residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
+        y = self.up(x)
+        y = F.silu(self.gate(x)) * y if self.gate is not None else self.activation(y)
+        return self.down(y)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with residuals; norms before each (Radford et al. 2019) or after (Vaswani et al. 2017)."""
+
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
+        super().__init__()
+        self.pre, self.probability, self.shard = shape.norm_position == "pre", shape.dropout, shard
+        self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
+        self.attention = SelfAttention(shape, shard, name, causal)
+        self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
+        self.feed_forward = FeedForward(shape, shard)
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [s(/t), b, h] -> same
+        if self.pre:
+            x = x + self._drop(self.attention(self.attention_norm(x), cache))
+            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self._drop(self.attention(x, cache)))
+        return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        if self.training and self.probability:
+            return dropout(x, self.probability, self.shard, sliced=self.shard.sequence)
+        return x

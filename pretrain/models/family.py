@@ -1,0 +1,40 @@
+"""The contract a family fulfils (facts: no torch).
+
+A family is a folder under `pretrain/models/` with two files:
+
+- `spec.py`, facts: a config class (the fields of the `model` section) and `SPEC`, a `FamilySpec` with what can be said
+  of the model without building it;
+- `modules.py`, torch: `layers(config, ...) -> list`, the ordered list of named layers (embedding, blocks, head). A
+  pipeline stage is a slice of it, and a model on one stage runs the same list.
+
+One line in `pretrain.models.FAMILIES` makes the family known.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from parallel.config import STRICT
+from parallel.rules import Found, ModelFacts
+
+
+class FamilyConfig(BaseModel):
+    """The fields of `model` that every family has."""
+
+    model_config = STRICT
+
+    family: str
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """What is known of a family's models from their config alone. Every function takes an instance of `config_class`."""
+
+    config_class: type[FamilyConfig]
+    objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
+    problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
+    facts: Callable[[FamilyConfig], ModelFacts]
+    parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
+    built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
+    flops_per_token: Callable[[FamilyConfig, int], int]  # forward and backward, for a sequence length in tokens

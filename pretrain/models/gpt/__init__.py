@@ -1,0 +1,1 @@
+"""GPT decoders: GPT-1 to GPT-3, Llama and what lies between them."""
