@@ -1,0 +1,24 @@
+"""Hooks: what happens beside training at its named moments."""
+
+from typing import Any
+
+from pretrain.hooks.console import ConsoleHook
+from pretrain.hooks.curve import CurveHook
+from pretrain.hooks.hook import Hook, Hooks, RunView
+from pretrain.hooks.metrics_file import MetricsFileHook
+from pretrain.hooks.tensorboard import TensorBoardHook
+from pretrain.quiet import Quiet
+
+__all__ = [
+    "ConsoleHook", "CurveHook", "Hook", "Hooks", "MetricsFileHook", "RunView", "TensorBoardHook", "standard_hooks",
+]  # fmt: skip
+
+
+def standard_hooks(config: Any, quiet: Quiet | None = None) -> Hooks:
+    """The hooks of every run, in their order: the record first, the curve from it, then the word to the person."""
+    hooks: list[Hook] = [MetricsFileHook()]
+    if config.log.tensorboard:
+        hooks.append(TensorBoardHook())
+    hooks.append(CurveHook())
+    hooks.append(ConsoleHook(quiet))
+    return Hooks(hooks)

@@ -1,0 +1,127 @@
+"""The metrics of a run: the record of every step, throughput and model FLOPs utilisation."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.planner.hardware import peak_flops
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+
+Record = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends one JSON object per step to a file; every line reaches the kernel before `write` returns.
+
+    Opening repairs what an earlier process left: records past `resumed_step` go, since those steps are about to be
+    trained again, and so do damaged lines such as the half-written last one of a killed process. A step therefore
+    never stands twice.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        """resumed_step: last step the checkpoint holds; 0 for a run that starts anew (drops every record)."""
+        self._path = Path(path)
+        self._last_step = _repair(self._path, resumed_step)
+        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record. Numbers that JSON cannot hold (NaN, infinities) are written as null.
+
+        Raises ValueError when the record's step does not lie past the last one written, OSError when the disk is full.
+        """
+        step = record["step"]
+        if step <= self._last_step:
+            raise ValueError(f"{self._path.name} already holds step {self._last_step}; step {step} cannot follow it")
+        finite = {key: _finite(value) for key, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+        self._last_step = step
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All records of a metrics file in order; a file that is not there has none.
+
+    A half-written last line is left out in silence (the run may still be writing), damage elsewhere with a warning.
+    """
+    return [record for _, record in _records(Path(path))]
+
+
+def throughput(num_items: int, seconds: float) -> float:
+    """Items (tokens or samples) per second; 0 when no time has passed."""
+    return num_items / seconds if seconds > 0 else 0.0
+
+
+def mfu(
+    flops_per_token: float, tokens_per_second: float, device_name: str, num_devices: int, dtype: str
+) -> float | None:
+    """Model FLOPs utilisation, a share of the peak (Chowdhery et al. 2022, PaLM, appendix B).
+
+    flops_per_token: what the model itself needs, forward and backward, without recomputation.
+    tokens_per_second: of the whole run. dtype: `bf16`, `fp16` or `fp32`.
+    None where the peak of the device is not known.
+    """
+    peak = peak_flops(device_name, dtype)
+    if peak is None:
+        return None
+    return flops_per_token * tokens_per_second / (peak * num_devices)
+
+
+def counted_in(record: Mapping[str, Any]) -> str:
+    """What a record counts its progress in: `tokens`, or `samples` for families without tokens."""
+    return "tokens" if "tokens" in record else "samples"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Every sound line of a metrics file, ended by a newline, with its record."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _parse(line)
+            if record is not None:
+                yield (line if line.endswith(b"\n") else line + b"\n"), record
+            elif line.endswith(b"\n"):
+                logger.warning("%s line %d is damaged and left out", path, number)
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    sound = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return record if sound else None
+
+
+def _repair(path: Path, resumed_step: int) -> int:
+    """Leave only sound records up to resumed_step, each step once; returns the last step kept (0: none)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return 0
+    # Written aside and renamed: killed in between, the old file is still whole.
+    aside = path.with_name(path.name + ".repaired")
+    last_step = 0
+    with open(aside, "wb") as file:
+        for line, record in _records(path):
+            if last_step < record["step"] <= resumed_step:
+                file.write(line)
+                last_step = record["step"]
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return last_step
