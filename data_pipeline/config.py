@@ -1,0 +1,95 @@
+"""Facts: the `data` section of a run and the problems a dataset folder shows before anything is read from it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.errors import DataError
+from data_pipeline.manifest import Manifest, file_sizes, shard_faults
+
+# A problem as every facts room reports it: where, what was asked, what is possible, what to change.
+Problem = tuple[str, str, str, str]
+
+MAX_FAULTS_NAMED = 5
+
+
+class DataConfig(BaseModel):
+    """Which data a run reads, and with how many loader processes per rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    train: str = Field(
+        min_length=1, description="Folder of the training set, as written by `trainyard data shard`."
+    )
+    heldout: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder of the held-out set that evaluation reads; none means no evaluation.",
+    )
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Loader processes per rank; 0 reads in the rank itself. The batches are the same for any number.",
+    )
+
+
+def problems(data: DataConfig, sequence_length: int, vocab_size: int) -> Iterator[Problem]:
+    """Yield what keeps `data` from feeding a model, from `dataset.json` and file sizes alone.
+
+    Args:
+        data: the section as the user wrote it.
+        sequence_length: tokens per sample of the model (a sample takes one more, the last target).
+        vocab_size: number of token ids that the model knows.
+    """
+    tokenizers = {}
+    for field in ("train", "heldout"):
+        folder = getattr(data, field)
+        if folder is None:
+            continue
+        where = f"data.{field}"
+        try:
+            manifest = Manifest.load(folder)
+            sizes = file_sizes(Path(folder))
+        except (DataError, OSError) as error:
+            yield where, folder, str(error), f"point {where} at a finished dataset folder"
+            continue
+        tokenizers[field] = manifest.tokenizer.sha256
+        yield from _file_problems(where, Path(folder), manifest, sizes)
+        yield from _fit_problems(where, folder, manifest, sequence_length, vocab_size)
+    if len(set(tokenizers.values())) > 1:
+        yield (
+            "data.heldout",
+            f"{data.heldout}, made with another tokenizer than {data.train}",
+            "both sets must hold token ids of the same tokenizer",
+            "write the held-out set again with the tokenizer of data.train",
+        )
+
+
+def _file_problems(where: str, folder: Path, manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
+    faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
+    for fault in faults[:MAX_FAULTS_NAMED]:
+        yield where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`"
+    if len(faults) > MAX_FAULTS_NAMED:
+        more = f"{len(faults) - MAX_FAULTS_NAMED} further files are missing or of the wrong size"
+        yield where, str(folder), more, f"`trainyard data verify {folder}` lists them all"
+
+
+def _fit_problems(
+    where: str, folder: str, manifest: Manifest, sequence_length: int, vocab_size: int
+) -> Iterator[Problem]:
+    if manifest.vocab_size > vocab_size:
+        yield (
+            where,
+            f"a dataset of {manifest.vocab_size} token ids with model.vocab_size={vocab_size}",
+            f"model.vocab_size must be at least {manifest.vocab_size} for {folder}",
+            f"set model.vocab_size={manifest.vocab_size} or larger, or tokenize the data anew",
+        )
+    if manifest.num_tokens < sequence_length + 1:
+        yield (
+            where,
+            f"samples of {sequence_length + 1} tokens (model.sequence_length={sequence_length} and the last target)",
+            f"{folder} holds {manifest.num_tokens} tokens in all",
+            f"use a larger dataset or model.sequence_length={max(1, manifest.num_tokens - 1)} or less",
+        )

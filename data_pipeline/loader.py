@@ -1,0 +1,250 @@
+"""From a dataset to micro-batches: an ordered source, then webdataset stages, in this process or in workers.
+
+Step t consumes positions [t*G, (t+1)*G) of the order, G being the global batch. Data rank r of D takes the contiguous
+block of G/D positions that starts at t*G + r*G/D, cut into micro-batches in order. Workers take micro-batches in turn,
+and the loader takes from workers in turn, so the stream is the same for any number of them.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import DataLoader, get_worker_info
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import TokenDataset
+from data_pipeline.order import WindowOrder
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which positions one data rank takes: pure arithmetic.
+
+    Args: global_batch and micro_batch in samples, data_rank of data_size, start_position in samples of the whole run.
+    Raises ValueError when the global batch does not divide.
+    """
+
+    global_batch: int
+    micro_batch: int
+    data_rank: int
+    data_size: int
+    start_position: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.global_batch, self.micro_batch, self.data_size) < 1 or self.start_position < 0:
+            raise ValueError(f"sizes must be at least 1 and the position at least 0: {self}")
+        if not 0 <= self.data_rank < self.data_size:
+            raise ValueError(f"data_rank {self.data_rank} is not below data_size {self.data_size}")
+        if self.global_batch % (self.micro_batch * self.data_size):
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} "
+                f"x data_size {self.data_size}"
+            )
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Micro-batches that this rank takes in each step."""
+        return self.global_batch // (self.micro_batch * self.data_size)
+
+    def positions(self, number: int) -> range:
+        """Positions of this rank's micro-batch `number`, counted from the start position on."""
+        step, within = divmod(number, self.micro_batches_per_step)
+        block = self.data_rank * (self.global_batch // self.data_size)
+        first = self.start_position + step * self.global_batch + block + within * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+
+@dataclass(frozen=True)
+class OrderedSource:
+    """First stage: samples that say what to read, `{"__key__", "position", "pieces"}`, in this process's turn."""
+
+    dataset: TokenDataset
+    sequence_length: int
+    seed: int
+    share: Share
+
+    def __call__(self) -> Iterator[dict]:
+        order = WindowOrder(self.dataset.token_counts, self.sequence_length, self.seed)
+        worker = get_worker_info()
+        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for number in count(first, stride):
+            for position in self.share.positions(number):
+                yield {"__key__": str(position), "position": position, "pieces": order.pieces(position)}
+
+
+@dataclass(frozen=True)
+class ReadTokens:
+    """Stage: replaces the pieces of a sample by its tokens, int64 [sequence_length + 1]."""
+
+    dataset: TokenDataset
+
+    def __call__(self, sample: dict) -> dict:
+        return {"position": sample["position"], "tokens": self.dataset.window(sample["pieces"])}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Stage: `size` samples to one micro-batch; fields with arrays are stacked, others dropped.
+
+    Used instead of `webdataset.batched`, which reads a sample too far before it hands a full batch out.
+    """
+
+    size: int
+
+    def __call__(self, source: Iterator[dict]) -> Iterator[MicroBatch]:
+        samples: list[dict] = []
+        for sample in source:
+            samples.append(sample)
+            if len(samples) == self.size:
+                yield stack(samples)
+                samples = []
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A DataError on its way out of a worker, without the worker's traceback wrapped around it."""
+
+    message: str
+
+
+def failures_as_items(source: Iterator[MicroBatch]) -> Iterator[MicroBatch | Failure]:
+    """Last stage: a DataError ends the stream as its last item."""
+    try:
+        yield from source
+    except DataError as error:
+        yield Failure(error.message)
+
+
+def stack(samples: Sequence[dict]) -> MicroBatch:
+    """The arrays of samples stacked by field: {"tokens": int64 [len(samples), sequence_length + 1]}."""
+    fields = [name for name, value in samples[0].items() if isinstance(value, np.ndarray)]
+    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in fields}
+
+
+def leave_signals_to_the_rank(worker_id: int) -> None:
+    """A worker outlives Ctrl-C and a job's warning signal: the rank finishes its step and then stops its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader:
+    """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
+
+    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}. `position` is the number of samples that
+    the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
+    costs the same for any position.
+
+    Args:
+        dataset: the training set.
+        sequence_length: tokens per sample, not counting the last target.
+        seed: the run's seed.
+        global_batch, micro_batch: samples per step over all ranks, and per micro-batch.
+        data_rank, data_size: this rank's place on the dp axis.
+        workers: loader processes; they read one step ahead. 0 reads in this process.
+        start_position: samples consumed before, as saved in a checkpoint.
+        stages: further webdataset stages on single samples, after reading; each gives one sample for one.
+
+    `next` raises DataError when the data is damaged. Close it, or use it in a `with`, to end its workers.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        sequence_length: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        workers: int = 0,
+        start_position: int = 0,
+        stages: Sequence[Callable] = (),
+    ) -> None:
+        self.share = Share(global_batch, micro_batch, data_rank, data_size, start_position)
+        self.position = start_position
+        # Built here as well so that a dataset that is too small is reported before any worker starts.
+        self.windows_per_epoch = WindowOrder(dataset.token_counts, sequence_length, seed).windows_per_epoch
+        pipeline = webdataset.DataPipeline(
+            OrderedSource(dataset, sequence_length, seed, self.share),
+            webdataset.map(ReadTokens(dataset)),
+            *stages,
+            Batch(micro_batch),
+            failures_as_items,
+        )
+        self._stream = self._start(pipeline, workers)
+
+    def _start(self, pipeline: webdataset.DataPipeline, workers: int) -> Iterator[MicroBatch | Failure]:
+        if workers == 0:
+            return iter(pipeline)
+        loader = DataLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=-(-self.share.micro_batches_per_step // workers),
+            worker_init_fn=leave_signals_to_the_rank,
+            # spawn: a fork of a rank with threads can deadlock, and a forkserver's workers outlive a killed rank.
+            multiprocessing_context="spawn",
+        )
+        return iter(loader)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        micro_batches = []
+        for _ in range(self.share.micro_batches_per_step):
+            item = next(self._stream)
+            if isinstance(item, Failure):
+                raise DataError(item.message)
+            micro_batches.append(item)
+        self.position += self.share.global_batch
+        return micro_batches
+
+    @property
+    def epoch(self) -> float:
+        """Epochs consumed so far; 1.5 is half-way through the second."""
+        return self.position / self.windows_per_epoch
+
+    def close(self) -> None:
+        """End the workers. The loader gives nothing afterwards."""
+        self._stream = iter(())
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def heldout_batches(
+    dataset: TokenDataset,
+    sequence_length: int,
+    micro_batch: int,
+    num_samples: int | None = None,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> Iterator[MicroBatch]:
+    """Yield this rank's micro-batches of the held-out set: its first `num_samples` windows (None: all), never shuffled.
+
+    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]}.
+    Every rank yields the same number of them. Where samples do not divide, the last ones are filled up with rows of
+    end-of-text whose weights are 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any
+    layout. Raises DataError when the set holds less than one window, or is damaged.
+    """
+    order = WindowOrder(dataset.token_counts, sequence_length, seed=None)
+    num_real = order.windows_per_epoch if num_samples is None else min(num_samples, order.windows_per_epoch)
+    filler = np.full(sequence_length + 1, dataset.manifest.end_of_text, dtype=np.int64)
+    per_round = micro_batch * data_size
+    for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
+        samples = []
+        for position in range(first, first + micro_batch):
+            is_real = position < num_real
+            tokens = dataset.window(order.pieces(position)) if is_real else filler
+            samples.append({"tokens": tokens, "weights": np.full(sequence_length, is_real, dtype=np.float32)})
+        yield stack(samples)

@@ -1,0 +1,137 @@
+"""Facts: `dataset.json`, the manifest of a dataset folder. Imports neither torch nor numpy nor webdataset."""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_pipeline.errors import DataError
+
+MANIFEST_NAME = "dataset.json"
+FORMAT_VERSION = 1
+BYTES_PER_INDEX_ROW = 24
+# Room for about 200,000 shards; anything larger is not a manifest of ours.
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+# File names in a manifest are joined to its folder, so they may never lead out of it.
+FileName = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardEntry(_Facts):
+    """One tar file and the index beside it."""
+
+    name: str = FileName
+    size_bytes: int = Field(ge=0)
+    sha256: str = Sha256
+    index: str = FileName
+    index_bytes: int = Field(ge=0)
+    index_sha256: str = Sha256
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+
+
+class TokenizerEntry(_Facts):
+    """The tokenizer's model, copied into the dataset folder."""
+
+    file: str = FileName
+    sha256: str = Sha256
+
+
+class Manifest(_Facts):
+    """What a dataset folder holds: counts, number format, tokenizer, shards in reading order."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    kind: Literal["tokens"] = "tokens"
+    split: str
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the text before it was tokenized")
+    dtype: Literal["<u2", "<u4"]
+    vocab_size: int = Field(ge=1)
+    end_of_text: int = Field(ge=0)
+    tokenizer: TokenizerEntry
+    tool_version: str
+    inputs_sha256: str = Sha256
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one stored token id."""
+        return int(self.dtype[-1])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tar files together."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Manifest":
+        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong."""
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise DataError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a dataset manifest")
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(_what_is_there(folder)) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from None
+        try:
+            manifest = cls.model_validate(json.loads(text, object_pairs_hook=_without_repeats))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{path} is not a valid dataset manifest: {where}: {first['msg']}") from None
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from None
+        for name in ("num_documents", "num_tokens"):
+            if sum(getattr(shard, name) for shard in manifest.shards) != getattr(manifest, name):
+                raise DataError(f"{path}: {name} is not the sum over the shards; the manifest was changed by hand")
+        return manifest
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`: sorted, indented, the same for the same content."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+def shard_faults(folder: Path, entry: ShardEntry, sizes: dict[str, int]) -> list[str]:
+    """Faults of one shard and its index visible in `sizes` (name -> bytes of the files in `folder`), files named."""
+    faults = []
+    for name, expected in ((entry.name, entry.size_bytes), (entry.index, entry.index_bytes)):
+        found = sizes.get(name)
+        if found is None:
+            faults.append(f"{folder / name} is missing")
+        elif found != expected:
+            faults.append(f"{folder / name} has {found:,} bytes where the manifest says {expected:,}")
+    return faults
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the regular files in `folder`, in one directory scan."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _what_is_there(folder: Path) -> str:
+    make_one = "make one with `trainyard data shard --to DIR`"
+    if not folder.exists():
+        return f"{folder} does not exist; {make_one}"
+    if not folder.is_dir():
+        return f"{folder} is a file; a dataset is a folder with {MANIFEST_NAME} in it; {make_one}"
+    return f"{folder} has no {MANIFEST_NAME}, so it is not a finished dataset; {make_one}"
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict; a repeated key is an error instead of a silent choice of the last one."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return result
