@@ -37,7 +37,7 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
 def block_shape(config: GPTConfig) -> BlockShape:
     """A GPT config in the words of the shared block."""
     return BlockShape(
-        hidden=config.hidden, heads=config.heads, kv_heads=config.num_kv_heads, ffn=config.ffn_size,
+        hidden=config.hidden, heads=config.heads, kv_heads=config.num_kv_heads, ffn=config.ffn_hidden,
         norm=config.norm, norm_position=config.norm_position, norm_epsilon=config.norm_epsilon,
         activation=config.activation, bias=config.bias, dropout=config.dropout,
         attention_dropout=config.attention_dropout, std=config.init_std,

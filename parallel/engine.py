@@ -1,0 +1,284 @@
+"""Applies every kind of parallelism to one list of layers, in one written order, and owns the step.
+
+The order: groups -> cut into stages -> build this stage (sliced over tp; cut over dp at once under ZeRO-3) -> wrap
+(compute type, recompute) -> optimizer -> DeepSpeed (ZeRO, pipeline) -> our gradient norm and clipping -> fill weights.
+Whatever two libraries have an opinion on has one owner here: the loss weight, the gradient norm, clipping, the learning
+rate, initial weights and the state that checkpoints store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import zero
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.initialise import draw, slice_of
+from parallel.megatron import Groups, TensorShard
+from parallel.pipeline import LayerSpec, Stage, cut
+from parallel.precision import DTYPES, CastOnUse
+from parallel.recompute import recomputed
+from parallel.seeds import seed_step
+from parallel.state import KINDS, Slot, open_state, set_adam_step
+
+
+class NotFinite(Exception):
+    """The gradient became NaN or infinite; no weight has been touched in this step."""
+
+
+class Objective(Protocol):
+    """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim."""
+
+    def inputs(self, batch: dict[str, Tensor]): ...
+    def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]: ...
+    def num_targets(self, batch: dict[str, Tensor]) -> Tensor: ...
+    def loss_sum(self, outputs, targets: tuple[Tensor, ...]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping."""
+
+    loss: float
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class OwnedFragment:
+    """Elements [start, start + len) of the flattened tensor-axis slice of a global tensor, held here and nowhere else."""
+
+    name: str
+    kind: str
+    global_shape: tuple[int, ...]
+    slice_dim: int | None
+    slice_rank: int
+    slice_size: int
+    start: int
+    tensor: Tensor
+
+
+class Engine:
+    """A model on a layout, ready to step."""
+
+    def __init__(self, build_layers: Callable[[TensorShard], Sequence[LayerSpec]], objective: Objective, groups: Groups,
+                 parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
+                 make_optimizer: Callable[[list], torch.optim.Optimizer], clip_norm: float, seed: int):
+        """
+        Args:
+            build_layers: the family's layer list, given the tensor axis.
+            make_optimizer: from [(global name, parameter)] to the AdamW that DeepSpeed shards.
+            clip_norm: largest global gradient norm, 0 for no clipping.
+        """
+        self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
+        self.clip_norm, self.seed = clip_norm, seed
+        self.stage_zero = parallel.zero_stage == 0
+        self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
+        at = groups.coordinates
+        config = zero.deepspeed_config(parallel, precision, self.layout, device.type == "cuda")
+        zero.init_distributed(dist.get_backend())
+
+        self.shard = TensorShard(groups, device)
+        specs = list(build_layers(self.shard))
+        self.bounds = cut([spec.cost for spec in specs], self.layout.pipeline)
+        with zero.sharded_construction(config, groups):
+            stage = Stage(specs, self.bounds[at.pp], self.bounds[at.pp + 1])
+        self.stage, self.slots, self._borrowed = stage, self._make_slots(stage), stage.borrowed()
+        wrapped = self._wrap(stage, precision, parallel)
+        named = [(slot.name, slot.parameter) for slot in self.slots.values()]
+        self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, self.layout,
+                                           make_optimizer(named))
+        self.state = open_state(self.deepspeed, list(self.slots.values()), parallel.zero_stage, at.dp)
+        self._grad_norm = torch.zeros(())
+        self._own_optimizer_step()
+        self.fill(lambda name, kind, shape: draw(name, shape, self._plan(name), seed) if kind == "weight" else None)
+
+    # -- construction -------------------------------------------------------------------------------------------------
+
+    def _make_slots(self, stage: Stage) -> dict[str, Slot]:
+        slots = {}
+        for name, parameter in stage.named_global_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is already cut
+            slots[name] = Slot(name, parameter, shape, parameter.plan.slice_dim)
+        return slots
+
+    def _wrap(self, stage: Stage, precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Callable]:
+        cast = self.stage_zero and precision.compute != "fp32"
+        wrapped: dict[str, Callable] = {}
+        for spec in stage.specs:
+            layer = stage.by_name[spec.name]
+            if cast:
+                layer = CastOnUse(layer, DTYPES[precision.compute])
+            if parallel.recompute == "full" and spec.recompute:
+                layer = recomputed(layer)
+            if layer is not stage.by_name[spec.name]:
+                wrapped[spec.name] = layer
+        return wrapped
+
+    def _plan(self, name: str):
+        return self.slots[name].parameter.plan
+
+    def _weighted_loss(self, outputs, targets: tuple[Tensor, ...]) -> Tensor:
+        # The last target is the weight that turns a sum over this micro-batch's targets into its share of the mean.
+        return self.objective.loss_sum(outputs, targets[:-1]) * targets[-1]
+
+    # -- the step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether this rank reads batches: only the first and the last stage do."""
+        return self.groups.coordinates.pp in (0, self.layout.pipeline - 1)
+
+    def train_step(self, batches: list[dict[str, Tensor]] | None, step: int, learning_rate: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
+
+        Raises:
+            NotFinite: the global gradient norm is NaN or infinite outside fp16 (the same on every rank).
+        """
+        seed_step(self.seed, step, self.groups)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        items = self._items(batches, weight=None)
+        if self.layout.pipeline > 1:
+            loss = self.deepspeed.train_batch(iter(items))
+        else:
+            loss = torch.zeros((), device=self.device)
+            self.deepspeed.train()
+            for inputs, targets in items:
+                micro_loss = self.deepspeed(inputs, targets)
+                self.deepspeed.backward(micro_loss)
+                self.deepspeed.step()
+                loss += micro_loss.detach() / (self.accumulation * self.layout.data)
+            if self.layout.data > 1:
+                dist.all_reduce(loss, group=self.groups.data)  # data group: each rank saw its share of the batch
+        skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
+        return StepResult(float(loss), float(self._grad_norm), skipped)
+
+    def _items(self, batches, weight: float | None) -> list:
+        """(inputs, targets + weight) per micro-batch; with no weight given, the one that makes the mean exact.
+
+        DeepSpeed divides by the number of micro-batches and averages over the data axis, so a token mean over the
+        global batch needs that back: weight = micro-batches * data ranks / targets in the global batch.
+        """
+        if batches is None:
+            return []
+        batches = [{key: value.to(self.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
+        if weight is None:
+            total = self._total_targets(batches)
+            factor = self.accumulation * self.layout.data / total
+        else:
+            factor = torch.full((), weight, device=self.device)
+        return [(self.objective.inputs(b), (*self.objective.targets(b), factor)) for b in batches]
+
+    def _total_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
+        total = torch.stack([self.objective.num_targets(b).double() for b in batches]).sum()
+        if self.layout.data > 1:
+            dist.all_reduce(total, group=self.groups.data)  # data group: the global batch is spread over it
+        return total.float()
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[dict[str, Tensor]] | None) -> tuple[float, float]:
+        """(sum of losses, number of targets) over all data ranks; every rank passes the same number of micro-batches."""
+        items = self._items(batches, weight=1.0)
+        count = self._total_targets([{k: v.to(self.device) for k, v in b.items()} for b in batches]) if batches \
+            else torch.zeros((), device=self.device)
+        if self.layout.pipeline > 1:
+            num = torch.tensor(len(items), device=self.device)
+            dist.all_reduce(num, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages hold no data
+            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.groups.pipeline)
+            mean = self.deepspeed.eval_batch(iter(items), num_micro_batches=int(num))
+            return float(mean) * int(num) * self.layout.data, float(count)
+        self.deepspeed.eval()
+        total = torch.zeros((), device=self.device)
+        for inputs, targets in items:
+            total += self.deepspeed(inputs, targets)
+        if self.layout.data > 1:
+            dist.all_reduce(total, group=self.groups.data)  # data group: each rank evaluated its share
+        return float(total), float(count)
+
+    # -- gradient norm and clipping -----------------------------------------------------------------------------------
+
+    def _own_optimizer_step(self) -> None:
+        """Put our norm and clipping where every DeepSpeed path meets: just before the optimizer's own step."""
+        inner = self.deepspeed.optimizer.step
+
+        def step(*args, **kwargs):
+            self._clip()
+            return inner(*args, **kwargs)
+
+        self.deepspeed.optimizer.step = step
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """Global L2 norm with every parameter counted once, then scale so that it is at most `clip_norm`.
+
+        A tensor-sliced parameter counts on each tensor rank, a full one on the first; a tied copy not at all; ZeRO pieces
+        on the rank that holds them.
+        """
+        gradients = list(self.state.gradients())
+        counted = [g.tensor for g in gradients if self._counts(g.name)]
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
+        if counted:
+            square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+        # stage 0: data ranks hold equal gradients, so only tp x pp is summed; else every rank holds its own pieces
+        group = self.groups.model if self.stage_zero else None
+        dist.all_reduce(square, group=group)
+        scale = float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
+        self._grad_norm = (square.sqrt() / scale).float()
+        norm = float(self._grad_norm)
+        if not norm < float("inf"):
+            if self.deepspeed.fp16_enabled():
+                return  # DeepSpeed sees the overflow too, skips the update and lowers the scale
+            raise NotFinite(f"the gradient norm is {norm}")
+        if self.clip_norm and norm > self.clip_norm:
+            torch._foreach_mul_([g.tensor for g in gradients], self.clip_norm / (norm + 1e-6))
+
+    def _counts(self, name: str) -> bool:
+        sliced = self.slots[name].slice_dim is not None
+        return name not in self._borrowed and (sliced or self.groups.coordinates.tp == 0)
+
+    # -- state by global name -----------------------------------------------------------------------------------------
+
+    def global_shape(self, name: str) -> tuple[int, ...]:
+        slot = self.slots[name]
+        shape = list(slot.shape)
+        if slot.slice_dim is not None:
+            shape[slot.slice_dim] *= self.layout.tensor
+        return tuple(shape)
+
+    @torch.no_grad()
+    def fill(self, source: Callable[[str, str, tuple[int, ...]], Tensor | None], adam_step: int = 0) -> None:
+        """Set weights and moments from whole tensors: `source(name, kind, global shape)`, None for zeros."""
+        tp = self.groups.coordinates.tp
+        for kind in KINDS:
+            for fragment in self.state.fragments(kind):
+                whole = source(fragment.name, kind, self.global_shape(fragment.name))
+                if whole is None:
+                    fragment.tensor.zero_()
+                    continue
+                local = slice_of(whole, self.slots[fragment.name].slice_dim, tp, self.layout.tensor)
+                flat = local.reshape(-1)[fragment.start : fragment.start + fragment.tensor.numel()]
+                fragment.tensor.copy_(flat)
+        set_adam_step(self.state.base, adam_step)
+        self.state.refresh()
+
+    def owned_fragments(self) -> Iterator[OwnedFragment]:
+        """What this rank must store so that all ranks together store everything exactly once."""
+        at = self.groups.coordinates
+        if self.stage_zero and at.dp > 0:
+            return
+        for kind in KINDS:
+            for name, start, tensor in self.state.fragments(kind):
+                if self._counts(name):
+                    sliced = self.slots[name].slice_dim is not None
+                    yield OwnedFragment(name, kind, self.global_shape(name), self.slots[name].slice_dim,
+                                        at.tp if sliced else 0, self.layout.tensor if sliced else 1, start, tensor)
+
+    def close(self) -> None:
+        """Give back what DeepSpeed holds, so that another engine can be built in this process."""
+        self.deepspeed.destroy()

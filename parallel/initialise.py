@@ -1,0 +1,43 @@
+"""Initial weights as a function of (seed, global parameter name), so that no layout can change them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """How a parameter starts and how the tensor axis cuts it: N(mean, std^2); `slice_dim` None means held in full."""
+
+    mean: float
+    std: float
+    slice_dim: int | None
+
+
+def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: float = 0.0, slice_dim: int | None = None,
+                   no_decay: bool | None = None) -> None:
+    """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
+    parameter.plan = ParameterPlan(mean, std, slice_dim)
+    dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens a parameter as soon as it exists
+    parameter.no_decay = dims < 2 if no_decay is None else no_decay
+
+
+def draw(name: str, shape: tuple[int, ...], plan: ParameterPlan, seed: int) -> Tensor:
+    """The whole initial tensor, fp32 on the CPU, from SHA-256 of (seed, name): the same bits on every layout."""
+    if plan.std == 0.0:
+        return torch.full(shape, plan.mean)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape).normal_(plan.mean, plan.std, generator=generator)
+
+
+def slice_of(whole: Tensor, slice_dim: int | None, rank: int, size: int) -> Tensor:
+    """The slice of a global tensor that one tensor rank holds."""
+    if slice_dim is None or size == 1:
+        return whole
+    length = whole.shape[slice_dim] // size
+    return whole.narrow(slice_dim, rank * length, length)

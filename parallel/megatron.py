@@ -1,0 +1,217 @@
+"""The doorway to megatron-core: rank groups, tensor-parallel layers and regions. No other file imports it.
+
+Tensor shapes in this file: s sequence, b micro-batch, h hidden, v vocabulary; t is the tensor-parallel degree.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    # megatron-core says at import that Apex and Transformer Engine are absent; nothing here uses them.
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.model_parallel_config import ModelParallelConfig
+
+from parallel.initialise import plan_parameter
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of this rank, one per axis, as megatron-core built them and `Layout` predicts them."""
+
+    layout: Layout
+    rank: int
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    data: dist.ProcessGroup
+    model: dist.ProcessGroup  # tp x pp: everybody who holds a part of one model replica
+
+    @property
+    def coordinates(self):
+        return self.layout.coordinates(self.rank)
+
+
+def answer_for_cuda() -> None:
+    """Let megatron-core's questions for the current CUDA device be answered where there is none.
+
+    Its regions allocate on `torch.cuda.current_device()`, also for gloo. With no CUDA the right answer is the CPU; this
+    one line saves a second implementation of its layers.
+    """
+    if not torch.cuda.is_available():
+        torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def build_groups(layout: Layout) -> Groups:
+    """Create every axis's group and check them against the layout's own arithmetic.
+
+    Raises:
+        RuntimeError: megatron-core places a rank in another group than `Layout` says (an internal error).
+    """
+    answer_for_cuda()
+    rank = dist.get_rank()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        create_gloo_process_groups=False,
+    )
+    groups = Groups(
+        layout=layout,
+        rank=rank,
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+    )
+    for axis, group in (("tp", groups.tensor), ("pp", groups.pipeline), ("dp", groups.data), ("model", groups.model)):
+        expected, found = layout.group(axis, rank), dist.get_process_group_ranks(group)
+        if sorted(expected) != sorted(found):
+            raise RuntimeError(f"rank {rank}: axis {axis} should hold ranks {expected}, megatron-core built {found}")
+    return groups
+
+
+def destroy_groups() -> None:
+    """Forget every group, so that another layout can be built in the same process."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_global_memory_buffer()
+
+
+class Units:
+    """The model-parallel unit (`mpu`) that DeepSpeed asks for groups, answered by megatron-core under its names."""
+
+    def __getattr__(self, name: str):
+        return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))
+
+
+class _SumGradientOverTensorAxis(torch.autograd.Function):
+    """Identity forward; backward sums over the tensor group.
+
+    With sequence parallelism each tensor rank sees only its part of the sequence, so the gradient of a parameter that
+    all of them hold in full (norms, biases added after the reduce-scatter) is a partial sum per rank.
+    """
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _ColumnLinear(tensor_parallel.ColumnParallelLinear):
+    def _forward_impl(self, input, weight, *args, bias=None, **kwargs):
+        if self.tp_group.size() == 1:  # nothing to communicate: torch's own fused linear
+            return F.linear(input, weight, bias)
+        return super()._forward_impl(input, weight, *args, bias=bias, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, in] -> [s, b, out/t]
+        return super().forward(x)[0]
+
+
+class _RowLinear(tensor_parallel.RowParallelLinear):
+    """`bias` is added after the reduction, by us, so that its gradient is right under sequence parallelism."""
+
+    def __init__(self, *args, shard: TensorShard, **kwargs):
+        super().__init__(*args, input_is_parallel=True, skip_bias_add=True, **kwargs)
+        self.shard = shard
+
+    def _forward_impl(self, input, weight, *args, **kwargs):
+        if self.tp_group.size() == 1:
+            # skip_bias_add keeps the bias away from megatron-core; alone we can fuse it.
+            return F.linear(input, weight, self.bias)
+        return super()._forward_impl(input, weight, *args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:  # [s, b, in/t] -> [s(/t), b, out]
+        output, bias = super().forward(x)
+        if bias is None or self.tp_group.size() == 1:
+            return output
+        return output + self.shard.shared(bias)
+
+
+class TensorShard:
+    """What a block needs to know of the tensor axis: makes parallel layers and moves activations between regions."""
+
+    def __init__(self, groups: Groups | None, device: torch.device, dtype: torch.dtype = torch.float32):
+        """With `groups` None the layers are those of a single rank (counting, generation before a group exists)."""
+        self.group = groups.tensor if groups else None
+        self.size = groups.layout.tensor if groups else 1
+        self.rank = groups.coordinates.tp if groups else 0
+        self.sequence = bool(groups and groups.layout.sequence and self.size > 1)
+        self.device = device
+        self.config = ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            pipeline_model_parallel_size=groups.layout.pipeline if groups else 1,
+            sequence_parallel=self.sequence,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            use_cpu_initialization=device.type != "cuda",
+            perform_initialization=False,  # parallel/initialise.py draws every weight from its global name
+            gradient_accumulation_fusion=False,
+        )
+
+    def column(self, size_in: int, size_out: int, *, bias: bool, std: float) -> nn.Module:
+        """Linear whose output dim is sliced over the tensor axis: [.., in] -> [.., out/t]."""
+        layer = _ColumnLinear(size_in, size_out, config=self.config, init_method=None, bias=bias,
+                              gather_output=False, tp_group=self.group)
+        plan_parameter(layer.weight, std=std, slice_dim=0)
+        if bias:
+            plan_parameter(layer.bias, slice_dim=0)
+        return layer
+
+    def row(self, size_in: int, size_out: int, *, bias: bool, std: float) -> nn.Module:
+        """Linear whose input dim is sliced over the tensor axis, output summed over it: [.., in/t] -> [.., out]."""
+        layer = _RowLinear(size_in, size_out, config=self.config, init_method=None, bias=bias,
+                           tp_group=self.group, shard=self)
+        plan_parameter(layer.weight, std=std, slice_dim=1)
+        if bias:
+            plan_parameter(layer.bias)
+        return layer
+
+    def vocabulary(self, size: int, hidden: int, *, std: float) -> nn.Module:
+        """Embedding table sliced over the vocabulary: ids [b, s] -> [b, s, h]."""
+        layer = tensor_parallel.VocabParallelEmbedding(size, hidden, init_method=None, config=self.config,
+                                                       tp_group=self.group)
+        plan_parameter(layer.weight, std=std, slice_dim=0)
+        return layer
+
+    def shared(self, parameter: Tensor) -> Tensor:
+        """A parameter that every tensor rank holds in full, used on sequence-sliced activations."""
+        return _SumGradientOverTensorAxis.apply(parameter, self.group) if self.sequence else parameter
+
+    def enter(self, x: Tensor) -> Tensor:
+        """[s, b, h] equal on all tensor ranks -> [s/t, b, h] under sequence parallelism, else unchanged."""
+        return tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.group) if self.sequence else x
+
+    def leave_for_columns(self, x: Tensor) -> Tensor:
+        """[s(/t), b, h] -> [s, b, h] as input of a column-sliced product; backward sums over the tensor axis."""
+        if self.sequence:
+            return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
+        if self.size > 1:
+            return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
+        return x
+
+    def gather_columns(self, x: Tensor) -> Tensor:
+        """[.., n/t] -> [.., n] on every tensor rank, without gradient (megatron-core's own gather needs CUDA)."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)  # tensor group: it holds the column slices
+        return torch.cat(parts, dim=-1)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss per target in fp32: logits [s, b, v/t], targets int64 [s, b] -> [s, b]."""
+        logits = logits.float()
+        if self.size == 1:
+            return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+        return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)

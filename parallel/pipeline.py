@@ -1,0 +1,110 @@
+"""One list of layers per model, its cut into stages, and the stage that a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One entry of a model's ordered layer list; built only on the ranks whose stage holds it.
+
+    Args:
+        name: global name and prefix of its parameters, the same on every layout ("blocks.3").
+        build: makes the module; its forward takes and returns the running state (a tensor or a tuple of tensors).
+        cost: relative time of forward and backward, for the balanced cut.
+        tied_to: name of an earlier layer whose module is handed to this one's forward as second argument
+            (a head that multiplies with the embedding table); that layer then also lives on this one's stage.
+        recompute: whether full recompute may wrap this layer (transformer blocks; not embeddings and heads).
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    cost: float = 1.0
+    tied_to: str | None = None
+    recompute: bool = False
+
+
+def cut(costs: Sequence[float], num_stages: int) -> list[int]:
+    """Stage boundaries [0, .., len(costs)] of the contiguous cut whose dearest stage is cheapest; no stage is empty.
+
+    Raises:
+        ValueError: fewer layers than stages.
+    """
+    count = len(costs)
+    if count < num_stages:
+        raise ValueError(f"{count} layers cannot fill {num_stages} pipeline stages")
+    before = [0.0]
+    for cost in costs:
+        before.append(before[-1] + cost)
+    # best[k][i]: cost of the dearest stage when the first i layers fill k stages; start[k][i]: where stage k begins
+    best = [[0.0] + [float("inf")] * count]
+    start: list[list[int]] = [[0] * (count + 1)]
+    for stage in range(1, num_stages + 1):
+        row, origin = [float("inf")] * (count + 1), [0] * (count + 1)
+        for end in range(stage, count + 1):
+            for begin in range(stage - 1, end):
+                dearest = max(best[stage - 1][begin], before[end] - before[begin])
+                if dearest < row[end]:
+                    row[end], origin[end] = dearest, begin
+        best.append(row)
+        start.append(origin)
+    bounds = [count]
+    for stage in range(num_stages, 0, -1):
+        bounds.append(start[stage][bounds[-1]])
+    return bounds[::-1]
+
+
+class Stage(nn.Module):
+    """The layers of one pipeline stage, under their global names; with one stage it is the whole model."""
+
+    def __init__(self, specs: Sequence[LayerSpec], begin: int, end: int):
+        super().__init__()
+        self.specs = list(specs[begin:end])
+        self.begin = begin
+        self.by_name: dict[str, nn.Module] = {}
+        for spec in self.specs:
+            self._add(spec)
+        for spec in self.specs:
+            if spec.tied_to and spec.tied_to not in self.by_name:
+                self._add(next(s for s in specs if s.name == spec.tied_to))
+        # ModuleList, since a global name may hold dots; global names come from `named_global_parameters`
+        self.modules_in_order = nn.ModuleList(self.by_name.values())
+
+    def _add(self, spec: LayerSpec) -> None:
+        self.by_name[spec.name] = spec.build()
+
+    def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(global name, parameter) of everything this stage holds, in layer order."""
+        for layer, module in self.by_name.items():
+            for name, parameter in module.named_parameters():
+                yield f"{layer}.{name}", parameter
+
+    def borrowed(self) -> set[str]:
+        """Global names of parameters that belong to an earlier stage and are here only because they are tied."""
+        own = {spec.name for spec in self.specs}
+        return {name for name, _ in self.named_global_parameters()
+                if not any(name.startswith(f"{layer}.") for layer in own)}
+
+    def run(self, state, wrapped: dict[str, Callable] | None = None):
+        """Pass the state through this stage's layers; `wrapped` overrides how a layer is called (recompute)."""
+        for spec in self.specs:
+            layer = (wrapped or {}).get(spec.name, self.by_name[spec.name])
+            state = layer(state, self.by_name[spec.tied_to]) if spec.tied_to else layer(state)
+        return state
+
+
+class WholeModel(nn.Module):
+    """A single stage with its loss: what DeepSpeed's plain engine calls."""
+
+    def __init__(self, stage: Stage, wrapped: dict[str, Callable], loss: Callable[[Tensor, tuple], Tensor]):
+        super().__init__()
+        self.stage = stage
+        self.wrapped = wrapped
+        self.loss = loss
+
+    def forward(self, inputs, targets: tuple) -> Tensor:
+        return self.loss(self.stage.run(inputs, self.wrapped), targets)

@@ -1,0 +1,35 @@
+"""Which numbers are kept in which type, in one place.
+
+| `precision.compute` | ZeRO 0 | ZeRO 1, 2, 3 |
+| --- | --- | --- |
+| fp32 | fp32 everywhere | fp32 everywhere |
+| bf16 | fp32 weights and gradients; cast on use below | DeepSpeed: bf16 weights, fp32 master weights, fp32 gradient sums |
+| fp16 | refused | DeepSpeed: fp16 weights, fp32 master weights, dynamic loss scale |
+
+Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class CastOnUse(nn.Module):
+    """A layer with fp32 parameters that computes in a lower type.
+
+    DeepSpeed has no fp32 gradient accumulation for bf16 at ZeRO stage 0 (it raises on that mix of types). Here
+    DeepSpeed sees an fp32 model; the cast is part of the graph, so gradients arrive, sum and reduce in fp32.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.layer = layer
+        self.dtype = dtype
+
+    def forward(self, *state):
+        low = {name: p.to(self.dtype) for name, p in self.layer.named_parameters()}
+        return functional_call(self.layer, low, state)

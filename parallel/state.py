@@ -1,0 +1,156 @@
+"""Where an engine keeps fp32 weights, Adam's moments and gradients, as flat fragments of named parameters.
+
+DeepSpeed lays state out in four ways: a torch optimizer over whole parameters (stage 0), a flat partition per parameter
+group (its bf16 optimizer and stages 1 and 2), and partitions inside sub-groups (stage 3). `open_state` hides which.
+The rest of the project sees one thing: this rank holds elements [start, start + len) of the flattened local tensor of
+parameter `name`. That is what initialisation fills, clipping measures, and checkpoints store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+class Fragment(NamedTuple):
+    """A flat view of one rank's piece of a parameter (or of its moments or gradient): writing to it changes it."""
+
+    name: str
+    start: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    slice_dim: int | None
+
+
+class WholeState:
+    """Stage 0: whole parameters under a torch optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, slots: list[Slot]):
+        self.base = optimizer
+        self.slots = slots
+
+    def fragments(self, kind: str) -> Iterator[Fragment]:
+        for slot in self.slots:
+            whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
+            yield Fragment(slot.name, 0, whole.view(-1))
+
+    def gradients(self) -> Iterator[Fragment]:
+        for slot in self.slots:
+            if slot.parameter.grad is not None:
+                yield Fragment(slot.name, 0, slot.parameter.grad.view(-1))
+
+    def refresh(self) -> None:
+        """Nothing to do: the weights are the fragments."""
+
+
+class PartitionedState:
+    """DeepSpeed's bf16 optimizer and ZeRO 1 and 2: one flat fp32 partition per parameter group."""
+
+    def __init__(self, optimizer, slots: list[Slot]):
+        self.optimizer = optimizer
+        self.base = optimizer.optimizer
+        self.slots = [slot for slot in slots if slot.parameter._hp_mapping is not None]
+
+    def fragments(self, kind: str) -> Iterator[Fragment]:
+        for slot in self.slots:
+            mapping = slot.parameter._hp_mapping
+            flat = self.base.param_groups[mapping.param_group_index]["params"][0]
+            source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
+            address = mapping.get_hp_fragment_address()
+            yield Fragment(slot.name, mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+
+    def gradients(self) -> Iterator[Fragment]:
+        whole = getattr(self.optimizer, "fp32_groups_gradient_flat_partition", None)  # the bf16 optimizer's
+        for slot in self.slots:
+            mapping = slot.parameter._hp_mapping
+            address = mapping.get_hp_fragment_address()
+            if whole is not None:
+                gradient = whole[mapping.param_group_index].narrow(0, address.start, address.numel)
+            else:
+                gradient = mapping.get_lp_grad_fragment(slot.parameter._index_in_param_group).view(-1)
+            yield Fragment(slot.name, mapping.lp_fragment_address.start, gradient)
+
+    def refresh(self) -> None:
+        """Copy the fp32 partitions into the model's weights and gather the others' (data group)."""
+        self.optimizer.update_lp_params()
+
+
+class FullySharded:
+    """ZeRO 3: each parameter is cut over the data axis, and the pieces lie flat in sub-groups."""
+
+    def __init__(self, optimizer, slots: list[Slot], data_rank: int):
+        self.optimizer = optimizer
+        self.base = optimizer.optimizer
+        self.data_rank = data_rank
+        self.by_parameter = {id(slot.parameter): slot for slot in slots}
+
+    def _places(self) -> Iterator[tuple[Slot, int, int, int, int, int]]:
+        """(slot, sub-group, index in it, offset in its flat partition, first element, number of elements)."""
+        for group, parameters in enumerate(self.optimizer.fp16_groups):
+            offset = 0
+            for index, parameter in enumerate(parameters):
+                held = parameter.partition_numel()
+                start = self.data_rank * held
+                count = max(0, min(held, parameter.ds_numel - start))  # the last ranks hold padding
+                yield self.by_parameter[id(parameter)], group, index, offset, start, count
+                offset += held
+
+    def fragments(self, kind: str) -> Iterator[Fragment]:
+        for slot, group, _, offset, start, count in self._places():
+            flat = self.optimizer.fp32_partitioned_groups_flat[group]
+            source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
+            if count:
+                yield Fragment(slot.name, start, source.narrow(0, offset, count))
+
+    def gradients(self) -> Iterator[Fragment]:
+        for slot, group, index, _, start, count in self._places():
+            if count:
+                yield Fragment(slot.name, start, self.optimizer.averaged_gradients[group][index].view(-1)[:count])
+
+    def refresh(self) -> None:
+        """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""
+        for group in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        kept = self.optimizer.persistent_parameters
+        if kept:
+            kept[0].partition(kept)
+            kept[0].all_gather(kept)
+
+
+def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: str) -> Tensor:
+    """AdamW's moment of a tensor, made (zero, step 0) when no step has been taken yet."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for name in KINDS[1:]:
+            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state[kind]
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set AdamW's own step count, which its bias correction uses, on every tensor it holds."""
+    for state in optimizer.state.values():
+        state["step"].fill_(step)
+
+
+def open_state(engine, slots: list[Slot], zero_stage: int, data_rank: int):
+    """The view that fits the optimizer DeepSpeed chose."""
+    if zero_stage == 0:
+        return WholeState(engine.optimizer, slots)
+    if zero_stage == 3:
+        return FullySharded(engine.optimizer, slots, data_rank)
+    return PartitionedState(engine.optimizer, slots)

@@ -1,0 +1,138 @@
+"""The doorway to DeepSpeed: from a layout to its configuration and engine. No other file imports it.
+
+DeepSpeed's defaults are not ours (it clips at 1.0 when nothing is said and accepts unknown keys), so every key that
+matters is written out here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import deepspeed
+import torch
+from deepspeed.pipe import LayerSpec as _PipeLayer
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from parallel.config import ParallelConfig, PrecisionConfig
+from parallel.layout import Layout
+from parallel.megatron import Groups, Units
+from parallel.pipeline import LayerSpec, Stage, WholeModel
+
+
+def deepspeed_config(parallel: ParallelConfig, precision: PrecisionConfig, layout: Layout, on_accelerator: bool) -> dict:
+    """The whole DeepSpeed configuration of a run; gradient clipping is off because parallel/engine.py owns it."""
+    sharded = parallel.zero_stage > 0
+    half = precision.compute if sharded else "fp32"  # at stage 0 bf16 is cast on use, see parallel/precision.py
+    return {
+        "train_micro_batch_size_per_gpu": parallel.micro_batch,
+        "gradient_accumulation_steps": parallel.global_batch // (parallel.micro_batch * layout.data),
+        "train_batch_size": parallel.global_batch,
+        "gradient_clipping": 0.0,
+        "prescale_gradients": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": False,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": half == "bf16", "immediate_grad_update": True},
+        "fp16": {
+            "enabled": half == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": precision.initial_scale_power,
+            "loss_scale_window": precision.scale_window,
+            "hysteresis": 1,
+            "min_loss_scale": 1,
+        },
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": on_accelerator and parallel.zero_stage >= 2,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "round_robin_gradients": False,
+            "reduce_bucket_size": 500_000_000,
+            "allgather_bucket_size": 500_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "sub_group_size": 1_000_000_000,
+        },
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False, "activation_checkpoint_interval": 0},
+        "activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False},
+        "tensorboard": {"enabled": False},
+        "flops_profiler": {"enabled": False},
+        "comms_logger": {"enabled": False},
+    }
+
+
+def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager:
+    """A context in which ZeRO-3 cuts each parameter as soon as its module exists, so no rank ever holds the whole."""
+    if config["zero_optimization"]["stage"] < 3:
+        return nullcontext()
+    return deepspeed.zero.Init(data_parallel_group=groups.data, config_dict_or_path=config, mpu=Units())
+
+
+class _StagePipeline(PipelineModule):
+    """DeepSpeed's pipeline module around a stage we built and cut ourselves."""
+
+    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
+                 loss: Callable, layout: Layout):
+        self._bounds = bounds
+        self._built = (stage, wrapped)
+        tied = {spec.tied_to for spec in specs if spec.tied_to}
+        layers = [self._describe(spec, tied) for spec in specs]
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
+
+    @staticmethod
+    def _describe(spec: LayerSpec, tied: set[str]):
+        key = spec.name if spec.name in tied else spec.tied_to
+        if key:
+            return TiedLayerSpec(key, nn.Identity, tied_weight_attr=["weight"])
+        return _PipeLayer(nn.Identity)
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _build(self) -> None:
+        stage, wrapped = self._built
+        self.stage = stage
+        tied = {spec.tied_to for spec in stage.specs if spec.tied_to}
+        for layer in self._layer_specs:
+            if isinstance(layer, TiedLayerSpec) and layer.key in stage.by_name:
+                self.tied_modules[layer.key] = stage.by_name[layer.key]
+                self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
+        for spec in stage.specs:
+            call = wrapped.get(spec.name, stage.by_name[spec.name])
+            if spec.tied_to in tied:
+                call = partial(_call_tied, call, stage.by_name[spec.tied_to])
+            self.forward_funcs.append(call)
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+
+def _call_tied(layer: Callable, tied: nn.Module, state):
+    return layer(state, tied)
+
+
+def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
+                 loss: Callable[[Tensor, tuple], Tensor], layout: Layout, optimizer: torch.optim.Optimizer):
+    """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise."""
+    if layout.pipeline > 1:
+        model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    else:
+        model = WholeModel(stage, wrapped, loss)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
+    return engine
+
+
+def init_distributed(backend: str) -> None:
+    """Let DeepSpeed adopt the process group that parallel/rendezvous.py made."""
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

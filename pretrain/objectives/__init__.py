@@ -1,0 +1,5 @@
+"""OBJECTIVES: the one table from the name in a config to the loss. The engine's `Objective` protocol is the contract."""
+
+from pretrain.objectives.causal_lm import CausalLM
+
+OBJECTIVES = {"causal_lm": CausalLM}

@@ -1,0 +1,40 @@
+"""Next-token prediction (Radford et al. 2018, eq. 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parallel.megatron import TensorShard
+
+
+class CausalLM:
+    """Batch: `tokens` int64 [b, s + 1]; optional `weights` [b, s], 0 where a target does not count."""
+
+    unit = "tokens"
+
+    def __init__(self, shard: TensorShard):
+        self.shard = shard
+
+    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
+        """ids [b, s]: every token but the last."""
+        return batch["tokens"][:, :-1].contiguous()
+
+    def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Next tokens [s, b], in the order of the logits, and their weights [s, b] where the batch has them."""
+        tokens = batch["tokens"][:, 1:].transpose(0, 1).contiguous()
+        if "weights" in batch:
+            return tokens, batch["weights"].transpose(0, 1).contiguous()
+        return (tokens,)
+
+    def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many targets count, a scalar."""
+        if "weights" in batch:
+            return batch["weights"].sum()
+        tokens = batch["tokens"]
+        return torch.full((), tokens.shape[0] * (tokens.shape[1] - 1), device=tokens.device)
+
+    def loss_sum(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        """Sum of cross entropies: logits [s, b, v/t], targets as above -> scalar fp32."""
+        losses = self.shard.cross_entropy(logits, targets[0])
+        return (losses * targets[1]).sum() if len(targets) > 1 else losses.sum()
