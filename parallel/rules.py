@@ -97,6 +97,11 @@ def _legal_tensors(model: ModelFacts) -> list[int]:
 def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int], remedy: str) -> Rule:
     """The tensor ranks share `what` out evenly. `remedy` may use {multiples}."""
 
+    def possible(case: Case) -> str:
+        fitting = divisors(size(case.model))
+        shown = _listed(fitting[:12]) + (", ..." if len(fitting) > 12 else "")
+        return f"parallel.tensor one of {shown} (a divisor of {size(case.model)})"
+
     def change(case: Case) -> str:
         multiples = _either(nearest_multiples(size(case.model), case.parallel.tensor))
         return (f"set parallel.tensor to one of {_listed(_legal_tensors(case.model))} (they fit the whole model), or "
@@ -107,9 +112,7 @@ def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts
         where=where,
         broken=lambda case: size(case.model) % case.parallel.tensor != 0,
         asked=lambda case: f"{size(case.model)} {what} over parallel.tensor={case.parallel.tensor} ranks",
-        possible=lambda case: f"parallel.tensor one of {_listed(divisors(size(case.model))[:12])}, ... "
-        f"(a divisor of {size(case.model)})" if len(divisors(size(case.model))) > 12
-        else f"parallel.tensor one of {_listed(divisors(size(case.model)))} (a divisor of {size(case.model)})",
+        possible=possible,
         change=change,
     )
 
@@ -187,7 +190,7 @@ RULES: tuple[Rule, ...] = (
         asked=lambda c: f"zero_stage={c.parallel.zero_stage} with pipeline={c.parallel.pipeline}",
         possible=lambda c: "zero_stage 0 or 1 in a pipeline: DeepSpeed's pipeline engine refuses stages 2 and 3, which "
         "would exchange gradients or weights again for every micro-batch",
-        change=lambda c: f"set parallel.zero_stage=1, or parallel.pipeline=1 to keep zero_stage={c.parallel.zero_stage}",
+        change=lambda c: f"set parallel.zero_stage=1, or parallel.pipeline=1 to keep stage {c.parallel.zero_stage}",
     ),
     Rule(
         name="batch-divides",

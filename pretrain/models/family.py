@@ -20,16 +20,18 @@ from parallel.rules import Found, ModelFacts
 
 
 class FamilyConfig(BaseModel):
-    """The fields of `model` that every family has."""
+    """The fields of `model` that every family has; its own class says what they mean to it."""
 
     model_config = STRICT
 
     family: str
+    vocab_size: int
+    sequence_length: int
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """What is known of a family's models from their config alone. Every function takes an instance of `config_class`."""
+    """What is known of a family's models from their config alone. The functions take a `config_class`."""
 
     config_class: type[FamilyConfig]
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first

@@ -23,8 +23,8 @@ class GPTConfig(FamilyConfig):
     ffn: int | None = Field(None, ge=1, description="inner width of the feed-forward part; null: 4 x hidden")
     vocab_size: int = Field(ge=2, description="number of token ids")
     pad_vocab_to: int = Field(
-        1, ge=1, description="the embedding is built with vocab_size rounded up to a multiple of this; padding is never "
-        "a target nor predicted"
+        1, ge=1, description="the embedding is built with vocab_size rounded up to a multiple of this; no token id, "
+        "target or prediction falls on the padding"
     )
     sequence_length: int = Field(ge=1, description="tokens in one training sequence")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="kind of norm")

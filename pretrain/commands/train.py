@@ -1,0 +1,55 @@
+"""`trainyard train`: a run on this machine, or one rank of a run that a launcher started."""
+
+import argparse
+from pathlib import Path
+
+from launchers.local import run_local
+from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from pretrain.config import RunConfig, load_run
+from pretrain.errors import ConfigError, UserError
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "train", help="train on this machine", description="Trains what CONFIG describes. Started by torchrun, "
+        "deepspeed, mpirun or srun, it joins the ranks it finds."
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks the config, then starts the ranks or becomes one. Returns the exit code."""
+    try:
+        rank_info = read_rank_info()
+    except RankInfoError as error:
+        raise UserError(str(error)) from None
+    _check_nproc(args.nproc, rank_info)
+    world_size = rank_info.world_size if rank_info else args.nproc or 1
+    config = _load(args, rank_info, world_size)
+    if rank_info is None and world_size > 1:
+        return run_local(["train", args.config, *args.overrides], world_size, Path(config.run.dir) / "logs")
+    from pretrain.loop import train  # torch comes in here, after every check that can do without it
+
+    return train(config, rank_info or alone())
+
+
+def _check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc {nproc}: at least 1 rank is needed")
+    if nproc is not None and rank_info is not None:
+        raise UserError(f"--nproc {nproc} inside a world of {rank_info.world_size} ranks that {rank_info.source} "
+                        "started: leave --nproc out, or start the command without that launcher")
+
+
+def _load(args: argparse.Namespace, rank_info: RankInfo | None, world_size: int) -> RunConfig:
+    """The checked config. Every rank finds the same problems: rank 0 tells them all, the others only the first."""
+    try:
+        return load_run(args.config, args.overrides, world_size)
+    except ConfigError as error:
+        if rank_info is None or rank_info.rank == 0:
+            raise
+        first = error.problems[0]
+        raise UserError(f"rank {rank_info.rank} on {rank_info.node}: {len(error.problems)} problems with the config, "
+                        f"first: {first.where}: {first.asked}") from None
