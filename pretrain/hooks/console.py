@@ -70,13 +70,12 @@ class ConsoleHook(Hook):
         if self._first_loss is None:
             self._first_loss = record["loss"]
         self._recent.append((record["step_seconds"], record.get(f"{counted_in(record)}_per_second") or 0.0))
-        facts = self._facts(run, record)
         due = record["step"] % run.config.log.every == 0 or record["step"] in (1, run.total_steps)
         if due:
-            line = f"step {record['step']}/{run.total_steps}  " + "  ".join(facts)
+            line = f"step {record['step']}/{run.total_steps}  " + "  ".join(self._facts(run, record, in_full=True))
             self._say(Text(_stamped(line)), to_console=self._live is None)
         if self._live:
-            self._draw(record["step"], facts, force=record["step"] == run.total_steps)
+            self._draw(record["step"], self._facts(run, record), force=record["step"] == run.total_steps)
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
         self._heldout_loss = record["heldout_loss"]
@@ -98,17 +97,21 @@ class ConsoleHook(Hook):
         if self._quiet:
             self._quiet.show_through(None)
 
-    def _facts(self, run: RunView, record: dict[str, Any]) -> list[str]:
-        """The words of one line: loss, gradient norm, learning rate, speed, utilisation, time left."""
+    def _facts(self, run: RunView, record: dict[str, Any], in_full: bool = False) -> list[str]:
+        """The words of one line: loss, speed, utilisation, time left; in full also gradient norm and learning rate.
+
+        The live line has to fit into 80 columns.
+        """
         facts = [f"loss {record['loss']:.4f}"]
-        if record.get("grad_norm") is not None:
+        if in_full and record.get("grad_norm") is not None:
             facts.append(f"grad norm {record['grad_norm']:.3f}")
-        facts.append(f"lr {record['lr']:.2e}")
+        if in_full:
+            facts.append(f"lr {record['lr']:.2e}")
         facts.append(f"{statistics.median(rate for _, rate in self._recent):,.0f} {counted_in(record)}/s")
         if record.get("mfu") is not None:
             facts.append(f"MFU {record['mfu']:.1%}")
         if record.get("skipped"):
-            facts.append("skipped (gradients overflowed)")
+            facts.append("skipped: gradients overflowed")
         remaining = run.total_steps - record["step"]
         if remaining:
             facts.append(f"{duration(remaining * statistics.median(s for s, _ in self._recent))} left")
@@ -121,8 +124,11 @@ class ConsoleHook(Hook):
             return
         self._drawn_seconds = now
         if self._stream.isatty():
-            # rich asks descriptors 0 to 2 for the size, and 1 and 2 may be turned to a file.
-            self._console.size = os.get_terminal_size(self._stream.fileno())
+            # rich asks descriptors 0 to 2 for the size, and 1 and 2 may be turned to a file. A container's terminal
+            # may say it has no columns at all; rich's own answer stands then.
+            size = os.get_terminal_size(self._stream.fileno())
+            if size.columns and size.lines:
+                self._console.size = size
         self._live.update(self._task, completed=step, facts="  ".join(facts))
         self._live.refresh()
 

@@ -1,5 +1,6 @@
 """Draws curve.png: training and held-out loss against tokens, with the learning rate below."""
 
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ REDRAW_SECONDS = 30.0
 # More points than the picture has pixels cost time and show nothing.
 MAX_POINTS = 4000
 # The smoothed line averages over this share of the run.
-SMOOTHING_SHARE = 0.02
+SMOOTHING_SHARE = 0.04
 
 BLUE, ORANGE, GREY, INK = "#1f5fa8", "#d9661f", "#7d8590", "#24292f"
 
@@ -76,14 +77,18 @@ def draw_curve(folder: Path) -> Path | None:
     return folder / CURVE_FILE
 
 
-def smoothed(values: list[float], window: float) -> list[float]:
-    """Exponential moving average over about `window` values, without the pull towards zero at the beginning."""
-    keep = 1.0 - 1.0 / max(window, 1.0)
-    average, weight, result = 0.0, 0.0, []
-    for value in values:
-        average = keep * average + (1.0 - keep) * value
-        weight = keep * weight + (1.0 - keep)
-        result.append(average / weight)
+def smoothed(values: list[float], window: int) -> list[float]:
+    """Centred moving average over `window` values, which unlike an exponential one does not lag behind a steep fall.
+
+    At the beginning, where losses fall fast, the window shrinks on both sides alike; at the end, on the far side only.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    half = window // 2
+    result = []
+    for index in range(len(values)):
+        reach = min(index, half)
+        start, end = index - reach, min(index + reach + 1, len(values))
+        result.append((sums[end] - sums[start]) / (end - start))
     return result
 
 
@@ -94,9 +99,9 @@ def _with(path: Path, key: str) -> list[Record]:
 
 def _draw_losses(axes: "Axes", steps: list[Record], evaluations: list[Record], unit: str) -> None:
     counts, losses = [record[unit] for record in steps], [record["loss"] for record in steps]
-    window = SMOOTHING_SHARE * len(steps)
+    window = round(SMOOTHING_SHARE * len(steps))
     stride = max(1, len(steps) // MAX_POINTS)
-    if window >= 2:
+    if window >= 3:
         raw, smooth = losses[::stride], smoothed(losses, window)[::stride]
         axes.plot(counts[::stride], raw, color=BLUE, alpha=0.25, linewidth=0.8, label="training, each step")
         axes.plot(counts[::stride], smooth, color=BLUE, linewidth=1.8, label="training, smoothed")

@@ -1,0 +1,74 @@
+"""Requests to stop that arrive as signals. The handlers only set a flag; the loop looks at it after every step.
+
+All ranks have to stop at the same step, so the loop reduces ``requested_number()`` (MAX) over the ranks every step.
+"""
+
+import os
+import signal
+import threading
+
+# A scheduler's early warning and its polite end, and Ctrl-C.
+REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_NUMBERS = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
+_NAMES = {number: name.name for name, number in _NUMBERS.items()}
+
+
+class StopSignals:
+    """Notes SIGUSR1, SIGTERM and the first SIGINT; a second SIGINT ends the process at once with code 130."""
+
+    def __init__(self) -> None:
+        self._owner = os.getpid()
+        self._number = 0
+        self._interrupts = 0
+        self._before: dict[int, object] = {}
+
+    def install(self) -> "StopSignals":
+        """Takes the signals over (main thread only) and lets those in that the launcher held back until now."""
+        if threading.current_thread() is threading.main_thread():
+            for number in REQUESTS:
+                self._before[number] = signal.signal(number, self._handle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+        return self
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        return self.install()
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+    @property
+    def requested(self) -> bool:
+        """True once a signal asked this rank to stop."""
+        return self._number > 0
+
+    def requested_number(self) -> int:
+        """0, or a number for the request that the loop reduces with MAX over all ranks: SIGTERM > SIGINT > SIGUSR1."""
+        return self._number
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._owner:
+            # A loader worker inherits the handlers when it is forked. What is meant for ranks does not concern it.
+            return
+        self._number = max(self._number, _NUMBERS[number])
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+
+
+def request_name(number: int) -> str:
+    """Name of the signal behind a reduced ``requested_number()``."""
+    return _NAMES.get(number, "none")
+
+
+def ignore_in_worker() -> None:
+    """For loader workers: leaves stopping to their rank. Schedulers signal every process of a step, workers too."""
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
