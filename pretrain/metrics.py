@@ -26,10 +26,14 @@ class MetricsWriter:
     never stands twice.
     """
 
-    def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        """resumed_step: last step the checkpoint holds; 0 for a run that starts anew (drops every record)."""
+    def __init__(self, path: Path, resumed_step: int = 0, first_step: int = 1) -> None:
+        """
+        Args:
+            resumed_step: last step the checkpoint holds; 0 for a run that starts anew (drops every record).
+            first_step: 0 for a file that also has a record from before the first step.
+        """
         self._path = Path(path)
-        self._last_step = _repair(self._path, resumed_step)
+        self._last_step = _repair(self._path, resumed_step or -1, first_step - 1)
         self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -108,14 +112,13 @@ def _parse(line: bytes) -> Record | None:
     return record if sound else None
 
 
-def _repair(path: Path, resumed_step: int) -> int:
-    """Leave only sound records up to resumed_step, each step once; returns the last step kept (0: none)."""
+def _repair(path: Path, resumed_step: int, last_step: int) -> int:
+    """Leave only sound records past last_step and up to resumed_step, each step once; returns the last step kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        return 0
+        return last_step
     # Written aside and renamed: killed in between, the old file is still whole.
     aside = path.with_name(path.name + ".repaired")
-    last_step = 0
     with open(aside, "wb") as file:
         for line, record in _records(path):
             if last_step < record["step"] <= resumed_step:

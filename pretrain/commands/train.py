@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from launchers.local import run_local
-from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from parallel.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
 from pretrain.config import RunConfig, load_run
 from pretrain.errors import ConfigError, UserError
+from pretrain.quiet import Quiet, compile_notice, quiet_third_parties
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -16,7 +17,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: 1)")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: what one model needs, tensor x pipeline)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,13 +27,33 @@ def run(args: argparse.Namespace) -> int:
     except RankInfoError as error:
         raise UserError(str(error)) from None
     _check_nproc(args.nproc, rank_info)
-    world_size = rank_info.world_size if rank_info else args.nproc or 1
+    world_size = rank_info.world_size if rank_info else args.nproc
     config = _load(args, rank_info, world_size)
+    if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
+        world_size = config.parallel.tensor * config.parallel.pipeline
+        config = _load(args, rank_info, world_size)
     if rank_info is None and world_size > 1:
         return run_local(["train", args.config, *args.overrides], world_size, Path(config.run.dir) / "logs")
-    from pretrain.loop import train  # torch comes in here, after every check that can do without it
+    return run_rank(config, rank_info or alone())
 
-    return train(config, rank_info or alone())
+
+def run_rank(config: RunConfig, info: RankInfo) -> int:
+    """This process's part of the run; what third parties say at start-up goes to the rank's log file."""
+    with quiet_third_parties(Path(config.run.dir) / "logs" / f"rank-{info.rank}.log", info.rank == 0) as quiet:
+        _tell_of_compiling(quiet, info)
+        from pretrain.loop import train  # torch comes in here, after every check that can do without it
+
+        return train(config, info, quiet)
+
+
+def _tell_of_compiling(quiet: Quiet, info: RankInfo) -> None:
+    """The first DeepSpeed start on a CPU takes a minute and would look like a hang."""
+    import torch
+
+    if info.rank == 0 and not torch.cuda.is_available():
+        notice = compile_notice(process_environment().get("TORCH_EXTENSIONS_DIR"))
+        if notice:
+            quiet.terminal.write(f"{notice}\n")
 
 
 def _check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:

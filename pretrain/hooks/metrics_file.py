@@ -17,7 +17,7 @@ class MetricsFileHook(Hook):
 
     def on_start(self, run: RunView) -> None:
         self._steps = MetricsWriter(run.folder / METRICS_FILE, run.start_step)
-        self._evaluations = MetricsWriter(run.folder / EVALUATIONS_FILE, run.start_step)
+        self._evaluations = MetricsWriter(run.folder / EVALUATIONS_FILE, run.start_step, first_step=0)
 
     def on_step_end(self, run: RunView, record: dict[str, Any]) -> None:
         self._steps.write(record)

@@ -1,0 +1,104 @@
+"""What a checkpoint says about itself, and how to tell a whole one from a damaged one (no torch).
+
+A checkpoint is a folder `step-00000100/` with one safetensors file per rank that owned something, and `manifest.json`,
+written last. Each file's header lists its fragments: elements [start, start + n) of the flattened tensor-axis slice
+(`slice_rank` of `slice_size` along `slice_dim`) of a global tensor. Names and shapes are global, so any layout can read
+what any other wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "trainyard")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def folder_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what wrote a checkpoint, for the reader's information."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Write and flush the manifest; its own hash stands in it, so a torn one is noticed."""
+    body = json.dumps(content, indent=1, sort_keys=True)
+    text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": json.loads(body)}, indent=1,
+                      sort_keys=True)
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest's content.
+
+    Raises:
+        CheckpointError: it is missing, torn, of another format, or not JSON.
+    """
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        body = document["body"]
+        expected = document["sha256"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: no {MANIFEST}; this is not a complete checkpoint") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    found = hashlib.sha256(json.dumps(body, indent=1, sort_keys=True).encode()).hexdigest()
+    if found != expected:
+        raise CheckpointError(f"{path}: its content does not match its own hash (expected {expected[:12]}, found {found[:12]})")
+    if body.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {body.get('format')}; this version reads format {FORMAT}")
+    return body
+
+
+def damaged_files(folder: Path, files: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with these files of a checkpoint (size first, then SHA-256); empty when all are whole."""
+    problems = []
+    for entry in files:
+        path = folder / entry["name"]
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                problems.append(f"{path}: {size} bytes instead of {entry['bytes']}")
+            elif (found := sha256_of(path)) != entry["sha256"]:
+                problems.append(f"{path}: SHA-256 {found[:12]} instead of {entry['sha256'][:12]}")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+    return problems
+
+
+def published(checkpoints: Path) -> list[Path]:
+    """Folders under a final name, newest first; whether they are whole is another question."""
+    if not checkpoints.is_dir():
+        return []
+    found = [p for p in checkpoints.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX):].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX):]), reverse=True)

@@ -1,0 +1,202 @@
+"""Save and load: every rank writes what it owns aside, rank 0 publishes with one rename; any layout reads it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from parallel.engine import OwnedFragment
+from pretrain.checkpoint.manifest import (
+    FORMAT,
+    CheckpointError,
+    damaged_files,
+    folder_name,
+    package_versions,
+    published,
+    read_manifest,
+    sha256_of,
+    write_manifest,
+)
+
+
+class StorageError(Exception):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of one step; called by every rank together.
+
+    Args:
+        checkpoints: the run's checkpoint folder, shared by all ranks.
+        fragments: what this rank owns.
+        facts: what the manifest says besides files (config, layout, position ..); equal on all ranks.
+        keep: how many of the newest checkpoints stay.
+
+    Returns: the published folder.
+    Raises:
+        StorageError: on every rank, when any rank could not write; nothing is published then.
+    """
+    final = checkpoints / folder_name(step)
+    aside = checkpoints / f"{final.name}.part"
+    rank = dist.get_rank()
+    _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
+    entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
+    if rank == 0:
+        files = [entry for entry in entries if entry]
+        content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **facts}
+    _together(lambda: _publish(aside, final, content, keep) if rank == 0 else None, f"cannot publish {final}")
+    return final
+
+
+def _together(work, what: str) -> list[Any]:
+    """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits for ever."""
+    try:
+        outcome = (work(), None)
+    except OSError as error:
+        outcome = (None, f"rank {dist.get_rank()}: {error}")
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)  # whole world: every rank must know of every failure
+    failures = [failure for _, failure in outcomes if failure]
+    if failures:
+        raise StorageError(f"{what}: {'; '.join(failures[:3])}. Earlier checkpoints are untouched.")
+    return [result for result, _ in outcomes]
+
+
+def _clear(aside: Path) -> None:
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True)
+
+
+def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> dict[str, Any] | None:
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {}
+    for number, fragment in enumerate(fragments):
+        key = f"{number:06d}"
+        tensors[key] = fragment.tensor.detach().to("cpu", torch.float32).contiguous()
+        index[key] = {
+            "name": fragment.name, "kind": fragment.kind, "shape": fragment.global_shape,
+            "slice_dim": fragment.slice_dim, "slice_rank": fragment.slice_rank, "slice_size": fragment.slice_size,
+            "start": fragment.start, "count": fragment.tensor.numel(),
+        }
+    if not tensors:
+        return None
+    path = aside / f"rank-{rank:05d}.safetensors"
+    try:
+        save_file(tensors, path, metadata={"fragments": json.dumps(index)})
+    except SafetensorError as error:  # its way of saying that the disk refused
+        raise OSError(str(error)) from error
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int) -> None:
+    write_manifest(aside, content)
+    if final.exists():  # an earlier attempt of the same step: the new one has the same content
+        shutil.rmtree(final)
+    aside.rename(final)
+    parent = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    for old in published(final.parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class Checkpoint:
+    """A checkpoint opened for reading: whole global tensors by name and kind, in fp32."""
+
+    def __init__(self, folder: Path):
+        """Reads the manifest and every file's header.
+
+        Raises:
+            CheckpointError: the folder is not a whole checkpoint.
+        """
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._places: dict[tuple[str, str], list[tuple[Path, str, dict]]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for entry in self.manifest["files"]:
+            path = folder / entry["name"]
+            try:
+                with safe_open(path, framework="pt") as file:
+                    index = json.loads(file.metadata()["fragments"])
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from None
+            for key, place in index.items():
+                self._places.setdefault((place["name"], place["kind"]), []).append((path, key, place))
+                self.shapes[place["name"]] = tuple(place["shape"])
+
+    def tensor(self, name: str, kind: str = "weight") -> Tensor:
+        """The whole global tensor, fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the tensor is not there, or its fragments leave a gap.
+        """
+        places = self._places.get((name, kind))
+        if not places:
+            raise CheckpointError(f"{self.folder}: holds no {kind} of {name}")
+        whole = torch.empty(self.shapes[name])
+        covered = 0
+        for slice_rank, slice_size, slice_dim in {(p["slice_rank"], p["slice_size"], p["slice_dim"]) for *_, p in places}:
+            part = whole
+            if slice_dim is not None and slice_size > 1:
+                length = whole.shape[slice_dim] // slice_size
+                part = whole.narrow(slice_dim, slice_rank * length, length)
+            flat = part.view(-1) if part.is_contiguous() else torch.empty(part.numel())
+            for path, key, place in places:
+                if place["slice_rank"] == slice_rank:
+                    with safe_open(path, framework="pt") as file:
+                        flat[place["start"] : place["start"] + place["count"]] = file.get_tensor(key)
+                    covered += place["count"]
+            if not part.is_contiguous():
+                part.copy_(flat.view(part.shape))
+        if covered != whole.numel():
+            raise CheckpointError(f"{self.folder}: fragments of {name} ({kind}) hold {covered} of {whole.numel()} elements")
+        return whole
+
+
+def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies and why newer ones were passed over; called by every rank together.
+
+    Raises:
+        CheckpointError: checkpoints exist and none verifies; a run never starts from zero over them.
+    """
+    rejected: list[str] = []
+    candidates = published(checkpoints) if dist.get_rank() == 0 else []
+    shared: list[Any] = [candidates]
+    dist.broadcast_object_list(shared, src=0)  # whole world: all must look at the same list
+    for folder in shared[0]:
+        problems = _verify_together(folder)
+        if not problems:
+            return Checkpoint(folder), rejected
+        rejected += problems
+    if rejected:
+        listed = "\n  ".join(rejected[:10])
+        raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or choose "
+                              "another run.dir to start anew.")
+    return None, rejected
+
+
+def _verify_together(folder: Path) -> list[str]:
+    """Each rank hashes its share of the files; the problems of all, on all."""
+    try:
+        files = read_manifest(folder)["files"]
+        own = damaged_files(folder, files[dist.get_rank() :: dist.get_world_size()])
+    except CheckpointError as error:
+        own = [str(error)]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)  # whole world: the verdict must be the same everywhere
+    return sorted({problem for problems in gathered for problem in problems})

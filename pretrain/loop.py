@@ -1,0 +1,223 @@
+"""The training loop, readable from top to bottom. One call a rank: `train(config, rank_info, quiet)`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.index import TokenDataset
+from data_pipeline.loader import Loader, heldout_batches
+from parallel.engine import Engine, NotFinite
+from parallel.layout import Layout
+from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
+from parallel.rank_info import RankInfo
+from parallel.rendezvous import join, leave
+from pretrain.checkpoint.manifest import CheckpointError, published
+from pretrain.checkpoint.resume import check_same_run, facts_of
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.config import RunConfig
+from pretrain.errors import ExitCode, UserError
+from pretrain.hooks import Hooks, standard_hooks
+from pretrain.metrics import mfu, throughput
+from pretrain.models import FAMILIES
+from pretrain.objectives import OBJECTIVES
+from pretrain.optim import learning_rate, parameter_groups
+from pretrain.quiet import Quiet
+
+
+@dataclass
+class Run:
+    """What hooks may read of a run."""
+
+    config: RunConfig
+    layout: Layout
+    rank: int
+    world_size: int
+    folder: Path
+    device_name: str
+    start_step: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.run.steps
+
+    @property
+    def num_parameters(self) -> int:
+        return self.config.spec.parameter_count(self.config.model)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.parallel.global_batch * self.config.model.sequence_length
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
+    """Join the other ranks, train to `run.steps`, leave in order. Returns the exit code.
+
+    Raises:
+        UserError: something outside the config must change (devices, a damaged or foreign run folder, storage).
+    """
+    device, device_name = choose_device(config, info)
+    join(info)
+    try:
+        groups = build_groups(Layout.of(config.parallel, info.world_size))
+        run = Run(config, groups.layout, info.rank, info.world_size, Path(config.run.dir), device_name)
+        hooks = standard_hooks(config, quiet)
+        try:
+            return _run(run, groups, device, hooks, quiet)
+        except BaseException as error:
+            hooks.on_end(run, f"stopped by {type(error).__name__}")
+            raise
+    except CheckpointError as error:
+        raise UserError(str(error), ExitCode.DATA) from None
+    except StorageError as error:
+        raise UserError(str(error), ExitCode.STORAGE) from None
+    finally:
+        destroy_groups()
+        leave()
+
+
+def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]:
+    """This rank's device and its name.
+
+    Raises:
+        UserError: more ranks on this machine than devices, or fp16 without an accelerator.
+    """
+    if torch.cuda.is_available():
+        if info.local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
+                            f"{torch.cuda.device_count()} devices: start at most one rank for each device")
+        torch.cuda.set_device(info.local_rank)
+        return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
+    if config.precision.compute == "fp16":
+        raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
+                        "accelerator refuses it: set precision.compute=bf16 or fp32")
+    return torch.device("cpu"), "cpu"
+
+
+def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
+    """The config's family and objective on these groups."""
+    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
+    optimizer = config.optimizer
+
+    def make_optimizer(named: list) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
+                                 betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon, fused=True)
+
+    return Engine(lambda shard: modules.layers(config.model, shard),
+                  OBJECTIVES[config.objective.name](TensorShard(groups, device)), groups, config.parallel,
+                  config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+
+
+def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, quiet: Quiet | None) -> int:
+    config = run.config
+    checkpoint = _find_checkpoint(run)
+    if checkpoint:
+        check_same_run(config, checkpoint.manifest, checkpoint.folder)
+        run.start_step = checkpoint.manifest["step"]
+    if run.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        config.save(run.folder / "config.yaml")
+    engine = build_engine(config, groups, device)
+    adam_step = 0
+    if checkpoint:
+        adam_step = checkpoint.manifest["adam_step"]
+        engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    if quiet:
+        quiet.release()
+    loader = _open_loader(run, engine, checkpoint)
+    hooks.on_start(run)
+    if run.start_step == 0:
+        _evaluate(run, engine, hooks, step=0)
+    for step in range(run.start_step + 1, run.total_steps + 1):
+        record = _step(run, engine, loader, step)
+        adam_step += not record.get("skipped", False)
+        hooks.on_step_end(run, record)
+        last = step == run.total_steps
+        if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0):
+            _evaluate(run, engine, hooks, step)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            _save(run, engine, hooks, step, adam_step)
+    if loader:
+        loader.close()
+    hooks.on_end(run, "done")
+    engine.close()
+    return ExitCode.DONE
+
+
+def _find_checkpoint(run: Run) -> Checkpoint | None:
+    """The newest whole checkpoint of the run folder, on every rank the same."""
+    if run.config.checkpoint.resume == "never":
+        if published(run.checkpoints):
+            raise UserError(f"checkpoint.resume=never, and {run.checkpoints} holds {published(run.checkpoints)[0].name}: "
+                            "choose a new run.dir, or set checkpoint.resume=auto to continue")
+        return None
+    checkpoint, _ = newest_whole(run.checkpoints)
+    return checkpoint
+
+
+def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
+    """The training batches of this rank from the saved position on; None on stages that read none."""
+    if not engine.needs_data:
+        return None
+    config, at = run.config, engine.groups.coordinates
+    return Loader(TokenDataset.open(config.data.train), config.model.sequence_length, config.run.seed,
+                  config.parallel.global_batch, config.parallel.micro_batch, at.dp, run.layout.data,
+                  config.data.workers, checkpoint.manifest["position_samples"] if checkpoint else 0)
+
+
+def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[str, Any]:
+    """One optimizer step and its line in metrics.jsonl."""
+    config = run.config
+    rate = learning_rate(config.schedule, config.optimizer, step, run.total_steps)
+    started = time.perf_counter()
+    try:
+        result = engine.train_step(next(loader) if loader else None, step, rate)
+    except NotFinite as error:
+        raise UserError(f"step {step}: {error}. No weight was changed in this step. Go on from the last checkpoint in "
+                        f"{run.checkpoints} with a lower optimizer.lr or a longer schedule.warmup_steps.",
+                        ExitCode.INTERNAL) from None
+    seconds = time.perf_counter() - started
+    record = {
+        "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate,
+        "tokens": step * run.tokens_per_step, "step_seconds": seconds,
+        "tokens_per_second": throughput(run.tokens_per_step, seconds),
+    }
+    if result.skipped:
+        record["skipped"] = True
+    flops = config.spec.flops_per_token(config.model, config.model.sequence_length)
+    used = mfu(flops, record["tokens_per_second"], run.device_name, run.world_size, config.precision.compute)
+    return record if used is None else {**record, "mfu": used}
+
+
+def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
+    """Held-out loss, where the config names a held-out set."""
+    config = run.config
+    if not config.data.heldout or not config.log.evaluate_every:
+        return
+    batches = None
+    if engine.needs_data:
+        batches = list(heldout_batches(TokenDataset.open(config.data.heldout), config.model.sequence_length,
+                                       config.parallel.micro_batch, config.log.evaluate_samples,
+                                       engine.groups.coordinates.dp, run.layout.data))
+    total, count = engine.evaluate(batches)
+    hooks.on_evaluation(run, {"step": step, "tokens": step * run.tokens_per_step, "heldout_loss": total / count})
+
+
+def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> None:
+    position = step * run.config.parallel.global_batch
+    facts = facts_of(run.config, run.world_size, step, position, adam_step)
+    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep)
+    hooks.on_checkpoint(run, path, step)
