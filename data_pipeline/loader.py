@@ -7,6 +7,7 @@ and the loader takes from workers in turn, so the stream is the same for any num
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
@@ -20,6 +21,8 @@ from data_pipeline.index import TokenDataset
 from data_pipeline.order import WindowOrder
 
 MicroBatch = dict[str, torch.Tensor]
+
+RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,18 @@ def stack(samples: Sequence[dict]) -> MicroBatch:
 
 def leave_signals_to_the_rank(worker_id: int) -> None:
     """A worker outlives Ctrl-C and a job's warning signal: the rank finishes its step and then stops its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in RANK_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold the rank's signals back while workers start: they inherit the mask and are safe before they can ignore."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Loader:
@@ -191,7 +204,8 @@ class Loader:
             # spawn: a fork of a rank with threads can deadlock, and a forkserver's workers outlive a killed rank.
             multiprocessing_context="spawn",
         )
-        return iter(loader)
+        with signals_held():
+            return iter(loader)
 
     def __iter__(self) -> "Loader":
         return self

@@ -22,12 +22,12 @@ from webdataset import TarWriter
 
 from data_pipeline.corpus import Document
 from data_pipeline.errors import DataError
-from data_pipeline.index import TAR_BLOCK_BYTES, TOKENS_SUFFIX
+from data_pipeline.index import TAR_BLOCK_BYTES, TOKENS_SUFFIX, TokenDataset
 from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, TokenizerEntry
 from data_pipeline.tokenizer import Tokenizer
 
 TOKENIZER_NAME = "tokenizer.model"
-MARKER_NAME = "UNFINISHED"
+LOCK_NAME = "writer.lock"
 DEFAULT_SHARD_BYTES = 64 * 2**20
 DOCUMENTS_PER_BATCH = 64
 
@@ -75,7 +75,7 @@ def write_dataset(
     if shard_bytes < 1:
         raise DataError(f"shard_bytes={shard_bytes} must be at least 1")
     settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}"
-    if folder.exists():
+    if folder.exists() and not _is_empty_folder(folder):
         return Written(_existing(folder, documents, settings), is_reused=True)
     try:
         with _aside(folder) as aside:
@@ -225,9 +225,9 @@ def member_key(number: int, document_key: str) -> str:
 
 def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Manifest:
     try:
-        manifest = Manifest.load(folder)
+        manifest = TokenDataset.open(folder).manifest
     except DataError as error:
-        raise DataError(f"{folder} is in the way: {error}; choose another folder or remove it") from None
+        raise DataError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
     inputs = _InputsDigest()
     for document in documents:
         inputs.add(document)
@@ -243,30 +243,33 @@ def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Man
 def _aside(folder: Path) -> Iterator[Path]:
     """A fresh folder beside `folder`, renamed to it when the block ends well and removed when it does not.
 
-    A left-over of a killed writer is removed, but only when it carries our marker and no living writer holds it.
+    What a killed writer left is removed, but only when it has our lock file and no living writer holds that.
     """
     aside = folder.with_name(folder.name + ".tmp")
-    marker = aside / MARKER_NAME
-    if marker.is_file():
-        with open(marker, "rb") as old:
-            _lock(old, aside)
-            shutil.rmtree(aside)
+    lock = aside / LOCK_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if lock.is_file():
+        with open(lock, "rb") as left:
+            _lock(left, aside)
+            shutil.rmtree(aside)
+    elif aside.is_dir() and _is_empty_folder(aside):
+        aside.rmdir()
     try:
         aside.mkdir()
     except FileExistsError:
         raise DataError(f"{aside} is in the way and was not made by this tool; move it elsewhere") from None
-    with open(marker, "wb") as held:
+    with open(lock, "wb") as held:
         _lock(held, aside)
         try:
             yield aside
-            marker.unlink()
             _sync(aside)
             aside.rename(folder)
-            _sync(folder.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+        # Only now: a kill before the rename must leave a folder that the next run may remove.
+        (folder / LOCK_NAME).unlink()
+        _sync(folder.parent)
 
 
 def _lock(file: BinaryIO, aside: Path) -> None:
@@ -276,6 +279,10 @@ def _lock(file: BinaryIO, aside: Path) -> None:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
         raise DataError(f"another process is writing {aside}; wait for it, or choose another folder") from None
+
+
+def _is_empty_folder(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -305,6 +312,9 @@ def _advice(error: OSError) -> str:
         errno.ENOSPC: "no space left on the device; free some, or write elsewhere",
         errno.EDQUOT: "the disk quota is used up; free some, or write elsewhere",
         errno.EACCES: "permission denied; choose a folder that you may write to",
+        errno.EFBIG: "the file size limit of this process is used up; raise it, or write smaller shards",
+        errno.EEXIST: "a file stands where a folder is needed; choose another folder",
+        errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
         errno.EROFS: "the file system is read-only; choose a folder that you may write to",
     }
     return advice.get(error.errno, str(error))

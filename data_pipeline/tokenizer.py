@@ -1,11 +1,13 @@
 """SentencePiece tokenizers: training one on a sample of a corpus, and exact, reversible use of one.
 
 Any text comes back unchanged from `decode(encode(text))`: nothing is normalized, no space is added or removed, runs of
-spaces and tabs are symbols of their own (so source code stays short), and what the vocabulary lacks is spelled in bytes.
+spaces and tabs are symbols of their own (so source code stays short), and what the vocabulary lacks is spelled
+in bytes.
 """
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -58,6 +60,22 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.model,)
+
+    def save(self, path: str | os.PathLike, facts: dict) -> None:
+        """Write the model, and `facts` about it to `<path>.json`, each aside and then renamed; facts come first.
+
+        Raises DataError when the disk refuses.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({**facts, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+            for target, data in ((facts_path(path), content.encode()), (path, self.model)):
+                aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+                aside.write_bytes(data)
+                aside.replace(target)
+        except OSError as error:
+            raise DataError(f"cannot write tokenizer {path}: {error.strerror}") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without end-of-text."""
@@ -119,6 +137,20 @@ class Fertility:
         return self.num_tokens / max(1, self.num_words)
 
 
+def facts_path(path: str | os.PathLike) -> Path:
+    """Where the facts of a saved tokenizer stand."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+def load_facts(path: str | os.PathLike) -> dict:
+    """The facts that were saved beside the tokenizer `path`; empty when there are none that can be read."""
+    try:
+        facts = json.loads(facts_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def sample_text(documents: Iterable[Document], total_bytes: int, options: TokenizerOptions) -> list[str]:
     """Blocks of whole lines from all over the corpus, about `sample_bytes` in all, chosen by their hash."""
     fraction = min(1.0, options.sample_bytes / max(1, total_bytes))
@@ -174,7 +206,7 @@ def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokeniz
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
         raise DataError(
             f"vocab_size={options.vocab_size} does not fit {sum(map(len, sample)):,} characters of training text; "
-            f"use a smaller vocab_size or more text (SentencePiece: {detail})"
+            f"change vocab_size or give more text (SentencePiece: {detail})"
         ) from None
     return Tokenizer(written.getvalue())
 

@@ -1,0 +1,118 @@
+"""Recompute everything a dataset folder claims about itself: checksums, sample counts, every member, every token id."""
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import TOKENS_SUFFIX, Shard, load_index
+from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.tokenizer import Tokenizer
+
+READ_BYTES = 1 << 20
+MAX_MEMBER_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What was found in one file of a dataset: nothing wrong when `problems` is empty."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+    problems: tuple[str, ...]
+
+
+def verify(folder: str | os.PathLike) -> Iterator[FileReport]:
+    """Check the tokenizer and then each shard of a dataset, yielding a report for each as it is done.
+
+    Raises DataError when there is no readable manifest.
+    """
+    folder = Path(folder)
+    manifest = Manifest.load(folder)
+    yield FileReport(manifest.tokenizer.file, 0, 0, tuple(_tokenizer_problems(folder, manifest)))
+    for entry in manifest.shards:
+        yield _shard_report(folder, manifest, entry)
+
+
+def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    try:
+        tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+    except DataError as error:
+        yield error.message
+        return
+    if tokenizer.sha256 != manifest.tokenizer.sha256:
+        yield "SHA-256 differs from the manifest"
+    if (tokenizer.vocab_size, tokenizer.end_of_text) != (manifest.vocab_size, manifest.end_of_text):
+        yield "vocabulary size or end-of-text id differs from the manifest"
+
+
+def _shard_report(folder: Path, manifest: Manifest, entry: ShardEntry) -> FileReport:
+    problems: list[str] = []
+    num_documents = num_tokens = 0
+    try:
+        for name, expected in ((entry.name, entry.sha256), (entry.index, entry.index_sha256)):
+            if _sha256(folder / name) != expected:
+                problems.append(f"SHA-256 of {name} differs from the manifest")
+        num_documents = _num_members(folder / entry.name)
+        if num_documents != entry.num_documents:
+            problems.append(f"{num_documents} documents where the manifest says {entry.num_documents}")
+        rows = load_index(folder, entry, manifest.bytes_per_token)
+        found, num_tokens = _member_problems(Shard(folder / entry.name, entry.size_bytes), rows, manifest)
+        problems += found[:MAX_MEMBER_PROBLEMS]
+        if len(found) > MAX_MEMBER_PROBLEMS:
+            problems.append(f"{len(found) - MAX_MEMBER_PROBLEMS} further documents are damaged")
+    except DataError as error:
+        problems.append(error.message)
+    return FileReport(entry.name, num_documents, num_tokens, tuple(problems))
+
+
+def _member_problems(shard: Shard, rows: np.ndarray, manifest: Manifest) -> tuple[list[str], int]:
+    """Problems of single documents, and the number of tokens of the sound ones."""
+    problems = []
+    num_tokens = 0
+    for number, (offset, length_bytes, count) in enumerate(rows.tolist()):
+        fault = shard.member_fault(offset, length_bytes)
+        if fault is None:
+            tokens = shard.tokens(offset, length_bytes, manifest.dtype)
+            fault = _token_fault(tokens, manifest)
+        if fault:
+            problems.append(f"document {number} at byte {offset:,}: {fault}")
+        else:
+            num_tokens += count
+    return problems, num_tokens
+
+
+def _token_fault(tokens: np.ndarray, manifest: Manifest) -> str | None:
+    if len(tokens) == 0:
+        return "no tokens"
+    if int(tokens.max()) >= manifest.vocab_size:
+        return f"token id {int(tokens.max())} where the vocabulary ends at {manifest.vocab_size - 1}"
+    if int(tokens[-1]) != manifest.end_of_text:
+        return "does not end with end-of-text"
+    return None
+
+
+def _num_members(path: Path) -> int:
+    """Members of a tar file, walked from header to header without the index."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return sum(member.isreg() and member.name.endswith(TOKENS_SUFFIX) for member in archive)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} is not a readable tar file: {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()

@@ -1,0 +1,298 @@
+"""`trainyard data ...`: looks at a corpus, trains a tokenizer, writes, verifies and describes dataset folders."""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data_pipeline.errors import DataError
+from pretrain.errors import ExitCode
+
+if TYPE_CHECKING:
+    from data_pipeline.corpus import Corpus
+    from data_pipeline.shards import Progress as Written
+    from data_pipeline.tokenizer import Tokenizer
+
+SECONDS_BETWEEN_LINES = 5.0
+MEGABYTE = 1e6
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the verb `data` and its own verbs."""
+    parser = subparsers.add_parser("data", help="prepare and check data", description=__doc__)
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
+
+    corpus = verbs.add_parser("corpus", help="count the documents of an input, and what is left out and why")
+    _add_input(corpus)
+    corpus.add_argument("--split", choices=("train", "heldout", "all"), default="all", help="which part (all)")
+    corpus.add_argument("--to", type=Path, metavar="FILE", help="also write the documents as .jsonl")
+
+    tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer on the training part of an input")
+    _add_input(tokenizer)
+    tokenizer.add_argument("--vocab-size", type=int, default=4096, help="exact number of token ids (4096)")
+    tokenizer.add_argument("--algorithm", choices=("bpe", "unigram"), default="bpe", help="(bpe)")
+    tokenizer.add_argument("--to", type=Path, required=True, metavar="FILE", help="the model file to write")
+
+    shard = verbs.add_parser("shard", help="tokenize documents into a dataset folder of tar shards")
+    _add_input(shard)
+    shard.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
+    shard.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
+    shard.add_argument("--split", choices=("train", "heldout", "all"), default="train", help="which part (train)")
+    shard.add_argument("--shard-mb", type=float, default=64.0, help="token megabytes per shard (64)")
+    shard.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads (one per core)")
+
+    verify = verbs.add_parser("verify", help="recompute the checksums and counts of a dataset")
+    verify.add_argument("folder", type=Path, metavar="DIR")
+
+    stats = verbs.add_parser("stats", help="what a dataset holds")
+    stats.add_argument("folder", type=Path, metavar="DIR")
+    stats.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample to count with (1024)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb that was parsed; returns the exit code. Raises DataError on what the user must change."""
+    verbs = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard, "verify": _verify, "stats": _stats}
+    return verbs[args.data_verb](args, Console(soft_wrap=True, highlight=False))
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files or folders (.txt .md .py .jsonl), or `stdlib`: the source of Python's standard library",
+    )
+    parser.add_argument(
+        "--heldout-fraction", type=float, default=0.02, help="share of documents kept apart for evaluation (0.02)"
+    )
+
+
+def _open_corpus(args: argparse.Namespace, part: str) -> "Corpus":
+    from data_pipeline.corpus import Limits, documents, standard_library_documents
+
+    limits = Limits(heldout_fraction=args.heldout_fraction)
+    if args.input == ["stdlib"]:
+        return standard_library_documents(limits).select(part)
+    return documents(args.input, limits).select(part)
+
+
+def _corpus(args: argparse.Namespace, console: Console) -> int:
+    corpus = _open_corpus(args, args.split)
+    if args.to is None:
+        for _ in corpus:
+            pass
+    else:
+        _write_records(corpus, args.to)
+        console.print(f"wrote {args.to}")
+    _print_report(corpus, console)
+    return ExitCode.DONE
+
+
+def _write_records(corpus: "Corpus", path: Path) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            for document in corpus:
+                file.write(json.dumps({"key": document.key, "text": document.text}, ensure_ascii=False) + "\n")
+        aside.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _print_report(corpus: "Corpus", console: Console) -> None:
+    report = corpus.report
+    console.print(
+        f"{corpus.name} ({corpus.part}): {report.num_documents:,} documents, "
+        f"{report.text_bytes / MEGABYTE:.1f} MB from {report.num_files:,} files"
+    )
+    for reason, number in sorted(report.skipped.items()):
+        console.print(f"  left out {number:,}: {reason}")
+
+
+def _tokenizer(args: argparse.Namespace, console: Console) -> int:
+    from data_pipeline.tokenizer import TokenizerOptions, inputs_sha256, load_facts, sample_text, train_tokenizer
+
+    options = TokenizerOptions(vocab_size=args.vocab_size, algorithm=args.algorithm)
+    corpus = _open_corpus(args, "train")
+    for _ in corpus:
+        pass
+    _print_report(corpus, console)
+    sample = sample_text(corpus, corpus.report.text_bytes, options)
+    fingerprint = inputs_sha256(sample, options)
+    if args.to.exists():
+        return _reuse_tokenizer(args.to, fingerprint, load_facts(args.to), console)
+    started = time.monotonic()
+    with console.status("training"):
+        tokenizer = train_tokenizer(sample, options)
+    console.print(f"trained {args.algorithm} on {len(sample):,} blocks in {time.monotonic() - started:.1f} s")
+    facts = {"inputs_sha256": fingerprint, "algorithm": args.algorithm, "vocab_size": tokenizer.vocab_size}
+    facts |= _fertility(tokenizer, _open_corpus(args, "heldout"), _open_corpus(args, "train"))
+    tokenizer.save(args.to, facts)
+    console.print(f"wrote {args.to}")
+    _print_facts(facts, console)
+    return ExitCode.DONE
+
+
+def _reuse_tokenizer(path: Path, fingerprint: str, facts: dict, console: Console) -> int:
+    from data_pipeline.tokenizer import Tokenizer
+
+    if facts.get("inputs_sha256") != fingerprint or Tokenizer.load(path).sha256 != facts.get("sha256"):
+        raise DataError(
+            f"{path} exists and was made from other input or options; choose another --to or remove that file first"
+        )
+    console.print(f"{path} is there already, made from the same input: reused")
+    _print_facts(facts, console)
+    return ExitCode.DONE
+
+
+def _fertility(tokenizer: "Tokenizer", heldout: "Corpus", train: "Corpus") -> dict:
+    """Measured on text that the tokenizer was not trained on, or on the training part where there is no other."""
+    from data_pipeline.tokenizer import measure
+
+    measured_on = "held-out documents"
+    found = measure(tokenizer, heldout)
+    if found.num_documents == 0:
+        measured_on = "training documents"
+        found = measure(tokenizer, train)
+    return {
+        "measured_on": f"{found.num_documents} {measured_on}",
+        "bytes_per_token": round(found.bytes_per_token, 4),
+        "tokens_per_word": round(found.tokens_per_word, 4),
+        "num_round_trip_errors": found.num_round_trip_errors,
+    }
+
+
+def _print_facts(facts: dict, console: Console) -> None:
+    console.print(
+        f"{facts['vocab_size']} token ids; on {facts['measured_on']}: {facts['bytes_per_token']:.3f} bytes per token, "
+        f"{facts['tokens_per_word']:.3f} tokens per word, {facts['num_round_trip_errors']} round-trip errors"
+    )
+
+
+def _shard(args: argparse.Namespace, console: Console) -> int:
+    from data_pipeline.shards import write_dataset
+    from data_pipeline.tokenizer import Tokenizer
+
+    corpus = _open_corpus(args, args.split)
+    tokenizer = Tokenizer.load(args.tokenizer)
+    with _shown_progress(console) as show:
+        written = write_dataset(
+            corpus,
+            tokenizer,
+            args.to,
+            shard_bytes=round(args.shard_mb * MEGABYTE),
+            split=args.split,
+            num_threads=max(1, args.threads),
+            progress=show,
+        )
+    _print_report(corpus, console)
+    manifest = written.manifest
+    if written.is_reused:
+        console.print(f"{args.to} is there already, made from the same input: reused")
+    else:
+        console.print(f"wrote {args.to}")
+    console.print(
+        f"{manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens in {len(manifest.shards)} shards, "
+        f"{manifest.text_bytes / manifest.num_tokens:.3f} bytes per token"
+    )
+    return ExitCode.DONE
+
+
+@contextmanager
+def _shown_progress(console: Console) -> Iterator:
+    """Yield a callback for the shard writer: a live line on a terminal, a plain line every few seconds elsewhere."""
+    started = time.monotonic()
+    if not console.is_terminal:
+        shown = _PlainLines(console, started)
+        yield shown
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as live:
+        task = live.add_task("tokenizing", total=None)
+        yield lambda written: live.update(task, description=_progress_line(written, started))
+
+
+class _PlainLines:
+    """Prints progress at most every SECONDS_BETWEEN_LINES."""
+
+    def __init__(self, console: Console, started: float) -> None:
+        self.console = console
+        self.started = started
+        self.printed = started
+
+    def __call__(self, written: "Written") -> None:
+        now = time.monotonic()
+        if now - self.printed >= SECONDS_BETWEEN_LINES:
+            self.printed = now
+            self.console.print(_progress_line(written, self.started))
+
+
+def _progress_line(written: "Written", started: float) -> str:
+    seconds = max(1e-9, time.monotonic() - started)
+    return (
+        f"{written.num_documents:,} documents, {written.num_tokens:,} tokens, "
+        f"{written.num_documents / seconds:,.0f} documents/s, {written.text_bytes / MEGABYTE / seconds:.1f} MB/s"
+    )
+
+
+def _verify(args: argparse.Namespace, console: Console) -> int:
+    from data_pipeline.verify import verify
+
+    table = Table("file", "documents", "tokens", "problem")
+    num_files = num_problems = 0
+    with console.status(f"verifying {args.folder}"):
+        for report in verify(args.folder):
+            num_files += 1
+            num_problems += len(report.problems)
+            for problem in report.problems or ("none",):
+                table.add_row(report.name, f"{report.num_documents:,}", f"{report.num_tokens:,}", problem)
+    console.print(table)
+    if num_problems:
+        console.print(f"{args.folder}: {num_problems} problems in {num_files} files; do not train on it")
+        return ExitCode.DATA
+    console.print(f"{args.folder}: {num_files} files, all as the manifest says")
+    return ExitCode.DONE
+
+
+def _stats(args: argparse.Namespace, console: Console) -> int:
+    import numpy as np
+
+    from data_pipeline.index import TokenDataset
+    from data_pipeline.order import num_windows
+
+    if args.sequence_length < 1:
+        raise DataError(f"--sequence-length {args.sequence_length} must be at least 1")
+    dataset = TokenDataset.open(args.folder)
+    manifest = dataset.manifest
+    least, median, most = np.percentile(dataset.token_counts, (0, 50, 100))
+    table = Table(show_header=False)
+    for name, value in (
+        ("folder", str(args.folder)),
+        ("split", manifest.split),
+        ("documents", f"{manifest.num_documents:,}"),
+        ("tokens", f"{manifest.num_tokens:,}"),
+        ("text", f"{manifest.text_bytes / MEGABYTE:.1f} MB, {manifest.text_bytes / manifest.num_tokens:.3f} per token"),
+        ("tokens per document", f"{least:,.0f} least, {median:,.0f} median, {most:,.0f} most"),
+        ("shards", f"{len(manifest.shards)}, {manifest.size_bytes / MEGABYTE:.1f} MB, {manifest.dtype} ids"),
+        ("vocabulary", f"{manifest.vocab_size:,}, end-of-text is {manifest.end_of_text}"),
+        ("tokenizer", f"{manifest.tokenizer.file}, SHA-256 {manifest.tokenizer.sha256[:16]}..."),
+        (
+            f"samples of {args.sequence_length} tokens",
+            f"{num_windows(manifest.num_tokens, args.sequence_length):,} an epoch",
+        ),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    return ExitCode.DONE
