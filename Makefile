@@ -1,0 +1,35 @@
+# make install   a virtual environment in .venv with the tested versions; nothing to do the second time
+# make demo      prepares data, trains the tiny model and shows the result
+# make test      what CI runs     make quick   the fast part of it     make lint   make docs
+#
+# Without a GPU, `pip install torch` may still bring several GB of CUDA packages. To stay on the CPU build, name the index
+# that holds it: make install TORCH_INDEX_URL=... (the address is in PyTorch's installation guide).
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: install demo test quick lint docs
+
+install: $(STAMP)
+
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX_URL),$(BIN)/pip install -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/trainyard demo
+
+test:
+	.ci/run
+
+quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm"
+
+lint: install
+	$(BIN)/ruff check .
+
+docs: install
+	$(BIN)/python -m pretrain.config_reference > docs/config.md

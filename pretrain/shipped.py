@@ -1,0 +1,10 @@
+"""Where the files lie that come with the package but are no code: recipes and job templates (facts: no torch)."""
+
+import sysconfig
+from pathlib import Path
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder `configs` or `slurm`: of this source tree, else of the installed copy (see setup.py)."""
+    beside = Path(__file__).parents[1] / name
+    return beside if beside.is_dir() else Path(sysconfig.get_path("data"), "share", "trainyard", name)

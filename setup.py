@@ -1,0 +1,49 @@
+"""The package. Versions here are ranges; constraints.txt pins the ones that were tested together."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+SHIPPED = ("configs", "slurm")  # installed under share/trainyard, see pretrain/shipped.py
+
+
+def shipped_files() -> list[tuple[str, list[str]]]:
+    """Recipes and job templates by target folder, as paths relative to this file."""
+    folders = sorted({path.parent for name in SHIPPED for path in (ROOT / name).rglob("*") if path.is_file()})
+    return [
+        (f"share/trainyard/{folder.relative_to(ROOT).as_posix()}",
+         sorted(path.relative_to(ROOT).as_posix() for path in folder.iterdir() if path.is_file()))
+        for folder in folders
+    ]
+
+
+setup(
+    name="trainyard",
+    version="0.1.0",
+    description="Pretrains large models on many accelerators",
+    python_requires=">=3.11",
+    packages=find_packages(include=[
+        room + below for room in ("pretrain", "parallel", "data_pipeline", "launchers") for below in ("", ".*")
+    ]),
+    data_files=shipped_files(),
+    install_requires=[
+        "torch>=2.11,<3",
+        "deepspeed>=0.19,<0.20",
+        "megatron-core>=0.16,<0.17",
+        "webdataset>=1,<2",
+        "sentencepiece>=0.2,<0.3",
+        "pydantic>=2.8,<3",
+        "PyYAML>=6,<7",
+        "numpy>=1.26,<3",
+        "rich>=13",
+        "tensorboard>=2.16",
+        "matplotlib>=3.8",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "mpi": ["mpi4py>=4,<5"],
+        "dev": ["pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["trainyard = pretrain.cli:main"]},
+)
