@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -28,8 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code of the process, see `pretrain.errors.ExitCode`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parse(argv)
+    return report(lambda: args.run(args))
+
+
+def report(work: Callable[[], int]) -> int:
+    """The exit code of `work`; what went wrong in it is told on standard error."""
     try:
-        return args.run(args)
+        return work()
     except (ConfigError, UserError) as error:
         _complain(str(error))
         return error.exit_code
