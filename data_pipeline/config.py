@@ -19,9 +19,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: str = Field(
-        min_length=1, description="Folder of the training set, as written by `trainyard data shard`."
-    )
+    train: str = Field(min_length=1, description="Folder of the training set, as written by `trainyard data shard`.")
     heldout: str | None = Field(
         default=None,
         min_length=1,

@@ -39,9 +39,7 @@ class Shard:
 
     def tokens(self, offset: int, length_bytes: int, dtype: str) -> np.ndarray:
         """Read-only view of the token ids stored at `offset`. Raises DataError when the file shrank while in use."""
-        # Touching a mapped page behind the end of a file kills the process, so the size is asked again before.
-        if self._map.size() < self.size_bytes:
-            raise DataError(f"shard {self.path} shrank to {self._map.size():,} bytes while it was being read")
+        self._require_whole()
         dtype = np.dtype(dtype)
         return np.frombuffer(self._map, dtype, length_bytes // dtype.itemsize, offset)
 
@@ -49,6 +47,7 @@ class Shard:
         """What is wrong with the tar header before `offset`: None when it names a token file of `length_bytes`."""
         if offset < TAR_BLOCK_BYTES or offset % TAR_BLOCK_BYTES or offset + length_bytes > self.size_bytes:
             return "the index points outside the shard"
+        self._require_whole()
         try:
             header = tarfile.TarInfo.frombuf(self._map[offset - TAR_BLOCK_BYTES : offset], "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
@@ -63,8 +62,15 @@ class Shard:
 
     def key(self, offset: int) -> str:
         """The member's name without its suffix."""
+        self._require_whole()
         header = tarfile.TarInfo.frombuf(self._map[offset - TAR_BLOCK_BYTES : offset], "utf-8", "replace")
         return header.name.removesuffix(TOKENS_SUFFIX)
+
+    def _require_whole(self) -> None:
+        """Touching a mapped page behind the end of its file kills the process, so ask for the size before."""
+        found = self._map.size()
+        if found < self.size_bytes:
+            raise DataError(f"shard {self.path} shrank to {found:,} bytes while it was being read")
 
 
 class TokenDataset:

@@ -203,7 +203,8 @@ def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokeniz
             minloglevel=2,
         )
     except RuntimeError as error:
-        detail = str(error).strip().splitlines()[-1] if str(error).strip() else "no reason given"
+        # What stands before the last bracket is the place in SentencePiece's source.
+        detail = str(error).strip().rpartition("] ")[2]
         raise DataError(
             f"vocab_size={options.vocab_size} does not fit {sum(map(len, sample)):,} characters of training text; "
             f"change vocab_size or give more text (SentencePiece: {detail})"

@@ -1,11 +1,12 @@
 """`trainyard data ...`: looks at a corpus, trains a tokenizer, writes, verifies and describes dataset folders."""
 
 import argparse
+import filecmp
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,23 +93,30 @@ def _corpus(args: argparse.Namespace, console: Console) -> int:
         for _ in corpus:
             pass
     else:
-        _write_records(corpus, args.to)
-        console.print(f"wrote {args.to}")
+        is_reused = _write_records(corpus, args.to)
+        console.print(f"{args.to} is there already, with the same content: reused" if is_reused else f"wrote {args.to}")
     _print_report(corpus, console)
     return ExitCode.DONE
 
 
-def _write_records(corpus: "Corpus", path: Path) -> None:
+def _write_records(corpus: "Corpus", path: Path) -> bool:
+    """Write one JSON object a line; True when the same file was there before."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "w", encoding="utf-8") as file:
             for document in corpus:
                 file.write(json.dumps({"key": document.key, "text": document.text}, ensure_ascii=False) + "\n")
-        aside.replace(path)
+        if not path.exists():
+            aside.replace(path)
+            return False
+        if filecmp.cmp(aside, path, shallow=False):
+            return True
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    raise DataError(f"{path} exists with other content; choose another --to or remove that file first")
 
 
 def _print_report(corpus: "Corpus", console: Console) -> None:

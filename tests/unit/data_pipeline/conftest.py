@@ -1,0 +1,57 @@
+"""A tiny corpus, tokenizer and dataset, made once; tests that damage a dataset take a copy."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.corpus import Document
+from data_pipeline.index import TokenDataset
+from data_pipeline.shards import write_dataset
+from data_pipeline.tokenizer import Tokenizer, TokenizerOptions, sample_text, train_tokenizer
+
+WORDS = "def return self class import the of and loss gradient token = == ( ) : , . 12 0.5 naïve".split()  # noqa: SIM905
+
+
+def make_documents(num_documents: int, seed: int = 0) -> list[Document]:
+    """Seeded documents of 1 to 60 lines with indentation, tabs and some non-ASCII text."""
+    chance = random.Random(seed)
+    made = []
+    for number in range(num_documents):
+        lines = [
+            chance.choice(("", "    ", "\t", "        ")) + " ".join(chance.choices(WORDS, k=chance.randint(1, 9)))
+            for _ in range(chance.randint(1, 60))
+        ]
+        made.append(Document(f"folder/file.{number}.py", "\n".join(lines) + "\n"))
+    return made
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[Document]:
+    return make_documents(60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: list[Document]) -> Tokenizer:
+    options = TokenizerOptions(vocab_size=400)
+    return train_tokenizer(sample_text(corpus, 1, options), options)
+
+
+@pytest.fixture(scope="session")
+def dataset_folder(corpus: list[Document], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About five shards; read only."""
+    folder = tmp_path_factory.mktemp("data") / "train"
+    write_dataset(corpus, tokenizer, folder, shard_bytes=8_000)
+    return folder
+
+
+@pytest.fixture
+def copied_folder(dataset_folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(dataset_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def dataset(dataset_folder: Path) -> TokenDataset:
+    return TokenDataset.open(dataset_folder)

@@ -1,0 +1,86 @@
+"""`trainyard data ...` from raw text to a verified dataset, twice, and on wrong input."""
+
+import argparse
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import TokenDataset
+from pretrain.commands import data
+
+
+def trainyard(*words):
+    parser = argparse.ArgumentParser()
+    data.add_parser(parser.add_subparsers())
+    return data.run(parser.parse_args(["data", *map(str, words)]))
+
+
+@pytest.fixture
+def source(tmp_path, corpus):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, document in enumerate(corpus):
+        (folder / f"{number:03d}.py").write_text(document.text)
+    return folder
+
+
+def test_from_text_to_a_dataset_and_again(source, tmp_path, capsys):
+    model, folder = tmp_path / "t.model", tmp_path / "train"
+    make_tokenizer = ("tokenizer", "--input", source, "--vocab-size", 400, "--to", model, "--heldout-fraction", 0.1)
+    make_shards = ("shard", "--input", source, "--tokenizer", model, "--to", folder, "--heldout-fraction", 0.1)
+    for verb in (make_tokenizer, make_shards):
+        assert trainyard(*verb) == 0
+        first = capsys.readouterr().out
+        assert trainyard(*verb) == 0
+        second = capsys.readouterr().out
+        assert "reused" not in first and "wrote" in first
+        assert "reused" in second and "wrote" not in second
+        assert "per token" in first and first.strip().splitlines()[-1] == second.strip().splitlines()[-1]
+    assert trainyard(*make_shards, "--to", tmp_path / "heldout", "--split", "heldout") == 0
+    assert len(TokenDataset.open(folder)) + len(TokenDataset.open(tmp_path / "heldout")) == 60
+    assert trainyard("verify", folder) == 0
+    assert trainyard("stats", folder) == 0
+    assert "end-of-text is 1" in capsys.readouterr().out
+
+
+def test_verify_reports_damage(copied_folder, capsys):
+    (copied_folder / "shard-000002.tar").write_bytes(b"<html>")
+    assert trainyard("verify", copied_folder) == 65
+    assert "shard-000002.tar" in capsys.readouterr().out
+
+
+def test_corpus(source, tmp_path, capsys):
+    records = tmp_path / "set.jsonl"
+    for outcome in ("wrote", "reused"):
+        assert trainyard("corpus", "--input", source, "--to", records) == 0
+        assert outcome in capsys.readouterr().out
+    assert trainyard("corpus", "--input", records) == 0
+    assert "60 documents" in capsys.readouterr().out
+    records.write_text("mine")
+    with pytest.raises(DataError, match="other content"):
+        trainyard("corpus", "--input", source, "--to", records)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set.jsonl", "source"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("corpus", "--input", "nowhere"), "nowhere does not exist"),
+        (("stats", "nowhere"), "nowhere does not exist"),
+        (("verify", "nowhere"), "nowhere does not exist"),
+        (("tokenizer", "--input", "stdlib", "--vocab-size", 7, "--to", "x"), "vocab_size=7 is too small"),
+        (("shard", "--input", "stdlib", "--tokenizer", "none.model", "--to", "x"), "cannot read tokenizer none.model"),
+    ],
+)
+def test_wrong_input(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        trainyard(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_tokenizer_is_not_overwritten(source, tmp_path):
+    (tmp_path / "t.model").write_bytes(b"mine")
+    with pytest.raises(DataError, match="exists and was made from other input"):
+        trainyard("tokenizer", "--input", source, "--vocab-size", 400, "--to", tmp_path / "t.model")
+    assert (tmp_path / "t.model").read_bytes() == b"mine"

@@ -1,0 +1,159 @@
+"""Steps are the same for any workers, ranks, micro-batches and any place of resumption."""
+
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.index import TokenDataset
+from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.order import WindowOrder
+
+LENGTH = 32
+SEED = 7
+
+
+def rows(steps) -> torch.Tensor:
+    """Samples of several steps in order, [num_samples, LENGTH + 1]."""
+    return torch.cat([micro_batch["tokens"] for step in steps for micro_batch in step])
+
+
+def take(dataset, num_steps, **options) -> torch.Tensor:
+    with Loader(dataset, LENGTH, SEED, **options) as loader:
+        return rows([next(loader) for _ in range(num_steps)])
+
+
+@pytest.fixture(scope="session")
+def expected(dataset) -> torch.Tensor:
+    """The first 480 samples of the run, straight from the order."""
+    order = WindowOrder(dataset.token_counts, LENGTH, SEED)
+    assert order.windows_per_epoch < 480, "the tests should cross an epoch"
+    return torch.from_numpy(np.stack([dataset.window(order.pieces(position)) for position in range(480)]))
+
+
+def test_shape_type_and_position(dataset):
+    loader = Loader(dataset, LENGTH, SEED, global_batch=12, micro_batch=2, data_rank=1, data_size=2, start_position=24)
+    step = next(loader)
+    assert [micro_batch["tokens"].shape for micro_batch in step] == [(2, LENGTH + 1)] * 3
+    assert step[0].keys() == {"tokens"}
+    assert step[0]["tokens"].dtype == torch.int64
+    assert loader.position == 36
+    assert loader.epoch == 36 / loader.windows_per_epoch
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_any_ranks_and_micro_batches_give_the_global_order(
+    dataset, expected, data_size, micro_batch, accumulation, start
+):
+    """Resumed at any position: the ranks' blocks of each step, in rank order, are the run's samples."""
+    batch = data_size * micro_batch * accumulation
+    loaders = [Loader(dataset, LENGTH, SEED, batch, micro_batch, r, data_size, 0, start) for r in range(data_size)]
+    taken = rows([next(loader) for _ in range(3) for loader in loaders])
+    assert torch.equal(taken, expected[start : start + 3 * batch])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_stream(dataset, expected, workers):
+    options = {"global_batch": 12, "micro_batch": 2, "data_rank": 1, "data_size": 2, "start_position": 300}
+    alone = take(dataset, 10, workers=0, **options)
+    assert torch.equal(take(dataset, 10, workers=workers, **options), alone)
+    assert torch.equal(alone[:6], expected[306:312])
+
+
+def test_damage_reaches_the_rank_from_a_worker(copied_folder):
+    """The message is the one that a rank without workers gives, at the same step."""
+    for shard in copied_folder.glob("*.tar"):
+        with open(shard, "r+b") as file:
+            file.seek(512)
+            file.write(b"\xff\xff")
+    outcomes = []
+    for workers in (0, 1):
+        with Loader(TokenDataset.open(copied_folder), LENGTH, SEED, 4, 2, workers=workers) as loader:
+            with pytest.raises(DataError, match="holds token id 65535") as raised:
+                for _ in range(loader.windows_per_epoch):
+                    next(loader)
+            outcomes.append((loader.position, raised.value.message))
+    assert outcomes[0] == outcomes[1]
+
+
+def children() -> set[int]:
+    """Processes whose parent is this one."""
+    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+        return set(map(int, file.read().split()))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+def test_workers_ignore_signals_and_end_with_the_loader(dataset):
+    before = children()
+    loader = Loader(dataset, LENGTH, SEED, 4, 2, workers=1)
+    workers = children() - before
+    assert workers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for pid in workers:
+            os.kill(pid, number)
+    for _ in range(5):
+        next(loader)
+    loader.close()
+    deadline = time.monotonic() + 20
+    # What multiprocessing itself keeps (its resource tracker) stays until this process ends.
+    while any(is_loader_worker(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_loader_worker(pid) for pid in workers)
+
+
+def is_loader_worker(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"spawn_main" in file.read()
+    except OSError:
+        return False
+
+
+def double(source):
+    """A user's stage."""
+    for sample in source:
+        yield sample | {"doubled": sample["tokens"] * 2}
+
+
+def test_a_further_stage(dataset):
+    [micro_batch] = next(Loader(dataset, LENGTH, SEED, 4, 4, stages=[double]))
+    assert torch.equal(micro_batch["doubled"], micro_batch["tokens"] * 2)
+
+
+def test_dataset_pickles_as_its_folder(dataset):
+    content = pickle.dumps(dataset)
+    assert len(content) < 1_000
+    assert np.array_equal(pickle.loads(content).tokens(3), dataset.tokens(3))
+
+
+@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("num_samples", [1, 7, 12, None])
+def test_heldout_is_the_same_on_any_layout(dataset, data_size, num_samples):
+    order = WindowOrder(dataset.token_counts, LENGTH, None)
+    size = num_samples or order.windows_per_epoch
+    expected = np.stack([dataset.window(order.pieces(position)) for position in range(size)])
+    ranks = [list(heldout_batches(dataset, LENGTH, 2, num_samples, r, data_size)) for r in range(data_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
+    tokens = torch.cat([batch["tokens"] for batch in in_order])
+    weights = torch.cat([batch["weights"] for batch in in_order])
+    assert torch.equal(tokens[:size], torch.from_numpy(expected))
+    assert weights.shape == (len(tokens), LENGTH)
+    assert weights.dtype == torch.float32
+    assert torch.all(weights[:size] == 1) and torch.all(weights[size:] == 0)
+    assert len(tokens) - size < 2 * data_size
+
+
+def test_too_small_for_one_sample(dataset):
+    with pytest.raises(DataError, match="larger dataset"):
+        Loader(dataset, dataset.num_tokens, SEED, 1, 1)
+    with pytest.raises(DataError, match="larger dataset"):
+        next(heldout_batches(dataset, dataset.num_tokens, 1))

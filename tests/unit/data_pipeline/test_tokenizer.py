@@ -1,0 +1,96 @@
+"""Text comes back exactly, training is repeatable, and wrong files are named."""
+
+import pickle
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import Tokenizer, TokenizerOptions, load_facts, measure, sample_text, train_tokenizer
+
+# Characters that tokenizers like to lose, mixed into arbitrary text.
+awkward = st.sampled_from(
+    ["\t", "\n", "\r\n", "  ", " " * 7, "\u2581", "\ufeff", "\ufffd", "\0", "<s>", "<0x41>", "😀"]
+)
+texts = st.lists(awkward | st.text(max_size=6), max_size=20).map("".join)
+
+
+@given(text=texts)
+@example(text=" leading and trailing  ")
+@example(text="def f(x):\n\tif x:\r\n        return '漢字かな'\n")
+@example(text="<|endoftext|><unk>")
+@settings(max_examples=300, deadline=None)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.end_of_text not in ids
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@given(st.lists(texts, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_threads_do_not_change_tokens(tokenizer, many):
+    assert tokenizer.encode_many(many, num_threads=2) == [tokenizer.encode(text) for text in many]
+
+
+def test_vocabulary_size_is_exact_and_indentation_is_short(tokenizer):
+    assert tokenizer.vocab_size == 400
+    assert len(tokenizer.encode(" " * 8)) == 1
+    assert len(tokenizer.encode("\t")) == 1
+
+
+def test_same_text_same_model(corpus, tokenizer):
+    options = TokenizerOptions(vocab_size=400)
+    assert train_tokenizer(sample_text(corpus, 1, options), options).sha256 == tokenizer.sha256
+
+
+def test_save_load_pickle(tokenizer, tmp_path):
+    path = tmp_path / "new" / "t.model"
+    tokenizer.save(path, {"note": 1})
+    loaded = Tokenizer.load(path)
+    assert loaded.sha256 == tokenizer.sha256 == load_facts(path)["sha256"]
+    assert pickle.loads(pickle.dumps(loaded)).encode("self") == tokenizer.encode("self")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["t.model", "t.model.json"]
+
+
+def test_measure(tokenizer, corpus):
+    found = measure(tokenizer, corpus)
+    assert (found.num_documents, found.num_round_trip_errors) == (60, 0)
+    assert 1 < found.bytes_per_token < 20
+
+
+def test_sample_is_a_share_of_the_corpus(corpus):
+    total = sum(len(document.text.encode()) for document in corpus)
+    sample = sample_text(corpus, total, TokenizerOptions(sample_bytes=total // 2))
+    assert 0 < sum(len(block.encode()) for block in sample) < total
+    assert "".join(sample_text(corpus, total, TokenizerOptions())) == "".join(d.text for d in corpus)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\n\x0a"])
+def test_not_a_model(tmp_path, content):
+    path = tmp_path / "wrong.model"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="wrong.model"):
+        Tokenizer.load(path)
+
+
+def test_missing_model(tmp_path):
+    with pytest.raises(DataError, match="cannot read tokenizer .*none.model: No such file"):
+        Tokenizer.load(tmp_path / "none.model")
+
+
+def test_more_vocabulary_than_text():
+    with pytest.raises(DataError, match="vocab_size=4096 does not fit.*value <= "):
+        train_tokenizer(["hello world"], TokenizerOptions(vocab_size=4096))
+
+
+@pytest.mark.parametrize("options", [{"vocab_size": 100}, {"algorithm": "magic"}])
+def test_impossible_options(options):
+    with pytest.raises(DataError, match=next(iter(options))):
+        TokenizerOptions(**options)
+
+
+def test_no_text():
+    with pytest.raises(DataError, match="no text"):
+        train_tokenizer([], TokenizerOptions())
