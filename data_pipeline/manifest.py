@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from data_pipeline.errors import DataError
 
 MANIFEST_NAME = "dataset.json"
+TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
 FORMAT_VERSION = 1
 BYTES_PER_INDEX_ROW = 24
 # Room for about 200,000 shards; anything larger is not a manifest of ours.

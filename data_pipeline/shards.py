@@ -23,10 +23,9 @@ from webdataset import TarWriter
 from data_pipeline.corpus import Document
 from data_pipeline.errors import DataError
 from data_pipeline.index import TAR_BLOCK_BYTES, TOKENS_SUFFIX, TokenDataset
-from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, TokenizerEntry
+from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, TokenizerEntry  # X
 from data_pipeline.tokenizer import Tokenizer
 
-TOKENIZER_NAME = "tokenizer.model"
 LOCK_NAME = "writer.lock"
 DEFAULT_SHARD_BYTES = 64 * 2**20
 DOCUMENTS_PER_BATCH = 64
@@ -123,7 +122,7 @@ class _DatasetWriter:
             raise DataError(
                 f"no document is left for split {split!r}; give more input or another share of held-out documents"
             )
-        _write_file(self.folder / TOKENIZER_NAME, self.tokenizer.model)
+        _write_file(self.folder / TOKENIZER_FILE, self.tokenizer.model)
         manifest = Manifest(
             split=split,
             num_documents=self.progress.num_documents,
@@ -132,7 +131,7 @@ class _DatasetWriter:
             dtype=self.dtype,
             vocab_size=self.tokenizer.vocab_size,
             end_of_text=self.tokenizer.end_of_text,
-            tokenizer=TokenizerEntry(file=TOKENIZER_NAME, sha256=self.tokenizer.sha256),
+            tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=self.tokenizer.sha256),
             tool_version=_tool_version(),
             inputs_sha256=self.inputs.hexdigest(settings),
             shards=tuple(self.entries),

@@ -24,7 +24,7 @@ from parallel.pipeline import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
 from parallel.recompute import recomputed
 from parallel.seeds import seed_step
-from parallel.state import KINDS, Slot, open_state, set_adam_step
+from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 
 
 class NotFinite(Exception):
@@ -47,20 +47,6 @@ class StepResult:
     loss: float
     grad_norm: float
     skipped: bool
-
-
-@dataclass(frozen=True)
-class OwnedFragment:
-    """Elements [start, start + len) of the flattened tensor-axis slice of a global tensor, held here and nowhere else."""
-
-    name: str
-    kind: str
-    global_shape: tuple[int, ...]
-    slice_dim: int | None
-    slice_rank: int
-    slice_size: int
-    start: int
-    tensor: Tensor
 
 
 class Engine:

@@ -19,6 +19,7 @@ class LayerSpec:
         tied_to: name of an earlier layer whose module is handed to this one's forward as second argument
             (a head that multiplies with the embedding table); that layer then also lives on this one's stage.
         recompute: whether full recompute may wrap this layer (transformer blocks; not embeddings and heads).
+        cached: whether its forward takes `cache=`, what generation remembers of earlier tokens.
     """
 
     name: str
@@ -26,6 +27,7 @@ class LayerSpec:
     cost: float = 1.0
     tied_to: str | None = None
     recompute: bool = False
+    cached: bool = False
 
 
 def cut(costs: Sequence[float], num_stages: int) -> list[int]:
@@ -89,11 +91,17 @@ class Stage(nn.Module):
         return {name for name, _ in self.named_global_parameters()
                 if not any(name.startswith(f"{layer}.") for layer in own)}
 
-    def run(self, state, wrapped: dict[str, Callable] | None = None):
-        """Pass the state through this stage's layers; `wrapped` overrides how a layer is called (recompute)."""
+    def run(self, state, wrapped: dict[str, Callable] | None = None, cache=None):
+        """Pass the state through this stage's layers.
+
+        Args:
+            wrapped: overrides how a layer is called (compute type, recompute), by name.
+            cache: handed to the layers that take one.
+        """
         for spec in self.specs:
             layer = (wrapped or {}).get(spec.name, self.by_name[spec.name])
-            state = layer(state, self.by_name[spec.tied_to]) if spec.tied_to else layer(state)
+            arguments = (state, self.by_name[spec.tied_to]) if spec.tied_to else (state,)
+            state = layer(*arguments, cache=cache) if spec.cached and cache is not None else layer(*arguments)
         return state
 
 

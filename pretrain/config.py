@@ -1,11 +1,12 @@
 """One run, as its YAML file describes it: the sections, and everything that is wrong with them at once (no torch)."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.config import problems as data_problems
@@ -109,6 +110,14 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _of_its_family(cls, model: object) -> object:
+        """Plain values (of a checkpoint's manifest, say) become the config of their family."""
+        if isinstance(model, dict) and model.get("family") in FAMILIES:
+            return family_spec(model["family"]).config_class.model_validate(model)
+        return model
+
     @property
     def spec(self) -> FamilySpec:
         """The facts of the model's family."""
@@ -149,6 +158,13 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), world_size: int | 
     return _config_or_error(raw, sections)
 
 
+def config_from(values: dict, source: str) -> RunConfig:
+    """A config from values that were written before (a checkpoint's manifest). Raises ConfigError with all problems."""
+    raw = RawConfig(source)
+    raw.values = values
+    return _config_or_error(raw, _sections(raw))
+
+
 def _config_or_error(raw: RawConfig, sections: dict[str, BaseModel]) -> RunConfig:
     if raw.problems:
         raise ConfigError(raw.problems, raw.source)
@@ -160,9 +176,14 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[RawConfig, dict[str, Ba
     raw = read_config_file(path)
     unreadable = bool(raw.problems) and not raw.values
     apply_overrides(raw, overrides)
-    sections: dict[str, BaseModel] = {}
     if unreadable:  # every section would be missing: true, and no help
-        return raw, sections
+        return raw, {}
+    return raw, _sections(raw)
+
+
+def _sections(raw: RawConfig) -> dict[str, BaseModel]:
+    """The sections without a problem; those of the others are noted in `raw`."""
+    sections: dict[str, BaseModel] = {}
     for name in raw.values:
         if name not in SECTIONS:
             raw.problems.append(_unknown_key(raw.located(str(name)), str(name), list(SECTIONS), ""))
@@ -170,7 +191,7 @@ def _read(path: Path, overrides: Sequence[str]) -> tuple[RawConfig, dict[str, Ba
         section = _section(raw, name)
         if section is not None:
             sections[name] = section
-    return raw, sections
+    return sections
 
 
 def _section(raw: RawConfig, name: str) -> BaseModel | None:
@@ -261,12 +282,15 @@ def _evaluation_problems(log: LogSection, data: DataConfig, world_size: int | No
 
 def _folder_problems(run: RunSection, world_size: int | None) -> Iterator[rules.Found]:
     """The run folder must be writable, or its nearest existing parent must let it be made."""
+    folder = Path(run.dir).absolute()
     try:
-        folder = Path(run.dir).absolute()
-        nearest_existing = next(place for place in (folder, *folder.parents) if place.exists())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.stat()
     except (OSError, ValueError) as error:
-        yield "run.dir", f"{shown(run.dir)}: {error}", "a path this machine can hold", "choose another run.dir"
+        reason = getattr(error, "strerror", None) or str(error)
+        yield "run.dir", f"{shown(run.dir)}: {reason}", "a path this user can reach here", "choose another run.dir"
         return
+    nearest_existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest_existing.is_dir():
         yield ("run.dir", f"{run.dir}, where {nearest_existing} is a file", "a folder, new or existing",
                "choose another run.dir, or move the file away")

@@ -12,6 +12,7 @@ import torch
 
 from data_pipeline.index import TokenDataset
 from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.manifest import TOKENIZER_FILE
 from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
@@ -219,5 +220,6 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
 def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> None:
     position = step * run.config.parallel.global_batch
     facts = facts_of(run.config, run.world_size, step, position, adam_step)
-    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep)
+    tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
+    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep, [tokenizer])
     hooks.on_checkpoint(run, path, step)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel.engine import OwnedFragment
+from parallel.state import OwnedFragment
 from pretrain.checkpoint.manifest import (
     FORMAT,
     CheckpointError,
@@ -33,7 +33,8 @@ class StorageError(Exception):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int) -> Path:
+def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int,
+         companions: Iterable[Path] = ()) -> Path:
     """Write the checkpoint of one step; called by every rank together.
 
     Args:
@@ -41,6 +42,7 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts
         fragments: what this rank owns.
         facts: what the manifest says besides files (config, layout, position ..); equal on all ranks.
         keep: how many of the newest checkpoints stay.
+        companions: further files that travel with it (the tokenizer).
 
     Returns: the published folder.
     Raises:
@@ -51,10 +53,11 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts
     rank = dist.get_rank()
     _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
     entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
+    content = None
     if rank == 0:
         files = [entry for entry in entries if entry]
         content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **facts}
-    _together(lambda: _publish(aside, final, content, keep) if rank == 0 else None, f"cannot publish {final}")
+    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None, f"cannot publish {final}")
     return final
 
 
@@ -101,7 +104,10 @@ def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> di
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int) -> None:
+def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, companions: Iterable[Path]) -> None:
+    for source in companions:
+        copy = Path(shutil.copy(source, aside / source.name))
+        content["files"].append({"name": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
     write_manifest(aside, content)
     if final.exists():  # an earlier attempt of the same step: the new one has the same content
         shutil.rmtree(final)
@@ -130,6 +136,8 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for entry in self.manifest["files"]:
             path = folder / entry["name"]
+            if path.suffix != ".safetensors":
+                continue
             try:
                 with safe_open(path, framework="pt") as file:
                     index = json.loads(file.metadata()["fragments"])

@@ -21,10 +21,11 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
     shape = block_shape(config)
     block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
     specs = [LayerSpec("embedding", partial(Embedding, config, shard), cost=0.0),
-             LayerSpec("positions", partial(Positions, config, shard), cost=0.0)]
+             LayerSpec("positions", partial(Positions, config, shard), cost=0.0, cached=True)]
     for index in range(config.layers):
         name = f"blocks.{index}"
-        specs.append(LayerSpec(name, partial(Block, shape, shard, name, causal=True), cost=1.0, recompute=True))
+        block = partial(Block, shape, shard, name, causal=True)
+        specs.append(LayerSpec(name, block, cost=1.0, recompute=True, cached=True))
     if config.norm_position == "pre":
         norm = partial(Norm, config.norm, config.hidden, config.norm_epsilon, shard)
         specs.append(LayerSpec("final_norm", norm, cost=0.0))
@@ -57,7 +58,7 @@ class Embedding(nn.Module):
     def weight(self) -> Tensor:
         return self.table.weight
 
-    def forward(self, ids: Tensor, cache: Cache | None = None) -> Tensor:  # [b, s] -> [b, s, h]
+    def forward(self, ids: Tensor) -> Tensor:  # [b, s] -> [b, s, h]
         return self.table(ids)
 
 

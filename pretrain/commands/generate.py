@@ -1,0 +1,61 @@
+"""`trainyard generate`: continue a text with a trained model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pretrain.errors import ExitCode, UserError
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("generate", help="continue a text with a trained model", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
+    parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation in tokens (64)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (0.8)")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among the k most likely tokens; 0: all (0)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="choose within this probability mass (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print each prompt with its continuation, as it is made. Returns the exit code."""
+    _check(args)
+    from pretrain.generation import Sampling, continue_tokens
+    from pretrain.trained import load_model, load_tokenizer, open_checkpoint, single_rank
+
+    with single_rank() as groups:
+        checkpoint = open_checkpoint(args.checkpoint)
+        config, stage = load_model(checkpoint, groups)
+        tokenizer = load_tokenizer(checkpoint)
+        sampling = Sampling(args.temperature, args.top_k, args.top_p)
+        context = config.model.sequence_length
+        for number, text in enumerate(args.prompt):
+            prompt = tokenizer.encode(text) or [tokenizer.end_of_text]
+            if len(prompt) >= context:
+                raise UserError(f"--prompt: {len(prompt)} tokens, and the model's context is {context}: shorten it to at "
+                                f"most {context - 1}")
+            tokens, shown = list(prompt), tokenizer.decode(prompt)
+            sys.stdout.write(("\n\n" if number else "") + shown)
+            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, tokenizer.end_of_text, args.seed):
+                tokens.append(token)
+                whole = tokenizer.decode(tokens)
+                if not whole.endswith("\ufffd"):  # a character of several byte tokens is shown once it is whole
+                    sys.stdout.write(whole[len(shown):])
+                    sys.stdout.flush()
+                    shown = whole
+        sys.stdout.write("\n")
+    return ExitCode.DONE
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.max_tokens < 1:
+        raise UserError(f"--max-tokens {args.max_tokens}: at least 1")
+    if args.temperature < 0:
+        raise UserError(f"--temperature {args.temperature}: 0 (greedy) or above")
+    if args.top_k < 0:
+        raise UserError(f"--top-k {args.top_k}: 0 (all tokens) or above")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p {args.top_p}: above 0 and at most 1")
+    if not args.checkpoint.exists():
+        raise UserError(f"{args.checkpoint}: no such folder. Give a run folder, or one of its checkpoints")

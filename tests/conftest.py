@@ -1,0 +1,44 @@
+"""What every test may use: one small real dataset, made once a session, and recipes over it."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.corpus import documents
+from data_pipeline.shards import write_dataset
+from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
+from tests.helpers.recipes import VOCAB_SIZE, write_recipe
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fork_server_ends():
+    """The fork server would otherwise outlive the suite by a moment and hold its output open."""
+    yield
+    from multiprocessing import forkserver
+
+    if multiprocessing.get_start_method(allow_none=True) or forkserver._forkserver._forkserver_pid:
+        forkserver._forkserver._stop()
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A folder with `train` and `heldout`: this project's own source, a vocabulary of 512."""
+    folder = tmp_path_factory.mktemp("dataset")
+    corpus = documents([REPOSITORY / room for room in ("parallel", "pretrain", "data_pipeline", "launchers")])
+    options = TokenizerOptions(vocab_size=VOCAB_SIZE, sample_bytes=300_000)
+    tokenizer = train_tokenizer(sample_text(corpus, options.sample_bytes, options), options)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    write_dataset(corpus, tokenizer, folder / "train", split="train")
+    write_dataset(documents([REPOSITORY / "benchmarks"]), tokenizer, folder / "heldout", split="heldout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(dataset, tmp_path_factory) -> Path:
+    """A config of a GPT that steps in milliseconds and divides by 4 everywhere."""
+    return write_recipe(tmp_path_factory.mktemp("recipe") / "gpt.yaml", dataset)

@@ -1,0 +1,26 @@
+"""The smallest useful config of each family, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+VOCAB_SIZE = 512
+
+GPT = {
+    "run": {"dir": "unused", "steps": 24, "seed": 11},
+    "model": {"family": "gpt", "layers": 4, "hidden": 64, "heads": 4, "vocab_size": VOCAB_SIZE, "sequence_length": 32},
+    "objective": {"name": "causal_lm"},
+    "parallel": {"micro_batch": 2, "global_batch": 8},
+    "optimizer": {"lr": 3e-3, "clip_norm": 1.0},
+    "schedule": {"name": "cosine", "warmup_steps": 6},
+    "log": {"every": 100, "tensorboard": False},
+}
+
+
+def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:
+    """Write a recipe that trains on `dataset`/train; returns its path."""
+    data = {"train": str(dataset / "train"), "heldout": str(dataset / "heldout")}
+    path.write_text(yaml.safe_dump({**content, "data": data}), encoding="utf-8")
+    return path
