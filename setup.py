@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4,<5"],
-        "dev": ["pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"],
+        "dev": ["setuptools>=70.1", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["trainyard = pretrain.cli:main"]},
 )

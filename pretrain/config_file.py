@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from pretrain.errors import Problem
+from pretrain.shipped import shipped_folder
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
@@ -127,7 +128,7 @@ def read_config_file(path: Path) -> RawConfig:
                                     "every key once", "delete one of the two"))
     if not isinstance(values, dict):
         raw.problems.append(Problem(raw.source, f"{shown(values)} at the top of the file", "sections with fields",
-                                    "start from a recipe under configs/"))
+                                    f"start from a recipe under {shipped_folder('configs')}"))
         return raw
     raw.values = values
     raw.places = _places(node)
@@ -202,7 +203,7 @@ def _text(path: Path, raw: RawConfig) -> str | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         problem = Problem(raw.source, f"a config file that cannot be read: {reason}", "a readable YAML file",
-                          "check the path; recipes lie under configs/")
+                          f"check the path; recipes lie under {shipped_folder('configs')}")
     raw.problems.append(problem)
     return None
 

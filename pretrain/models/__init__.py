@@ -1,7 +1,6 @@
 """The architectures, by name. A family's folder holds `spec.py` (facts) and `modules.py` (torch)."""
 
 from importlib import import_module
-from types import ModuleType
 
 from pretrain.models.family import FamilySpec
 
@@ -11,8 +10,3 @@ FAMILIES = {"gpt": "pretrain.models.gpt"}
 def family_spec(family: str) -> FamilySpec:
     """The facts of a family; no torch. Raises KeyError for a name that is not in FAMILIES."""
     return import_module(f"{FAMILIES[family]}.spec").SPEC
-
-
-def family_modules(family: str) -> ModuleType:
-    """The torch half of a family, whose `layers(config, ...)` gives the ordered list of named layers."""
-    return import_module(f"{FAMILIES[family]}.modules")

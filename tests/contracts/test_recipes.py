@@ -1,0 +1,70 @@
+"""Every recipe can be run as it is, on the ranks it names, and is the model it claims to be."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "clusters" not in path.parts)
+NEEDS_THE_MACHINE = ("data.", "run.dir")  # what the recipe cannot bring along
+
+PUBLISHED = {  # exact counts: of the released checkpoints, padding left out
+    "gpt1-117m": 116_534_784,
+    "gpt2-124m": 124_439_808,
+    "gpt2-1.5b": 1_557_611_200,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
+}
+GPT3_SHAPES = {  # Brown et al. 2020, table 2.1: name, layers, width, tokens in a step; two widths as in the recipes
+    "125m": (12, 768, 0.5e6), "350m": (24, 1024, 0.5e6), "760m": (24, 1536, 0.5e6), "1.3b": (24, 2048, 1e6),
+    "2.7b": (32, 2560, 1e6), "6.7b": (32, 4096, 2e6), "13b": (40, 5120, 2e6), "175b": (96, 12288, 3.2e6),
+}
+
+
+def named_ranks(path: Path) -> list[int]:
+    """The numbers of ranks in the recipe's first line: `for 64 ranks` or `for 1 to 8 ranks`."""
+    first, last = re.search(r"for (?:(\d+) to )?(\d+) ranks", path.read_text().partition("\n")[0]).groups()
+    return [int(last)] if first is None else [int(first), int(last)]
+
+
+def parameters(name: str) -> int:
+    config = load_config(CONFIGS / "gpt" / f"{name}.yaml")
+    return config.spec.parameter_count(config.model)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_legal_on_the_ranks_it_names(path):
+    config = load_config(path)
+    for world_size in named_ranks(path):
+        told = config.problems(world_size)
+        assert [problem for problem in told if not problem.where.startswith(NEEDS_THE_MACHINE)] == []
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_run_folder_is_named_after_the_recipe(path):
+    assert load_config(path).run.dir == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_parameters_are_the_published_ones(name, count):
+    assert parameters(name) == count
+
+
+@pytest.mark.parametrize(("size", "shape"), GPT3_SHAPES.items())
+def test_gpt3_is_the_table(size, shape):
+    config = load_config(CONFIGS / "gpt" / f"gpt3-{size}.yaml")
+    layers, hidden, tokens = shape
+    assert (config.model.layers, config.model.hidden) == (layers, hidden)
+    assert config.parallel.global_batch * config.model.sequence_length == pytest.approx(tokens, rel=0.05)
+    name = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
+    assert parameters(f"gpt3-{size}") == pytest.approx(name, rel=0.02)
+    assert config.run.steps * config.parallel.global_batch * 2048 == pytest.approx(300e9, rel=1e-3)
+
+
+def test_tiny_divides_by_4():
+    model = load_config(CONFIGS / "gpt" / "tiny.yaml").model
+    assert all(size % 4 == 0 for size in (model.layers, model.hidden, model.heads, model.num_kv_heads,
+                                          model.vocab_size, model.sequence_length))

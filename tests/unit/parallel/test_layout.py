@@ -1,0 +1,91 @@
+"""Layouts are pure integers, so every layout of 1 to 64 ranks is tried."""
+
+import pytest
+
+from parallel.config import ParallelConfig
+from parallel.layout import AXES, GROUPS, Layout, divisors, legal
+
+ALL = [layout for world_size in range(1, 65) for layout in legal(world_size)]
+
+
+def test_legal_lists_every_factorisation_once():
+    for world_size in range(1, 65):
+        found = [(layout.tensor, layout.pipeline, layout.data) for layout in legal(world_size)]
+        every = [(t, p, d) for t in range(1, world_size + 1) for p in range(1, world_size + 1)
+                 for d in range(1, world_size + 1) if t * p * d == world_size] if world_size <= 24 else found
+        assert sorted(found) == sorted(every)
+        assert len(set(found)) == len(found)
+        assert all(t * p * d == world_size for t, p, d in found)
+
+
+def test_rank_is_the_inverse_of_coordinates():
+    for layout in ALL:
+        for rank in range(layout.world_size):
+            at = layout.coordinates(rank)
+            assert layout.rank(*at) == rank
+            assert rank == at.tp + layout.tensor * (at.dp + layout.data * at.pp)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups_partition_the_ranks(name):
+    for layout in ALL:
+        size = 1
+        for axis in GROUPS[name]:
+            size *= layout.degrees[axis]
+        groups = layout.groups(name)
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+        assert all(len(group) == size for group in groups)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_members_of_a_group_differ_along_its_axes_only(name):
+    for layout in (layout for layout in ALL if layout.world_size in (16, 24)):
+        for rank in range(layout.world_size):
+            here = layout.coordinates(rank)
+            group = layout.group(name, rank)
+            assert rank in group
+            for other in map(layout.coordinates, group):
+                assert all(getattr(here, axis) == getattr(other, axis) for axis in AXES if axis not in GROUPS[name])
+
+
+def test_order_tensor_then_data_then_pipeline():
+    layout = Layout(tensor=2, pipeline=2, data=2)
+    assert [tuple(layout.coordinates(rank)) for rank in range(8)] == [
+        (0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+    assert layout.group("tp", 5) == [4, 5]
+    assert layout.group("dp", 5) == [5, 7]
+    assert layout.group("pp", 5) == [1, 5]
+    assert layout.group("model", 5) == [0, 1, 4, 5]
+
+
+def test_of_takes_the_data_degree_from_the_world():
+    parallel = ParallelConfig(tensor=2, sequence=True, pipeline=3, micro_batch=1, global_batch=4)
+    assert Layout.of(parallel, 24) == Layout(tensor=2, pipeline=3, data=4, sequence=True)
+
+
+@pytest.mark.parametrize("world_size", [0, -6, 5, 7])
+def test_of_refuses_a_world_that_does_not_divide(world_size):
+    parallel = ParallelConfig(tensor=2, pipeline=3, micro_batch=1, global_batch=4)
+    with pytest.raises(ValueError, match=f"{world_size} ranks"):
+        Layout.of(parallel, world_size)
+
+
+def test_nonsense_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        Layout(tensor=0)
+    layout = Layout(tensor=2, data=2)
+    with pytest.raises(ValueError, match="rank 4"):
+        layout.coordinates(4)
+    with pytest.raises(ValueError, match="rank -1"):
+        layout.coordinates(-1)
+    with pytest.raises(ValueError, match="dp index 2"):
+        layout.rank(dp=2)
+    with pytest.raises(KeyError):
+        layout.group("xp", 0)
+
+
+def test_divisors():
+    assert divisors(1) == [1]
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    for number in range(1, 500):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
