@@ -5,7 +5,9 @@ block of G/D positions that starts at t*G + r*G/D, cut into micro-batches in ord
 and the loader takes from workers in turn, so the stream is the same for any number of them.
 """
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +102,7 @@ class Batch:
 
     size: int
 
-    def __call__(self, source: Iterator[dict]) -> Iterator[MicroBatch]:
+    def __call__(self, source: Iterator[dict]) -> Iterator[dict[str, np.ndarray]]:
         samples: list[dict] = []
         for sample in source:
             samples.append(sample)
@@ -116,7 +118,7 @@ class Failure:
     message: str
 
 
-def failures_as_items(source: Iterator[MicroBatch]) -> Iterator[MicroBatch | Failure]:
+def failures_as_items(source: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray] | Failure]:
     """Last stage: a DataError ends the stream as its last item."""
     try:
         yield from source
@@ -124,10 +126,23 @@ def failures_as_items(source: Iterator[MicroBatch]) -> Iterator[MicroBatch | Fai
         yield Failure(error.message)
 
 
-def stack(samples: Sequence[dict]) -> MicroBatch:
-    """The arrays of samples stacked by field: {"tokens": int64 [len(samples), sequence_length + 1]}."""
+def stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
+    """The arrays of samples stacked by field: {"tokens": int64 [len(samples), sequence_length + 1]}.
+
+    Still arrays: they come out of a worker several times faster than tensors, which travel as shared memory files.
+    """
     fields = [name for name, value in samples[0].items() if isinstance(value, np.ndarray)]
-    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in fields}
+    return {name: np.stack([sample[name] for sample in samples]) for name in fields}
+
+
+def unchanged(item: dict[str, np.ndarray] | Failure) -> dict[str, np.ndarray] | Failure:
+    """Keeps torch from turning arrays into tensors inside a worker."""
+    return item
+
+
+def as_tensors(arrays: dict[str, np.ndarray]) -> MicroBatch:
+    """The same memory as tensors."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def leave_signals_to_the_rank(worker_id: int) -> None:
@@ -191,13 +206,16 @@ class Loader:
             failures_as_items,
         )
         self._stream = self._start(pipeline, workers)
+        # Before multiprocessing's own exit handler, which would wait for ever for workers that ignore SIGTERM.
+        atexit.register(_close_at_exit, weakref.ref(self))
 
-    def _start(self, pipeline: webdataset.DataPipeline, workers: int) -> Iterator[MicroBatch | Failure]:
+    def _start(self, pipeline: webdataset.DataPipeline, workers: int) -> Iterator[dict[str, np.ndarray] | Failure]:
         if workers == 0:
             return iter(pipeline)
         loader = DataLoader(
             pipeline,
             batch_size=None,
+            collate_fn=unchanged,
             num_workers=workers,
             prefetch_factor=-(-self.share.micro_batches_per_step // workers),
             worker_init_fn=leave_signals_to_the_rank,
@@ -216,7 +234,7 @@ class Loader:
             item = next(self._stream)
             if isinstance(item, Failure):
                 raise DataError(item.message)
-            micro_batches.append(item)
+            micro_batches.append(as_tensors(item))
         self.position += self.share.global_batch
         return micro_batches
 
@@ -227,7 +245,10 @@ class Loader:
 
     def close(self) -> None:
         """End the workers. The loader gives nothing afterwards."""
-        self._stream = iter(())
+        stream, self._stream = self._stream, iter(())
+        # Explicitly: a traceback that is being handled may keep the stream, and so its workers, alive.
+        if hasattr(stream, "_shutdown_workers"):
+            stream._shutdown_workers()
 
     def __enter__(self) -> "Loader":
         return self
@@ -261,4 +282,10 @@ def heldout_batches(
             is_real = position < num_real
             tokens = dataset.window(order.pieces(position)) if is_real else filler
             samples.append({"tokens": tokens, "weights": np.full(sequence_length, is_real, dtype=np.float32)})
-        yield stack(samples)
+        yield as_tensors(stack(samples))
+
+
+def _close_at_exit(reference: weakref.ref) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()

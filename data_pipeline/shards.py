@@ -23,7 +23,14 @@ from webdataset import TarWriter
 from data_pipeline.corpus import Document
 from data_pipeline.errors import DataError
 from data_pipeline.index import TAR_BLOCK_BYTES, TOKENS_SUFFIX, TokenDataset
-from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, TokenizerEntry  # X
+from data_pipeline.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FILE,
+    Manifest,
+    ShardEntry,
+    TokenizerEntry,
+)
 from data_pipeline.tokenizer import Tokenizer
 
 LOCK_NAME = "writer.lock"

@@ -3,6 +3,8 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -84,17 +86,17 @@ def test_damage_reaches_the_rank_from_a_worker(copied_folder):
     assert outcomes[0] == outcomes[1]
 
 
-def children() -> set[int]:
-    """Processes whose parent is this one."""
-    with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
+def children(parent: int) -> set[int]:
+    """Processes that `parent` started."""
+    with open(f"/proc/{parent}/task/{parent}/children", encoding="ascii") as file:
         return set(map(int, file.read().split()))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 def test_workers_ignore_signals_and_end_with_the_loader(dataset):
-    before = children()
+    before = children(os.getpid())
     loader = Loader(dataset, LENGTH, SEED, 4, 2, workers=1)
-    workers = children() - before
+    workers = children(os.getpid()) - before
     assert workers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for pid in workers:
@@ -102,11 +104,47 @@ def test_workers_ignore_signals_and_end_with_the_loader(dataset):
     for _ in range(5):
         next(loader)
     loader.close()
-    deadline = time.monotonic() + 20
     # What multiprocessing itself keeps (its resource tracker) stays until this process ends.
-    while any(is_loader_worker(pid) for pid in workers) and time.monotonic() < deadline:
+    wait_for_end(workers)
+
+
+RANK = """
+import sys, time
+from data_pipeline.index import TokenDataset
+from data_pipeline.loader import Loader
+
+if __name__ == "__main__":
+    loader = Loader(TokenDataset.open(sys.argv[1]), 32, 7, 4, 2, workers=1)
+    next(loader)
+    print("reading", flush=True)
+    if sys.argv[2] == "fail":
+        raise ValueError("the rank failed")
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("end", ["fail", pytest.param("killed", marks=pytest.mark.slow)])
+def test_workers_end_with_their_rank(dataset_folder, tmp_path, end):
+    """Neither does a failed rank wait for workers that ignore SIGTERM, nor do they outlive one that is killed."""
+    (tmp_path / "rank.py").write_text(RANK)
+    command = [sys.executable, str(tmp_path / "rank.py"), str(dataset_folder), end]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as rank:
+        rank.stdout.readline()
+        workers = [pid for pid in children(rank.pid) if is_loader_worker(pid)]
+        if end == "killed":
+            assert workers
+            rank.kill()
+        rank.wait(timeout=60)
+    wait_for_end(workers)
+
+
+def wait_for_end(workers) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(is_loader_worker, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(is_loader_worker(pid) for pid in workers)
+    assert not any(map(is_loader_worker, workers))
 
 
 def is_loader_worker(pid: int) -> bool:
