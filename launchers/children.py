@@ -20,19 +20,12 @@ HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)
 def rank_environment(base: Mapping[str, str], rank: int, nproc: int, port: int) -> dict[str, str]:
     """Variables of one rank: who it is, loopback as its only network, and its share of the cores."""
     environ = {name: text for name, text in base.items() if not name.startswith("TORCHELASTIC_")}
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", STORE_FD):
+        environ.pop(name, None)  # meant for a cluster, or for another run
     RankInfo(rank, nproc, rank, nproc, LOOPBACK, port, "local", "").export(environ)
     environ[LAUNCHER] = "local"
-    environ.pop(STORE_FD, None)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME"):
-        environ[name] = loopback_interface()
     environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     return environ
-
-
-def loopback_interface() -> str:
-    """Name of the loopback interface: lo on Linux, lo0 on macOS and the BSDs."""
-    names = [name for _, name in socket.if_nameindex()]
-    return next((name for name in ("lo", "lo0") if name in names), "lo")
 
 
 def usable_cores() -> int:

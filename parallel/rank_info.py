@@ -62,14 +62,27 @@ class RankInfo:
         """True when every rank runs on this node."""
         return self.local_world_size == self.world_size
 
-    def export(self, environ: MutableMapping[str, str]) -> None:
-        """Writes the variables that libraries read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT ..."""
+    def export(self, environ: MutableMapping[str, str] | None = None) -> None:
+        """Writes the variables that libraries read: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT ...
+
+        On one machine also the network interface, loopback, unless one is named. Default: this process's environment.
+        """
+        environ = os.environ if environ is None else environ
         environ["RANK"] = str(self.rank)
         environ["LOCAL_RANK"] = str(self.local_rank)
         environ["WORLD_SIZE"] = str(self.world_size)
         environ["LOCAL_WORLD_SIZE"] = str(self.local_world_size)
         environ["MASTER_ADDR"] = self.master_address or LOOPBACK
         environ["MASTER_PORT"] = str(self.master_port)
+        if self.one_machine:
+            for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                environ.setdefault(name, loopback_interface())
+
+
+def loopback_interface() -> str:
+    """Name of the loopback interface: lo on Linux, lo0 on macOS and the BSDs."""
+    names = [name for _, name in socket.if_nameindex()]
+    return next((name for name in ("lo", "lo0") if name in names), "lo")
 
 
 def alone() -> RankInfo:
