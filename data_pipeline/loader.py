@@ -169,7 +169,8 @@ def signals_held() -> Iterator[None]:
 class Loader:
     """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
 
-    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}, or what `stages` make of it. `position` is the number of samples that
+    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}, or what `stages` make of it.
+    `position` is the number of samples that
     the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
     costs the same for any position.
 
@@ -286,8 +287,8 @@ def heldout_batches(
     def windows() -> Iterator[dict]:
         for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
             for position in range(first, first + micro_batch):
-                position = position if position < num_real else 0
-                yield {"position": position, "tokens": dataset.window(order.pieces(position))}
+                real = position if position < num_real else 0
+                yield {"position": real, "tokens": dataset.window(order.pieces(real))}
 
     def with_weights(source: Iterator[dict]) -> Iterator[dict]:
         for number, sample in enumerate(source):
