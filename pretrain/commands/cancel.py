@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pretrain.commands.queue import cancel, job_ids_of
+from pretrain.commands.jobs import cancel, job_ids_of
 from pretrain.commands.status import folder_of
 from pretrain.errors import UserError
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pretrain.commands.queue import job_ids_of, states
+from pretrain.commands.jobs import job_ids_of, states
 from pretrain.config import load_config
 from pretrain.errors import ConfigError, UserError
 from pretrain.status import attempts_without_progress, read

@@ -13,7 +13,7 @@ from pathlib import Path
 from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from parallel.rank_info import process_environment
-from pretrain.commands.queue import remember, wait
+from pretrain.commands.jobs import remember, wait
 from pretrain.config import load_run
 from pretrain.errors import ConfigError, Problem, UserError
 

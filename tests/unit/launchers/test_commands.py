@@ -21,9 +21,11 @@ HOSTILE = [
     '"$(touch {marker})"', "\\$(touch {marker})", "\\`touch {marker}\\`", "${{IFS}}$(touch${{IFS}}{marker})",
     "$((1)) $(touch {marker})", "a\n touch {marker}", "a\r\ntouch {marker}", "a\x00touch {marker}", "> {marker}",
     ">> {marker}", "< /dev/null > {marker}", "#\n touch {marker}", "\n#SBATCH --wrap='touch {marker}'",
-    "!touch {marker}", "{{touch,{marker}}}", "<(touch {marker})", "-x; touch {marker}", "--wrap=touch {marker}", "-touch {marker}",
+    "!touch {marker}", "{{touch,{marker}}}", "<(touch {marker})", "-x; touch {marker}", "--wrap=touch {marker}",
+    "-touch {marker}",
     "\u2028touch {marker}", "\u2029touch {marker}", "\x85touch {marker}", "ä ö $(touch {marker})",
-    "日本 `touch {marker}`", "~ $(touch {marker})", "* ? [a] $(touch {marker})", "%j %% $(touch {marker})", "a b\tc $(touch {marker})",
+    "日本 `touch {marker}`", "~ $(touch {marker})", "* ? [a] $(touch {marker})", "%j %% $(touch {marker})",
+    "a b\tc $(touch {marker})",
     "EOF\ntouch {marker}\nEOF", "$0 $@ $* $(touch {marker})",
 ]
 
