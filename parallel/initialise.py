@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 Std = float | tuple[tuple[int, float], ...]
 
 
@@ -28,6 +27,8 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
                    no_decay: bool | None = None) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
     parameter.plan = ParameterPlan(mean, std, slice_dim)
+    # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
+    parameter.tensor_model_parallel = slice_dim is not None
     dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens a parameter as soon as it exists
     parameter.no_decay = dims < 2 if no_decay is None else no_decay
 

@@ -202,7 +202,7 @@ class TensorShard:
         return x
 
     def leave_whole(self, x: Tensor) -> Tensor:
-        """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; the gradient is not summed over it."""
+        """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; its gradient is not summed."""
         if self.sequence:
             return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False,
                                                                         group=self.group)

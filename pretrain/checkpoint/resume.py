@@ -10,8 +10,9 @@ from typing import Any
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError, Problem
 
-# What decides which weights are learnt. A layout, a schedule's length or a logging interval may change in mid-run.
-LEARNT = ("run.seed", "model", "objective", "data.train", "parallel.global_batch", "optimizer")
+# What decides which weights are learnt, beside the content of the data. A layout, a schedule's length or a logging
+# interval may change in mid-run, and the dataset may move.
+LEARNT = ("run.seed", "model", "objective", "parallel.global_batch", "optimizer")
 
 
 def dataset_fingerprint(folder: str | Path) -> str:
@@ -45,7 +46,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], folder: Path) ->
             problems.append(Problem(where, f"{after}, while the checkpoint {folder.name} was trained with {before}",
                                     f"{before} to continue it", f"set {where} back, or choose a new run.dir"))
     if not problems and manifest["dataset"] != dataset_fingerprint(config.data.train):
-        problems.append(Problem("data.train", f"{config.data.train}, whose content changed since {folder.name} was written",
+        changed = f"{config.data.train}, whose content changed since {folder.name} was written"
+        problems.append(Problem("data.train", changed,
                                 "the same shards, since positions in them are being continued",
                                 "put the dataset back, or choose a new run.dir"))
     if problems:

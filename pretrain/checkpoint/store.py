@@ -57,12 +57,13 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts
     if rank == 0:
         files = [entry for entry in entries if entry]
         content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **facts}
-    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None, f"cannot publish {final}")
+    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None,
+              f"cannot publish {final}")
     return final
 
 
 def _together(work, what: str) -> list[Any]:
-    """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits for ever."""
+    """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits."""
     try:
         outcome = (work(), None)
     except OSError as error:
@@ -99,26 +100,35 @@ def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> di
         save_file(tensors, path, metadata={"fragments": json.dumps(index)})
     except SafetensorError as error:  # its way of saying that the disk refused
         raise OSError(str(error)) from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    _flush(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, companions: Iterable[Path]) -> None:
     for source in companions:
-        copy = Path(shutil.copy(source, aside / source.name))
+        copy = Path(shutil.copyfile(source, aside / source.name))
+        _flush(copy)
         content["files"].append({"name": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
     write_manifest(aside, content)
-    if final.exists():  # an earlier attempt of the same step: the new one has the same content
-        shutil.rmtree(final)
+    _flush(aside)
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # one of the same step that did not verify; it goes only once the new one has its name
+        final.rename(replaced)
     aside.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in published(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Checkpoint:
@@ -158,7 +168,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: holds no {kind} of {name}")
         whole = torch.empty(self.shapes[name])
         covered = 0
-        for slice_rank, slice_size, slice_dim in {(p["slice_rank"], p["slice_size"], p["slice_dim"]) for *_, p in places}:
+        slices = {(p["slice_rank"], p["slice_size"], p["slice_dim"]) for *_, p in places}
+        for slice_rank, slice_size, slice_dim in slices:
             part = whole
             if slice_dim is not None and slice_size > 1:
                 length = whole.shape[slice_dim] // slice_size
@@ -172,7 +183,8 @@ class Checkpoint:
             if not part.is_contiguous():
                 part.copy_(flat.view(part.shape))
         if covered != whole.numel():
-            raise CheckpointError(f"{self.folder}: fragments of {name} ({kind}) hold {covered} of {whole.numel()} elements")
+            raise CheckpointError(f"{self.folder}: the fragments of {name} ({kind}) hold {covered} elements of "
+                                  f"{whole.numel()}")
         return whole
 
 
@@ -193,8 +205,8 @@ def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
         rejected += problems
     if rejected:
         listed = "\n  ".join(rejected[:10])
-        raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or choose "
-                              "another run.dir to start anew.")
+        raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or "
+                              "choose another run.dir to start anew.")
     return None, rejected
 
 

@@ -27,17 +27,21 @@ def run(args: argparse.Namespace) -> int:
     with single_rank() as groups:
         checkpoint = open_checkpoint(args.checkpoint)
         config, stage = load_model(checkpoint, groups)
+        if config.spec.form != "decoder":
+            raise UserError(f"{args.checkpoint} holds a model of the family {config.model.family}, which does not "
+                            "continue texts: generate takes a decoder (gpt)")
         tokenizer = load_tokenizer(checkpoint)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         context = config.model.sequence_length
         for number, text in enumerate(args.prompt):
             prompt = tokenizer.encode(text) or [tokenizer.end_of_text]
             if len(prompt) >= context:
-                raise UserError(f"--prompt: {len(prompt)} tokens, and the model's context is {context}: shorten it to at "
-                                f"most {context - 1}")
+                raise UserError(f"--prompt: {len(prompt)} tokens, and the model's context is {context}: shorten it to "
+                                f"at most {context - 1}")
             tokens, shown = list(prompt), tokenizer.decode(prompt)
             sys.stdout.write(("\n\n" if number else "") + shown)
-            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, tokenizer.end_of_text, args.seed):
+            stop = tokenizer.end_of_text
+            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, stop, args.seed):
                 tokens.append(token)
                 whole = tokenizer.decode(tokens)
                 if not whole.endswith("\ufffd"):  # a character of several byte tokens is shown once it is whole

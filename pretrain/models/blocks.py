@@ -1,7 +1,8 @@
 """Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
 
-Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on this
-tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions cut dim 0.
+Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on
+this tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions
+cut dim 0.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class BlockShape:
 
     @staticmethod
     def scaled_residual(std: float, num_layers: int) -> float:
-        """Std of the projections that write to the residual: std / sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
+        """Std of projections that write to the residual: std / sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
         return std / sqrt(2 * num_layers)
 
 
@@ -72,7 +73,7 @@ class Cache:
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim; tensor ranks hold it whole.
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim, whole on each rank.
 
     `sliced` says whether it is used on activations that sequence parallelism slices.
     """
@@ -123,8 +124,8 @@ class Rotary:
 class SelfAttention(nn.Module):
     """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
 
-    The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim holds
-    whole groups on any tensor degree.
+    The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim
+    holds whole groups on any tensor degree.
     """
 
     def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
@@ -204,7 +205,7 @@ GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation, or a gated form, as SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
+    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, shape: BlockShape, shard: TensorShard):
         super().__init__()
@@ -223,7 +224,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with residuals; norms before each (Radford et al. 2019) or after (Vaswani et al. 2017).
+    """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017).
 
     With `cross`, attention to an encoder's output stands between the two.
     """

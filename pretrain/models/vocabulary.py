@@ -1,4 +1,4 @@
-"""Both ends of every model on text: the token table and the logits. Shapes as in blocks.py; v is the padded vocabulary."""
+"""Both ends of every model on text: token table and logits. Shapes as in blocks.py; v is the padded vocabulary."""
 
 from __future__ import annotations
 

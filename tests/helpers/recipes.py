@@ -15,6 +15,7 @@ GPT = {
     "parallel": {"micro_batch": 2, "global_batch": 8},
     "optimizer": {"lr": 3e-3, "clip_norm": 1.0},
     "schedule": {"name": "cosine", "warmup_steps": 6},
+    "checkpoint": {"every": 1000},
     "log": {"every": 100, "tensorboard": False},
 }
 

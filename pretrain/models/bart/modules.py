@@ -1,7 +1,7 @@
 """The BART family as one ordered list of layers. Shapes as in pretrain/models/blocks.py.
 
-The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the source)
-in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
+The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the
+source) in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ class BARTConfig(EncoderDecoderConfig):
     max_positions: int | None = Field(
         None, ge=1, description="length of the tables of positions; null: the longer of source and target"
     )
-    activation: Literal["gelu", "gelu_tanh", "relu"] = Field("gelu", description="non-linearity of the feed-forward part")
+    activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
+        "gelu", description="non-linearity of the feed-forward part"
+    )
     norm_epsilon: float = Field(1e-5, gt=0, description="added to the variance in a norm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
 

@@ -1,7 +1,7 @@
 """The BERT family as one ordered list of layers. Shapes as in pretrain/models/blocks.py; p predictions in a sample.
 
-The state is (x, positions to predict [b, p], mask of the tokens); the mask, int64 [b, s], is there only where samples may
-be filled up.
+The state is (x, positions to predict [b, p], mask of the tokens); the mask, int64 [b, s], is there only where samples
+may be filled up.
 """
 
 from __future__ import annotations

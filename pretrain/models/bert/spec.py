@@ -27,7 +27,9 @@ class BERTConfig(TextConfig):
     next_sentence: bool = Field(
         True, description="samples are pairs of segments, and a second head judges whether they follow each other"
     )
-    activation: Literal["gelu", "gelu_tanh", "relu"] = Field("gelu", description="non-linearity of the feed-forward part")
+    activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
+        "gelu", description="non-linearity of the feed-forward part"
+    )
     norm_epsilon: float = Field(1e-12, gt=0, description="added to the variance in a norm; 1e-5 in RoBERTa")
     dropout: float = Field(0.0, ge=0, lt=1, description="part of embedding and residual activations set to 0")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="part of attention weights set to 0")

@@ -1,7 +1,7 @@
 """The T5 family as one ordered list of layers. Shapes as in pretrain/models/blocks.py.
 
-The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the source)
-in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
+The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the
+source) in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class RelativeBias(nn.Module):
 
     def table(self, length: int) -> Tensor:
         """The bias of every pair of positions, [1, heads/tp, length, length]: queries, then keys."""
-        # A row of all distances -(length - 1) .. length - 1 (and one that no pair has), then shifted by one in each row:
+        # A row of all distances 1 - length .. length - 1 (and one that no pair has), shifted by one for each query:
         # rows of 2 length read as rows of 2 length - 1 do that, and the backward is a sum instead of a scatter.
         distance = torch.arange(1 - length, length + 1, device=self.weight.device)
         values = self.weight[self.buckets(distance)].transpose(0, 1)  # [heads/tp, 2 length]

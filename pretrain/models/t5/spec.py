@@ -1,4 +1,4 @@
-"""Facts of T5 (Raffel et al. 2020) and its version 1.1 (Shazeer 2020; Roberts et al. 2020): fields and counts (no torch)."""
+"""Facts of T5 (Raffel et al. 2020) and its version 1.1 (Shazeer 2020): fields and counts (no torch)."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -23,7 +23,8 @@ class T5Config(EncoderDecoderConfig):
         "matrix in 1.1"
     )
     tied_head: bool = Field(
-        True, description="the output head is the token embedding, scaled by hidden^-0.5 (1.0); false: its own matrix (1.1)"
+        True, description="the output head is the token embedding, scaled by hidden^-0.5 (version 1.0); false: a "
+        "matrix of its own (1.1)"
     )
     relative_buckets: int = Field(32, ge=4, multiple_of=4, description="distances that have a bias of their own")
     relative_max_distance: int = Field(128, ge=2, description="distance from which on all share one bias")
