@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -70,7 +71,7 @@ class LocalSlurm:
         self._start("munged", ["munged", "--foreground", f"--socket={folder / 'socket'}", f"--key-file={key}",
                                f"--pid-file={folder / 'pid'}", f"--log-file={self.folder / 'log' / 'munged.log'}",
                                f"--seed-file={folder / 'seed'}"])
-        wait_until((folder / "socket").exists, 20, "munged answers")
+        wait_until((folder / "socket").exists, 20, f"munged answers, see {self.folder / 'log' / 'munged.out'}")
 
     def start_controller(self) -> None:
         self._start("slurmctld", ["slurmctld", "-D"])
@@ -96,10 +97,11 @@ class LocalSlurm:
 
     def down(self) -> None:
         """Cancels jobs, stops daemons; raises AssertionError when a process is left."""
-        self._quiet("scancel", "--full", "--signal=KILL", "--me")
-        self._quiet("scancel", "--me")
-        with suppress(AssertionError):
-            wait_until(lambda: not self.run("squeue", "-h").strip(), 10, "the queue is empty")
+        controller = self._started.get("slurmctld")
+        if controller is not None and controller.poll() is None and self._quiet("scancel", "--full", "-s", "KILL", "--me"):
+            self._quiet("scancel", "--me")
+            with suppress(AssertionError):
+                wait_until(lambda: not self.run("squeue", "-h").strip(), 10, "the queue is empty")
         for process in reversed(self._started.values()):
             process.terminate()
         for process in self._started.values():
@@ -208,14 +210,17 @@ class LocalSlurm:
 
 
 @contextmanager
-def local_slurm(folder: Path, nodes: int = 2, cpus: int = 2, extra: str = "") -> Iterator[LocalSlurm]:
+def local_slurm(nodes: int = 2, cpus: int = 2, extra: str = "") -> Iterator[LocalSlurm]:
     """A cluster that is there inside the block, and gone after it."""
+    # Not in pytest's folder: munge wants its socket where every user could reach it.
+    folder = Path(tempfile.mkdtemp(prefix="trainyard-slurm-"))
     cluster = LocalSlurm(folder, nodes, cpus, extra)
     try:
         cluster.up()
         yield cluster
     finally:
         cluster.down()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
