@@ -72,8 +72,7 @@ def span_counts(num_raw: int, density: float, mean_span: float) -> SpanCounts:
 def raw_tokens(num_inputs: int, density: float, mean_span: float) -> SpanCounts | None:
     """The longest sample whose corrupted input has exactly `num_inputs` tokens; None when there is none."""
     found = None
-    num_raw = 2
-    # One more raw token gives at most one more input, so the search passes every length; the density bounds it.
+    num_raw = max(2, num_inputs - 1)  # a sample grows by one token at most
     while (counts := span_counts(num_raw, density, mean_span)).num_inputs <= num_inputs:
         if counts.num_inputs == num_inputs:
             found = counts

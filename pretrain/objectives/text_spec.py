@@ -1,6 +1,7 @@
 """Facts of the objectives on text: fields, length of a sample, ids they need, what does not fit (no torch)."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Literal
 
 from pydantic import Field
@@ -89,9 +90,8 @@ def _at_least(num_tokens: int, why: str) -> Problems:
 def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterator[Found]:
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
     if counts is None:
-        lengths = [n for n in range(3, model.sequence_length + 10)
-                   if raw_tokens(n, config.noise_density, config.mean_span_length)]
-        best = min(lengths, key=lambda n: abs(n - model.sequence_length))
+        best = next(n for n in count(max(3, model.sequence_length))
+                    if raw_tokens(n, config.noise_density, config.mean_span_length))
         yield ("model.sequence_length", f"inputs of {model.sequence_length} tokens by span_corruption",
                f"no sample fills exactly that at noise_density={config.noise_density} and "
                f"mean_span_length={config.mean_span_length}: a kept token, a sentinel and end-of-text are the least",
