@@ -42,8 +42,8 @@ def trainyard(cluster: LocalSlurm, *words: str) -> subprocess.CompletedProcess[s
                           check=False, timeout=600, cwd=ROOT)
 
 
-def submit(cluster: LocalSlurm, recipe: Path, folder: Path, *words: str) -> str:
-    done = trainyard(cluster, "submit", str(recipe), *JOB, f"run.dir={folder}", *RUN, *words)
+def submit(cluster: LocalSlurm, recipe: Path, folder: Path, *words: str, run: tuple[str, ...] = RUN) -> str:
+    done = trainyard(cluster, "submit", str(recipe), *JOB, f"run.dir={folder}", *run, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[2].rstrip(":,")
 
@@ -157,14 +157,20 @@ def test_cancel_leaves_no_process(cluster, recipe, tmp_path):
 
 def test_a_second_job_on_the_run_folder_is_refused(cluster, recipe, tmp_path):
     shape = ("--nodes", "1", "--ranks-per-node", "1")
-    job_id = submit(cluster, recipe, tmp_path, *shape)
+    long = ("run.steps=100000", "checkpoint.every=0")
+    job_id = submit(cluster, recipe, tmp_path, *shape, run=long)
     wait_for_step(cluster, job_id, tmp_path, 2)
-    second = submit(cluster, recipe, tmp_path, *shape, "--no-node-check", "--name", "second")
+    second = submit(cluster, recipe, tmp_path, *shape, "--no-node-check", "--name", "second", run=long)
     assert cluster.wait_for_state(second) == "FAILED"
     assert cluster.job(second)["ExitCode"] == "2:0"
     assert f"job {job_id}" in log(tmp_path)
-    assert cluster.wait_for_state(job_id) == "COMPLETED"
-    assert read(tmp_path).exit_code == 0
+    before = records(tmp_path)[-1]["step"]
+    wait_for_step(cluster, job_id, tmp_path, before + 5)  # the first one goes on
+    (tmp_path / "STOP").touch()
+    assert cluster.wait_for_state(job_id) == "COMPLETED", log(tmp_path)
+    status = read(tmp_path)
+    assert (status.exit_code, status.reason, status.job_id) == (0, "STOP", job_id)
+    assert status.checkpoint_step == status.last_step
 
 
 @pytest.mark.parametrize("words", [
