@@ -135,6 +135,11 @@ def stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     return {name: np.stack([sample[name] for sample in samples]) for name in fields}
 
 
+def each(transform: Callable[[dict], dict]) -> Callable:
+    """A stage that transforms every sample by itself."""
+    return webdataset.map(transform)
+
+
 def unchanged(item: dict[str, np.ndarray] | Failure) -> dict[str, np.ndarray] | Failure:
     """Keeps torch from turning arrays into tensors inside a worker."""
     return item
@@ -164,7 +169,8 @@ def signals_held() -> Iterator[None]:
 class Loader:
     """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
 
-    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}. `position` is the number of samples that
+    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}, or what `stages` make of it.
+    `position` is the number of samples that
     the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
     costs the same for any position.
 
@@ -264,25 +270,35 @@ def heldout_batches(
     num_samples: int | None = None,
     data_rank: int = 0,
     data_size: int = 1,
+    stages: Sequence[Callable] = (),
 ) -> Iterator[MicroBatch]:
     """Yield this rank's micro-batches of the held-out set: its first `num_samples` windows (None: all), never shuffled.
 
-    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]}.
-    Every rank yields the same number of them. Where samples do not divide, the last ones are filled up with rows of
-    end-of-text whose weights are 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any
-    layout. Raises DataError when the set holds less than one window, or is damaged.
+    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]}, or
+    what `stages` make of it: further webdataset stages on single samples, as in the Loader. Every rank yields the same
+    number of them. Where samples do not divide, the last ones are filled up with the first window, its weights being 0,
+    so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any layout. Raises DataError when the set
+    holds less than one window, or is damaged.
     """
     order = WindowOrder(dataset.token_counts, sequence_length, seed=None)
     num_real = order.windows_per_epoch if num_samples is None else min(num_samples, order.windows_per_epoch)
-    filler = np.full(sequence_length + 1, dataset.manifest.end_of_text, dtype=np.int64)
     per_round = micro_batch * data_size
-    for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
-        samples = []
-        for position in range(first, first + micro_batch):
-            is_real = position < num_real
-            tokens = dataset.window(order.pieces(position)) if is_real else filler
-            samples.append({"tokens": tokens, "weights": np.full(sequence_length, is_real, dtype=np.float32)})
-        yield as_tensors(stack(samples))
+
+    def windows() -> Iterator[dict]:
+        for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
+            for position in range(first, first + micro_batch):
+                real = position if position < num_real else 0
+                yield {"position": real, "tokens": dataset.window(order.pieces(real))}
+
+    def with_weights(source: Iterator[dict]) -> Iterator[dict]:
+        for number, sample in enumerate(source):
+            turn, within = divmod(number, micro_batch)
+            is_real = turn * per_round + data_rank * micro_batch + within < num_real
+            weights = sample.get("weights", np.ones(sequence_length, dtype=np.float32))
+            yield {**sample, "weights": weights * np.float32(is_real)}
+
+    pipeline = webdataset.DataPipeline(windows, *stages, with_weights, Batch(micro_batch))
+    yield from map(as_tensors, pipeline)
 
 
 def _close_at_exit(reference: weakref.ref) -> None:

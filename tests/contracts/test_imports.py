@@ -14,11 +14,14 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in
 
 PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.rules", "parallel.rank_info",
                   "parallel.node_list", "parallel.planner.*")
-DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest")
-SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.*.spec")
+DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
+              "data_pipeline.noise_facts")
+SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",
+              "pretrain.models.encoder_decoder", "pretrain.models.*.spec")
+OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
                 "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
-FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *CONFIG_FACTS)
+FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS)
 CORE = ("parallel", "parallel.*", "pretrain.optim", "pretrain.metrics", "pretrain.quiet")
 
 # File pattern: what of the project it may import, at most. The first line that fits decides.
@@ -30,10 +33,12 @@ TABLE = {
     "data_pipeline/*": ("data_pipeline", "data_pipeline.*"),
     "launchers/*": ("launchers", "launchers.*", *FACTS),
     "pretrain/models/*/spec.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
-    "pretrain/models/family.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
-    "pretrain/models/__init__.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
+    **{f"pretrain/models/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS)
+       for name in ("__init__", "family", "counting", "encoder_decoder")},
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
-    "pretrain/objectives/*": (*FACTS, *CORE, "pretrain.models.*", "pretrain.objectives.*"),
+    **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
+       for name in ("__init__", "objective", "*_spec")},
+    "pretrain/objectives/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models.*", "pretrain.objectives.*"),
     **{f"{module.replace('.', '/')}.py": FACTS for module in CONFIG_FACTS},
     "pretrain/checkpoint/*": (*FACTS, *CORE, "pretrain.checkpoint", "pretrain.checkpoint.*", "pretrain.models.*"),
     "pretrain/hooks/*": (*FACTS, *CORE, "pretrain.hooks", "pretrain.hooks.*", "pretrain.checkpoint.*"),

@@ -1,0 +1,144 @@
+"""What an objective asks of a model and a dataset, said with numbers; and batches that a model takes."""
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data_pipeline.index import TokenDataset
+from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.tokenizer import Tokenizer
+from parallel.initialise import draw
+from parallel.megatron import TensorShard
+from parallel.pipeline import Stage
+from pretrain.config import load_config, load_run
+from pretrain.errors import ConfigError
+from pretrain.models import FAMILIES, family_spec
+from pretrain.objectives import make_loss, make_stages
+from pretrain.trained import single_rank
+from tests.helpers.recipes import TEXT_VOCAB_SIZE, recipe_of
+
+CASES = [(family, name) for family in FAMILIES for name in family_spec(family).objectives]
+
+
+@pytest.fixture
+def config_of(tmp_path, dataset):
+    def make(family, objective, **model):
+        content = recipe_of(family)
+        length = {"target_length": 32} if family == "t5" else {}
+        content = {**content, "run": {"dir": str(tmp_path / "run"), "steps": 1}, "objective": objective,
+                   "model": {**content["model"], "vocab_size": TEXT_VOCAB_SIZE, **length, **model},
+                   "data": {"train": str(dataset / "train"), "heldout": str(dataset / "heldout")}}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return make
+
+
+def problem(path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert len({found.where.partition(" ")[0] for found in caught.value.problems} - {"data.heldout"}) == 1
+    return " | ".join(caught.value.problems[0])
+
+
+@pytest.mark.parametrize(("family", "objective", "model", "told"), [
+    ("t5", "span_corruption", {"vocab_size": 512}, "model.vocab_size must be at least 518"),
+    ("t5", "span_corruption", {"target_length": 5}, "8: 5 hidden tokens, 2 sentinels and end-of-text of 34 tokens"),
+    ("t5", "span_corruption", {"sequence_length": 2}, "set model.sequence_length=3"),
+    ("t5", "prefix_lm", {"sequence_length": 1}, "at least 2: one token before the cut and one after"),
+    ("t5", "causal_lm", {}, "span_corruption, prefix_lm"),
+    ("bart", "denoising", {"sequence_length": 3}, "at least 4"),
+    ("bart", "denoising", {"target_length": 16}, "at least 32, the length of the sample"),
+    ("bart", "denoising", {"vocab_size": 515}, "512 token ids and 4 ids that the objective keeps for itself"),
+    ("bert", "masked_lm", {"sequence_length": 4}, "at least 5"),
+    ("bert", "masked_lm", {"segment_types": 1}, "set model.segment_types=2, or model.next_sentence=false"),
+    ("gpt", "fill_in_the_middle", {"vocab_size": 518}, "model.vocab_size must be at least 519"),
+    ("gpt", "fill_in_the_middle", {"sequence_length": 5}, "at least 6: three sentinels"),
+])  # fmt: skip
+def test_what_does_not_fit_is_told(family, objective, model, told, config_of):
+    assert told in problem(config_of(family, {"name": objective}, **model))
+
+
+def test_parts_of_masking_add_up(config_of):
+    told = problem(config_of("bert", {"name": "masked_lm", "masked_part": 0.8, "random_part": 0.3}))
+    assert "set objective.random_part=0.2 or less" in told
+
+
+def test_target_is_split_over_tensor_ranks(config_of):
+    path = config_of("t5", {"name": "span_corruption"}, target_length=9)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, ["parallel.tensor=2", "parallel.sequence=true"])
+    [found] = caught.value.problems
+    assert found.where.startswith("model.target_length")
+    assert "set model.target_length to 10" in found.change
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_batches_of_every_objective_go_through_the_model(family, name, config_of):
+    config = load_config(config_of(family, {"name": name}))
+    dataset = TokenDataset.open(config.data.train)
+    stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+    with Loader(dataset, config.window_tokens, 1, 4, 2, stages=stages) as loader:
+        batches = next(loader)
+    held = list(heldout_batches(dataset, config.window_tokens, 2, 3, stages=make_stages(
+        config.objective, config.model, dataset, "heldout")))
+    assert held[1]["weights"][1].sum() == 0 < held[1]["weights"][0].sum()
+    with single_rank() as groups:
+        shard = TensorShard(groups, torch.device("cpu"))
+        specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, shard)
+        stage = Stage(specs, 0, len(specs))
+        loss = make_loss(name, family, shard)
+        with torch.no_grad():
+            for key, parameter in stage.named_global_parameters():
+                parameter.copy_(draw(key, tuple(parameter.shape), parameter.plan, 3))
+            means = []
+            for batch in [*batches, *held]:
+                total = loss.loss_sum(stage.run(loss.inputs(batch)), loss.targets(batch))
+                means.append(float(total / loss.num_targets(batch)))
+        for mean in means:
+            assert abs(mean - np.log(TEXT_VOCAB_SIZE)) < 3, "about as good as a guess"
+
+
+def test_segment_pairs(config_of):
+    """Half of the second segments come from elsewhere, and the frame is where it should be."""
+    config = load_config(config_of("bert", {"name": "masked_lm", "mask_ratio": 0.05}))
+    dataset = TokenDataset.open(config.data.train)
+    stages = make_stages(config.objective, config.model, dataset, 1)
+    with Loader(dataset, config.window_tokens, 1, 64, 64, stages=stages) as loader, \
+            Loader(dataset, config.window_tokens, 1, 64, 64) as plain:
+        strange = []
+        for _ in range(8):
+            [batch], [raw] = next(loader), next(plain)
+            whole = batch["tokens"].scatter(1, batch["positions"], batch["labels"])
+            for row, types, not_next, text in zip(whole, batch["types"], batch["not_next"], raw["tokens"], strict=True):
+                cut = int((types == 0).sum()) - 2
+                assert [int(row[i]) for i in (0, cut + 1, -1)] == [TEXT_VOCAB_SIZE - 2] + [TEXT_VOCAB_SIZE - 3] * 2
+                assert torch.equal(row[1 : cut + 1], text[:cut])
+                if not_next == 0:
+                    assert torch.equal(row[cut + 2 : -1], text[cut:-1])
+                strange.append(int(not_next))
+    assert np.mean(strange) == pytest.approx(0.5, abs=0.08)
+
+
+def test_whole_words_follow_the_pieces(config_of):
+    config = load_config(config_of("bert", {"name": "masked_lm", "whole_words": True}, next_sentence=False,
+                                   sequence_length=128))
+    dataset = TokenDataset.open(config.data.train)
+    pieces = Tokenizer.load(dataset.folder / "tokenizer.model").pieces()
+    stages = make_stages(config.objective, config.model, dataset, 1)
+    with Loader(dataset, config.window_tokens, 1, 64, 64, stages=stages) as loader:
+        [batch] = next(loader)
+    broken = words = 0
+    whole = batch["tokens"].scatter(1, batch["positions"], batch["labels"])
+    for row, positions, weights in zip(whole, batch["positions"], batch["weights"], strict=True):
+        chosen = set(positions[weights > 0].tolist())
+        for place in range(2, 127):
+            if pieces[int(row[place])][:1].isalnum():  # goes on with the word before it
+                words += place in chosen or place - 1 in chosen
+                broken += (place in chosen) != (place - 1 in chosen)
+    assert words > 200
+    assert broken == 0
