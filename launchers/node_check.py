@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
     sys.stderr.write(f"{reason}\n")
     note = {"rank": None, "node": info.node, "exit_code": int(ExitCode.NODE), "reason": reason,
-            "unix_seconds": time.time(), "job_id": info.job_id}
+            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
     try:
         write_note(folder / NOTES_FOLDER / f"exit-rank-of-{info.node}.json", note)
     except OSError as error:

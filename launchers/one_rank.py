@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     code = 128 - code if code < 0 else code
     if code not in QUIET_CODES:
         note = {"rank": rank, "node": node, "exit_code": code, "reason": _reason(code), "unix_seconds": time.time(),
-                "job_id": info.job_id if info else None}
+                "job_id": info.job_id if info else None, "token": info.attempt_token if info else None}
         write_note(folder / NOTES_FOLDER / f"exit-rank{rank}.json", note)
     return code
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.errors import ExitCode
-from pretrain.run_lock import LOCK_FILE
+from pretrain.run_lock import is_held_by_another
 from pretrain.status import Status, attempts_without_progress, first_failure, read, suspect_nodes, write
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
@@ -30,23 +30,29 @@ class Decision:
     bad_nodes: tuple[str, ...] = ()
 
 
-def outcome(folder: Path, began_unix_seconds: float, launcher_code: int) -> Outcome:
+def outcome(folder: Path, token: str, began_unix_seconds: float, launcher_code: int) -> Outcome:
     """What became of the attempt that began at this time. ``launcher_code`` counts only when no rank left a word."""
-    failure = first_failure(folder)
+    failure = first_failure(folder, token)
     if failure is not None and failure["unix_seconds"] >= began_unix_seconds:
         return Outcome(failure["exit_code"], str(failure.get("reason", "")), failure.get("rank"), failure.get("node"))
     status = read(folder)
-    if status is not None and status.exit_code is not None and status.updated_unix_seconds >= began_unix_seconds:
+    if status is not None and is_closed(status, token, began_unix_seconds):
         return Outcome(status.exit_code, status.reason, status.rank, status.node)
     code = launcher_code if launcher_code not in (0, ExitCode.REQUEUE) else int(ExitCode.INTERNAL)
     return Outcome(code, f"the launcher ended with {launcher_code}, and no rank wrote down why")
 
 
-def close(folder: Path, began_unix_seconds: float, result: Outcome) -> Status | None:
+def is_closed(status: Status, token: str, began_unix_seconds: float) -> bool:
+    """Whether rank 0 of this attempt has written how it ended."""
+    return (status.exit_code is not None and status.updated_unix_seconds >= began_unix_seconds
+            and status.token in (None, token))
+
+
+def close(folder: Path, token: str, began_unix_seconds: float, result: Outcome) -> Status | None:
     """Completes status.json when rank 0 could not; None when the folder belongs to another run."""
+    if is_held_by_another(folder, token):
+        return None
     status = read(folder)
-    if (folder / LOCK_FILE).exists() and result.code == ExitCode.USER:
-        return None  # this attempt was refused because another run writes here
     if status is None:
         return write(folder, Status(reason=result.reason, exit_code=result.code, rank=result.rank, node=result.node))
     if status.started_unix_seconds < began_unix_seconds:

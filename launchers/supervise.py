@@ -11,16 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launchers.outcome import Outcome, close, decide, outcome
+from launchers.outcome import Outcome, close, decide, is_closed, outcome
 from launchers.processes import adopt_orphans, end_descendants
 from launchers.rank_logs import failure_text
-from parallel.rank_info import process_environment
+from parallel.rank_info import ATTEMPT, process_environment
 from pretrain.errors import ExitCode
-from pretrain.status import NOTES_FOLDER, first_failure, forget_failures, read
+from pretrain.status import NOTES_FOLDER, first_failure, read
 
 POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
@@ -35,6 +36,7 @@ class Supervisor:
     folder: Path
     command: Sequence[str]
     slurm: bool
+    token: str
     began_unix_seconds: float = field(default_factory=time.time)
     process: subprocess.Popen[bytes] | None = None
     interrupts: int = 0
@@ -42,17 +44,16 @@ class Supervisor:
     def run(self) -> Outcome:
         """Runs the command to its end, and everything below it too."""
         adopt_orphans()
-        forget_failures(self.folder)
-        (self.folder / STOP_REQUEST).unlink(missing_ok=True)
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         # A session of its own: what a terminal or scheduler sends to our group is passed on by us, once.
-        self.process = subprocess.Popen(list(self.command), stdin=subprocess.DEVNULL, start_new_session=True)
+        self.process = subprocess.Popen(list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
+                                        env=process_environment() | {ATTEMPT: self.token})
         self._wait()
         if self.process.returncode is None or not self.slurm:
             end_descendants(POLITE_SECONDS if self.interrupts < 2 else 0)
         code = self.process.wait()
-        return outcome(self.folder, self.began_unix_seconds, 128 - code if code < 0 else code)
+        return outcome(self.folder, self.token, self.began_unix_seconds, 128 - code if code < 0 else code)
 
     def _wait(self) -> None:
         give_up = float("inf")
@@ -65,11 +66,11 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _patience_seconds(self) -> float:
-        if first_failure(self.folder) is not None:
+        if first_failure(self.folder, self.token) is not None:
             return FAILED_SECONDS
         status = read(self.folder)
-        closed = status is not None and status.exit_code is not None
-        return DONE_SECONDS if closed and status.updated_unix_seconds >= self.began_unix_seconds else float("inf")
+        closed = status is not None and is_closed(status, self.token, self.began_unix_seconds)
+        return DONE_SECONDS if closed else float("inf")
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT:
@@ -86,17 +87,13 @@ class Supervisor:
 def main(argv: Sequence[str]) -> int:
     """See the module."""
     args = _arguments(argv)
-    began = time.time()
-    if args.check_nodes:
-        code = _check_nodes(args.folder, args.check_nodes, args.devices)
-        if code != 0:
-            return _finish(args, began, outcome(args.folder, began, code))
-    supervisor = Supervisor(args.folder, args.command, args.slurm)
-    return _finish(args, supervisor.began_unix_seconds, supervisor.run())
-
-
-def _finish(args: argparse.Namespace, began_unix_seconds: float, result: Outcome) -> int:
-    status = close(args.folder, began_unix_seconds, result)
+    supervisor = Supervisor(args.folder, args.command, args.slurm, uuid.uuid4().hex)
+    code = _check_nodes(args, supervisor.token) if args.check_nodes else 0
+    if code != 0:
+        result = outcome(args.folder, supervisor.token, supervisor.began_unix_seconds, code)
+    else:
+        result = supervisor.run()
+    status = close(args.folder, supervisor.token, supervisor.began_unix_seconds, result)
     if result.code not in (ExitCode.DONE, ExitCode.REQUEUE):
         _say(_failure(args.folder, result))
     if args.slurm and status is not None:
@@ -139,12 +136,13 @@ def _scontrol(*words: str) -> None:
         time.sleep(pause)
 
 
-def _check_nodes(folder: Path, nodes: int, devices: int) -> int:
+def _check_nodes(args: argparse.Namespace, token: str) -> int:
     """One task a node looks whether it can train; the nodes that cannot are in the notes."""
-    forget_failures(folder)
+    nodes = args.check_nodes
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--export=ALL", "--mpi=none",
-               "--input=none", sys.executable, "-m", "launchers.node_check", str(folder), str(devices)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+               "--input=none", sys.executable, "-m", "launchers.node_check", str(args.folder), str(args.devices)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False,
+                          env=process_environment() | {ATTEMPT: token}).returncode
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

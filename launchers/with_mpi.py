@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from launchers.job import Job
+from parallel.rank_info import ATTEMPT
 from pretrain.errors import Problem
 
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
@@ -25,6 +26,7 @@ def argv(job: Job, known: Collection[str] = PASSED_ON, as_root: bool = False) ->
     exported = {name for name in (*PASSED_ON, *job.exported) if name in known}
     for name in sorted(exported | {name for name, _ in job.variables}):
         command += ["-x", name]
+    command += ["-x", ATTEMPT]  # set by the supervisor
     if job.master_address is not None:
         command += ["-x", "MASTER_ADDR"]
     if job.master_port is not None:

@@ -15,6 +15,7 @@ from parallel.node_list import NodeListError, expand_node_list, expand_tasks_per
 
 STORE_FD = "TRAINYARD_STORE_FD"
 LAUNCHER = "TRAINYARD_LAUNCHER"
+ATTEMPT = "TRAINYARD_ATTEMPT"
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral range of Linux (32768-), where an outgoing connection could take the port first.
 FIRST_PORT, NUM_PORTS, PORT_STRIDE, NUM_CANDIDATES = 20_000, 12_000, 1_009, 8
@@ -48,6 +49,7 @@ class RankInfo:
     attempt: int = 1
     port_is_fixed: bool = False
     store_is_hosted: bool = False
+    attempt_token: str | None = None  # names the attempt among others that may touch the same run folder
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -121,7 +123,7 @@ def read_rank_info(environ: Mapping[str, str] | None = None) -> RankInfo | None:
         address = LOOPBACK
     return replace(info, master_address=address, master_port=port, port_is_fixed=fixed, job_id=job_id,
                    attempt=1 + restarts, store_fd=_number(values, STORE_FD) if info.rank == 0 else None,
-                   nodes=info.nodes or _nodes(values, info.node))
+                   nodes=info.nodes or _nodes(values, info.node), attempt_token=values.get(ATTEMPT))
 
 
 def _exported(values: Mapping[str, str], native: RankInfo | None) -> RankInfo | None:

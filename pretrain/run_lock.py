@@ -29,7 +29,8 @@ class RunLock:
     def __init__(self, folder: Path, info: RankInfo):
         self.path = Path(folder) / LOCK_FILE
         self._facts = {"token": uuid.uuid4().hex, "job_id": info.job_id, "host": socket.gethostname(),
-                       "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt}
+                       "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
+                       "attempt_token": info.attempt_token}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -120,6 +121,12 @@ class RunLock:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def is_held_by_another(folder: Path, attempt_token: str) -> bool:
+    """Whether the lock is there and of another attempt than the one with this token."""
+    holder = _read(folder / LOCK_FILE)
+    return holder is not None and holder.get("attempt_token") != attempt_token
 
 
 def _read(path: Path) -> dict[str, Any] | None:

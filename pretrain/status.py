@@ -48,6 +48,7 @@ class Status:
     first_step: int = 0
     started_unix_seconds: float = 0.0
     updated_unix_seconds: float = 0.0
+    token: str | None = None
     history: tuple[dict[str, Any], ...] = field(default=())
 
 
@@ -63,7 +64,7 @@ def begin(folder: Path, info: RankInfo, step: int, checkpoint: Path | None) -> S
     forget_failures(folder)
     status = Status(attempt=attempt, job_id=info.job_id, nodes=info.nodes, last_step=step, first_step=step,
                     last_checkpoint=checkpoint.name if checkpoint else None, checkpoint_step=step if checkpoint else 0,
-                    started_unix_seconds=time.time(), history=history[-KEPT_ATTEMPTS:])
+                    started_unix_seconds=time.time(), token=info.attempt_token, history=history[-KEPT_ATTEMPTS:])
     return write(folder, status)
 
 
@@ -77,7 +78,7 @@ def write(folder: Path, status: Status) -> Status:
 def note_failure(folder: Path, info: RankInfo, step: int, exit_code: int, reason: str) -> None:
     """Any rank: notes that it failed, and when. Quiet when even that cannot be written."""
     note = {"rank": info.rank, "node": info.node, "job_id": info.job_id, "last_step": step, "exit_code": int(exit_code),
-            "reason": reason[:2000], "unix_seconds": time.time()}
+            "reason": reason[:2000], "unix_seconds": time.time(), "token": info.attempt_token}
     with contextlib.suppress(OSError):
         write_note(folder / NOTES_FOLDER / f"failed-rank{info.rank}.json", note)
 
@@ -93,8 +94,8 @@ def _notes(folder: Path) -> list[Path]:
     return [path for kind in ("failed", "exit") for path in (folder / NOTES_FOLDER).glob(f"{kind}-rank*.json")]
 
 
-def first_failure(folder: Path) -> dict[str, Any] | None:
-    """The note of the rank that failed first in the present attempt, or None.
+def first_failure(folder: Path, token: str | None = None) -> dict[str, Any] | None:
+    """The note of the rank that failed first in the present attempt, or None. Notes with another token are left out.
 
     Ranks that only lost the connection to it fail too, and launchers then end the rest; neither is the cause. When no
     other note is there, ``rank`` and ``node`` are None: those who failed first left no word.
@@ -102,7 +103,7 @@ def first_failure(folder: Path) -> dict[str, Any] | None:
     ranks: dict[Any, dict[str, Any]] = {}
     for path in sorted(_notes(folder)):  # exit-* before failed-*, whose reason is the better one
         note = _read_object(path)
-        if note and isinstance(note.get("unix_seconds"), int | float) and isinstance(note.get("exit_code"), int):
+        if note and _is_note(note) and (token is None or note.get("token") in (None, token)):
             earlier = ranks.get(note.get("rank"), note)["unix_seconds"]
             ranks[note.get("rank")] = note | {"unix_seconds": min(earlier, note["unix_seconds"])}
     lost = [note for note in ranks.values() if LOST_CONNECTION.search(str(note.get("reason")))]
@@ -114,6 +115,10 @@ def first_failure(folder: Path) -> dict[str, Any] | None:
         return min(lost, key=_when) | {"rank": None, "node": None, "reason":
                                        f"ranks {names} lost the connection to a rank or node that left no word"}
     return min(causes or ranks.values(), key=_when, default=None)
+
+
+def _is_note(note: dict[str, Any]) -> bool:
+    return isinstance(note.get("unix_seconds"), int | float) and isinstance(note.get("exit_code"), int)
 
 
 def _when(note: dict[str, Any]) -> float:
@@ -128,7 +133,7 @@ def read(folder: Path) -> Status | None:
     known = {name: values[name] for name in Status.__dataclass_fields__ if name in values}
     status = Status(**known)
     status = replace(status, nodes=tuple(status.nodes), history=tuple(status.history))
-    failure = first_failure(folder)
+    failure = first_failure(folder, status.token)
     if failure is None or status.exit_code in (ExitCode.DONE, ExitCode.REQUEUE):
         return status
     return replace(status, exit_code=failure["exit_code"], reason=str(failure.get("reason", "failed")),

@@ -55,10 +55,17 @@ def cancel(job_id: str) -> None:
         raise UserError(f"{done.stderr.strip()}\nscancel {job_id} failed: `squeue --me` shows your jobs")
 
 
-def wait(folder: Path, job_ids: Sequence[str]) -> int:
-    """Waits until none of the jobs is queued or runs, however often they are requeued; returns the run's exit code."""
+def wait(folders: Sequence[Path], job_ids: Sequence[str]) -> int:
+    """Waits until none of the jobs is queued or runs, however often they are requeued.
+
+    Returns the exit code of the run, of an array the first that is not 0.
+    """
     while any(not _is_over(job_id) for job_id in job_ids):
         time.sleep(POLL_SECONDS)
+    return next((code for code in map(_exit_code, folders) if code != 0), 0)
+
+
+def _exit_code(folder: Path) -> int:
     status = read(folder)
     if status is None or status.exit_code is None:
         sys.stderr.write(f"the jobs are over, and {folder} does not say how; its logs may\n")

@@ -166,13 +166,16 @@ def command_here(launcher: str, job: Job) -> tuple[list[str], dict[str, str]]:
 
 
 def _make_folders(job: Job) -> None:
-    folders = [with_slurm.element_folder(job, element) for element in job.array] or [job.folder]
-    for folder in folders:
+    for folder in {job.folder, *_run_folders(job)}:
         try:
             (folder / "logs").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"the run folder {folder} cannot be made: {error.strerror}; "
                             "choose another run.dir") from None
+
+
+def _run_folders(job: Job) -> list[Path]:
+    return [with_slurm.element_folder(job, element) for element in job.array] or [job.folder]
 
 
 def _run_here(launcher: str, job: Job) -> int:
@@ -202,7 +205,7 @@ def _submit_to_slurm(job: Job, and_wait: bool) -> int:
     sys.stdout.write(f"submitted job {', '.join(job_ids)}: {path}\n"
                      f"look:   trainyard status {shlex.quote(str(job.folder))}\n"
                      f"cancel: trainyard cancel {shlex.quote(str(job.folder))}\n")
-    return wait(job.folder, job_ids) if and_wait else 0
+    return wait(_run_folders(job), job_ids) if and_wait else 0
 
 
 def _without_slurm_options() -> dict[str, str]:

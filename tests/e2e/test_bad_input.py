@@ -11,7 +11,7 @@ CASES = {  # name: (ranks, overrides, what the message must hold)
     "wrong type": (1, ["run.steps=many"], ["run.steps", "many"]),
     "unknown key": (1, ["parallel.tensr=2"], ["parallel.tensr", "parallel.tensor"]),
     "world does not factor": (3, ["parallel.tensor=2"], ["3 ranks", "tensor=2", "2 or 4"]),
-    "heads by tensor": (8, ["parallel.tensor=8"], ["4 heads", "tensor=8"]),
+    "heads by tensor": (8, ["parallel.tensor=8"], ["4 attention heads", "tensor=8", "1, 2, 4"]),
     "global batch": (3, [], ["global_batch", "8"]),
     "layers below stages": (8, ["parallel.pipeline=8", "parallel.zero_stage=1"], ["4", "pipeline=8"]),
     "zero2 with a pipeline": (2, ["parallel.pipeline=2", "parallel.zero_stage=2"], ["zero_stage=2", "zero_stage=1"]),

@@ -33,7 +33,7 @@ def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_s
     pipes, processes = [], []
     for rank in range(world_size):
         receive, send = CONTEXT.Pipe(duplex=False)
-        process = CONTEXT.Process(target=_child, daemon=True,
+        process = CONTEXT.Process(target=_child,  # not a daemon: those may have no loader workers
                                   args=(target, rank, world_size, listener if rank == 0 else None,
                                         listener.getsockname()[1], send, args))
         process.start()

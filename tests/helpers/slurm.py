@@ -98,7 +98,8 @@ class LocalSlurm:
     def down(self) -> None:
         """Cancels jobs, stops daemons; raises AssertionError when a process is left."""
         controller = self._started.get("slurmctld")
-        if controller is not None and controller.poll() is None and self._quiet("scancel", "--full", "-s", "KILL", "--me"):
+        if controller is not None and controller.poll() is None:
+            self._quiet("scancel", "--full", "--signal=KILL", "--me")
             self._quiet("scancel", "--me")
             with suppress(AssertionError):
                 wait_until(lambda: not self.run("squeue", "-h").strip(), 10, "the queue is empty")

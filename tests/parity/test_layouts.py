@@ -61,7 +61,7 @@ def reference(tmp_path_factory, recipe):
 
 def check(layout, extra, folder, recipe, reference, loss_bound=1e-5, norm_bound=1e-4):
     expected = reference(tuple(extra))
-    assert expected[-1][0] < expected[0][0] - 0.5, "the reference did not learn, so equality would prove little"
+    assert expected[-1][0] < expected[0][0] - 0.4, "the reference did not learn, so equality would prove little"
     assert any(norm > 1.0 for _, norm in expected), "clipping never acted"
     loss, norm = largest_differences(curve(folder, layout, recipe, extra), expected)
     assert loss <= loss_bound, f"loss differs by {loss:.1e}, gradient norm by {norm:.1e}"

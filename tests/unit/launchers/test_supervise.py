@@ -7,14 +7,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from launchers.outcome import Outcome, close, decide
-from parallel.rank_info import process_environment
-from pretrain.status import Status, note_failure, read, write
+from parallel.rank_info import alone, process_environment
+from pretrain.status import Status, begin, first_failure, note_failure, read, write
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -146,13 +146,21 @@ def test_a_bad_node_is_kept_out():
 
 def test_a_refused_attempt_leaves_the_status_of_the_other_run_alone(tmp_path):
     before = write(tmp_path, Status(reason="running"))
-    (tmp_path / "run.lock").write_text("{}")
-    assert close(tmp_path, time.time(), Outcome(2, "refused")) is None
+    (tmp_path / "run.lock").write_text('{"attempt_token": "theirs"}')
+    assert close(tmp_path, "ours", time.time(), Outcome(2, "refused")) is None
     assert read(tmp_path) == before
 
 
+def test_notes_of_a_refused_attempt_do_not_concern_the_run_that_goes_on(tmp_path):
+    theirs, ours = (replace(alone(), attempt_token=token) for token in ("theirs", "ours"))
+    begin(tmp_path, ours, 0, None)
+    note_failure(tmp_path, theirs, 0, 2, "refused")
+    assert read(tmp_path).exit_code is None
+    assert first_failure(tmp_path, "ours") is None
+    assert first_failure(tmp_path, "theirs")["exit_code"] == 2
+
+
 def test_notes_of_dead_peers_do_not_hide_the_cause(tmp_path):
-    from parallel.rank_info import alone
     note_failure(tmp_path, alone(), 3, 77, "the cause")
     assert os.listdir(tmp_path / "logs") == ["failed-rank0.json"]
     assert read(tmp_path) is None
