@@ -74,7 +74,7 @@ def test_target_is_split_over_tensor_ranks(config_of):
         load_run(path, ["parallel.tensor=2", "parallel.sequence=true"])
     [found] = caught.value.problems
     assert found.where.startswith("model.target_length")
-    assert "set model.target_length to 10" in found.change
+    assert "set model.target_length to 10" in found.remedy
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
