@@ -31,11 +31,13 @@ class RendezvousError(Exception):
     """The ranks did not find each other; the message names host, address, who is missing, and what to do."""
 
 
-def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seconds: float = 1800.0) -> None:
+def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seconds: float = 1800.0,
+         exports: bool = True) -> None:
     """Initialises torch.distributed for this rank: gloo on CPU, and NCCL beside it where there is a GPU.
 
     Blocks until all ranks are there, at most ``timeout_seconds``; every later collective is limited to
-    ``collective_timeout_seconds``. Also exports RANK, MASTER_ADDR ... for libraries. Raises RendezvousError.
+    ``collective_timeout_seconds``. ``exports``: also sets RANK, MASTER_ADDR ... of this process, which DeepSpeed reads.
+    Raises RendezvousError.
     """
     import torch
     import torch.distributed as dist
@@ -43,7 +45,8 @@ def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seco
     deadline = time.monotonic() + timeout_seconds
     info = _with_address(info)
     store, port = _open_store(info, deadline)
-    replace(info, master_port=port).export()
+    if exports:
+        replace(info, master_port=port).export()
     if info.world_size > 1:
         _wait_for_all(info, store, deadline)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

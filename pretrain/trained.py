@@ -26,8 +26,8 @@ from pretrain.models import FAMILIES
 
 @contextmanager
 def single_rank() -> Iterator[Groups]:
-    """A world of this process alone; nothing listens."""
-    join(alone())
+    """A world of this process alone, without DeepSpeed; nothing listens, and no later start believes in a launcher."""
+    join(alone(), exports=False)
     try:
         yield build_groups(Layout())
     finally:

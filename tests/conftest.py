@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokeniz
 from tests.helpers.recipes import VOCAB_SIZE, write_recipe
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays():
+    """What a test exports for libraries (RANK and its like) is not there for the next one."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

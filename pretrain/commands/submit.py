@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -87,13 +88,18 @@ def build_job(args: argparse.Namespace) -> Job:
                   args.gpus_per_node, args.cpus_per_task, args.memory, args.exclude, args.image, args.mounts,
                   args.signal_seconds, not args.no_requeue, args.torchrun_inside, not args.no_node_check, args.chain)
     return Job(
-        name=args.name if args.name is not None else folder.name, config=Path(args.config).absolute(), folder=folder,
-        work_dir=work_dir, python=sys.executable, overrides=tuple(args.overrides), nodes=args.nodes,
+        name=args.name if args.name is not None else default_name(folder), config=Path(args.config).absolute(),
+        folder=folder, work_dir=work_dir, python=sys.executable, overrides=tuple(args.overrides), nodes=args.nodes,
         ranks_per_node=args.ranks_per_node, variables=variables, exported=tuple(args.export), array=array,
         hostfile=args.hostfile.absolute() if args.hostfile else None, include=args.include,
         exclude=args.exclude if args.launcher == "deepspeed" else None, remote=args.remote, no_ssh=args.no_ssh,
         node_rank=args.node_rank, master_address=args.master_address, master_port=args.master_port,
         elastic=args.elastic, restarts=args.restarts, slurm=slurm)
+
+
+def default_name(folder: Path) -> str:
+    """A job name after the run folder, in the characters that every launcher takes."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.name).strip("-.")[:64] or "trainyard"
 
 
 def _array(words: list[str]) -> Iterator[tuple[str, ...]]:

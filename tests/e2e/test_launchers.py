@@ -118,7 +118,8 @@ def test_a_killed_launcher_leaves_nothing(launcher, recipe, tmp_path):
     below = [pid for pid in ranks_in(folder) if parent_of(pid) == process.pid]
     assert len(below) == 1
     os.kill(below[0], signal.SIGKILL)
-    assert process.wait(timeout=60) not in (0, 75)
+    # 75 where the ranks, told by the supervisor, could still save in order.
+    assert process.wait(timeout=60) != 0
     wait_until(lambda: ranks_in(folder) == [], 15, "no process is left")
 
 
