@@ -33,6 +33,8 @@ NEGATIVE = [
     ("sequence-needs-tensor", {"sequence": True}, "parallel.sequence", "one of 2, 4", {"tensor": 2}),
     ("sequence-divides", {"sequence": True, "tensor": 4, "model": {"sequence_length": 250}}, "model.sequence_length",
      "248 or 252", {"model": {"sequence_length": 252}}),
+    ("target-divides", {"sequence": True, "tensor": 4, "model": {"target_length": 114}}, "model.target_length",
+     "set model.target_length to 116", {"model": {"target_length": 116}}),
     ("pipeline-supported", {"pipeline": 2, "model": {"pipeline_supported": False, "why_no_pipeline": "two towers"}},
      "parallel.pipeline", "two towers", {"pipeline": 1}),
     ("pipeline-blocks", {"pipeline": 8}, "parallel.pipeline", "4 or less", {"pipeline": 4}),
