@@ -4,7 +4,7 @@ from importlib import import_module
 
 from pretrain.models.family import FamilySpec
 
-FAMILIES = {"gpt": "pretrain.models.gpt"}
+FAMILIES = {"gpt": "pretrain.models.gpt", "clip": "pretrain.models.clip"}
 
 
 def family_spec(family: str) -> FamilySpec:

@@ -36,6 +36,7 @@ class BlockShape:
     std: float
     residual_std: float
     rotary_base: float | None
+    up_std: float | None = None  # of the feed-forward part's first matrix, where it is not `std`
 
     @staticmethod
     def scaled_residual(std: float, num_layers: int) -> float:
@@ -114,9 +115,10 @@ class SelfAttention(nn.Module):
     whole groups on any tensor degree.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
+        """num_keys: only the first this many tokens are seen; the rest is padding. None: all of them."""
         super().__init__()
-        self.shape, self.shard, self.name, self.causal = shape, shard, name, causal
+        self.shape, self.shard, self.name, self.causal, self.num_keys = shape, shard, name, causal, num_keys
         self.width = shape.hidden // shape.heads
         self.per_group = shape.heads // shape.kv_heads
         size = (shape.heads + 2 * shape.kv_heads) * self.width
@@ -134,6 +136,8 @@ class SelfAttention(nn.Module):
             q, k = self.rotary(q, offset), self.rotary(k, offset)
         if cache:
             k, v = cache.extend(self.name, k, v)
+        if self.num_keys and self.num_keys < k.shape[2]:
+            k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
                       shard=self.shard)
@@ -144,6 +148,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
 }
 
 
@@ -153,7 +158,7 @@ class FeedForward(nn.Module):
     def __init__(self, shape: BlockShape, shard: TensorShard):
         super().__init__()
         self.activation = ACTIVATIONS.get(shape.activation)
-        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
         self.gate = None
         if shape.activation == "swiglu":
             self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
@@ -168,11 +173,11 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward with residuals; norms before each (Radford et al. 2019) or after (Vaswani et al. 2017)."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
         super().__init__()
         self.pre, self.probability, self.shard = shape.norm_position == "pre", shape.dropout, shard
         self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-        self.attention = SelfAttention(shape, shard, name, causal)
+        self.attention = SelfAttention(shape, shard, name, causal, num_keys)
         self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
         self.feed_forward = FeedForward(shape, shard)
 

@@ -12,6 +12,7 @@ One line in `pretrain.models.FAMILIES` makes the family known.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -39,4 +40,11 @@ class FamilySpec:
     facts: Callable[[FamilyConfig], ModelFacts]
     parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
-    flops_per_token: Callable[[FamilyConfig, int], int]  # forward and backward, for a sequence length in tokens
+    # forward and backward for one `unit`, for a sequence length in tokens
+    flops_per_token: Callable[[FamilyConfig, int], int]
+    reads: Literal["tokens", "pairs"] = "tokens"  # what its data is made of: documents, or images with captions
+
+    @property
+    def unit(self) -> str:
+        """What progress and speed are counted in."""
+        return "tokens" if self.reads == "tokens" else "samples"
