@@ -1,0 +1,175 @@
+"""What became of an attempt, for those who restart runs: launchers lose exit codes, so the run folder holds them.
+
+``status.json`` is written by rank 0, always whole (temporary name, then rename). A rank that fails notes it in a file
+of its own, since rank 0 may be dead; whoever reads the status sees the first of these notes.
+"""
+
+import contextlib
+import json
+import os
+import re
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from parallel.rank_info import RankInfo
+from pretrain.errors import ExitCode
+
+STATUS_FILE = "status.json"
+NOTES_FOLDER = Path("logs")
+KEPT_ATTEMPTS = 50
+MAX_BYTES = 1 << 20
+RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class Status:
+    """One attempt. ``exit_code`` is None while it runs; ``rank`` and ``node`` tell who failed, if somebody did.
+
+    ``last_step`` is the last step done, ``checkpoint_step`` the step of the last verified checkpoint (0: none).
+    ``history`` holds the attempts before this one, oldest first, without their own history.
+    """
+
+    attempt: int = 1
+    job_id: str | None = None
+    nodes: tuple[str, ...] = ()
+    reason: str = RUNNING
+    exit_code: int | None = None
+    rank: int | None = None
+    node: str | None = None
+    last_step: int = 0
+    last_checkpoint: str | None = None
+    checkpoint_step: int = 0
+    first_step: int = 0
+    started_unix_seconds: float = 0.0
+    updated_unix_seconds: float = 0.0
+    history: tuple[dict[str, Any], ...] = field(default=())
+
+
+def begin(folder: Path, info: RankInfo, step: int, checkpoint: Path | None) -> Status:
+    """Rank 0: writes the status of a new attempt that goes on after ``step``; the one before it joins the history."""
+    before = read(folder)
+    history: tuple[dict[str, Any], ...] = ()
+    attempt = 1
+    if before is not None:
+        entry = asdict(before if before.exit_code is not None else _ended_silently(before))
+        history = (*before.history, {name: value for name, value in entry.items() if name != "history"})
+        attempt = before.attempt + 1
+    forget_failures(folder)
+    status = Status(attempt=attempt, job_id=info.job_id, nodes=info.nodes, last_step=step, first_step=step,
+                    last_checkpoint=checkpoint.name if checkpoint else None, checkpoint_step=step if checkpoint else 0,
+                    started_unix_seconds=time.time(), history=history[-KEPT_ATTEMPTS:])
+    return write(folder, status)
+
+
+def write(folder: Path, status: Status) -> Status:
+    """Writes the status under its final name in one go; returns it with the time of writing."""
+    status = replace(status, updated_unix_seconds=time.time())
+    write_note(folder / STATUS_FILE, asdict(status))
+    return status
+
+
+def note_failure(folder: Path, info: RankInfo, step: int, exit_code: int, reason: str) -> None:
+    """Any rank: notes that it failed, and when. Quiet when even that cannot be written."""
+    note = {"rank": info.rank, "node": info.node, "job_id": info.job_id, "last_step": step, "exit_code": int(exit_code),
+            "reason": reason[:2000], "unix_seconds": time.time()}
+    with contextlib.suppress(OSError):
+        write_note(folder / NOTES_FOLDER / f"failed-rank{info.rank}.json", note)
+
+
+def forget_failures(folder: Path) -> None:
+    """Removes the notes of an earlier attempt."""
+    for note in _notes(folder):
+        note.unlink(missing_ok=True)
+
+
+def _notes(folder: Path) -> list[Path]:
+    # A rank writes failed-*, with the reason; the process that started it (launchers/one_rank.py) writes exit-*.
+    return [path for kind in ("failed", "exit") for path in (folder / NOTES_FOLDER).glob(f"{kind}-rank*.json")]
+
+
+def first_failure(folder: Path) -> dict[str, Any] | None:
+    """The earliest note of a failed rank of the present attempt, or None.
+
+    A rank that only lost the connection to one that had failed writes a note as well, but a later one.
+    """
+    notes = [_read_object(path) for path in _notes(folder)]
+    whole = [note for note in notes if note and isinstance(note.get("unix_seconds"), int | float)
+             and isinstance(note.get("exit_code"), int)]
+    return min(whole, key=lambda note: note["unix_seconds"], default=None)
+
+
+def read(folder: Path) -> Status | None:
+    """The status as it stands, completed by the first failure that a rank noted; None when there is none."""
+    values = _read_object(folder / STATUS_FILE)
+    if values is None:
+        return None
+    known = {name: values[name] for name in Status.__dataclass_fields__ if name in values}
+    status = Status(**known)
+    status = replace(status, nodes=tuple(status.nodes), history=tuple(status.history))
+    failure = first_failure(folder)
+    if failure is None or status.exit_code in (ExitCode.DONE, ExitCode.REQUEUE):
+        return status
+    return replace(status, exit_code=failure["exit_code"], reason=str(failure.get("reason", "failed")),
+                   rank=failure.get("rank"), node=failure.get("node"),
+                   last_step=max(status.last_step, int(failure.get("last_step") or 0)))
+
+
+def attempts_without_progress(status: Status) -> int:
+    """How many of the latest attempts ended without a newer checkpoint than the one they began with."""
+    count = 0
+    for attempt in (asdict(status), *reversed(status.history)):
+        if attempt.get("checkpoint_step", 0) > attempt.get("first_step", 0) or attempt.get("exit_code") == 0:
+            break
+        count += 1
+    return count
+
+
+def suspect_nodes(status: Status, times: int = 2) -> list[str]:
+    """Nodes on which this many attempts failed, and those that an attempt named as bad (exit code 71)."""
+    failures: dict[str, int] = {}
+    for attempt in (asdict(status), *status.history):
+        node, code = attempt.get("node"), attempt.get("exit_code")
+        if isinstance(node, str) and code not in (None, ExitCode.DONE, ExitCode.USER, ExitCode.REQUEUE):
+            failures[node] = failures.get(node, 0) + (times if code == ExitCode.NODE else 1)
+    return sorted(node for node, count in failures.items() if count >= times)
+
+
+def reason_of(error: BaseException) -> tuple[str, int]:
+    """One line and the exit code for an exception that ends a rank."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else ExitCode.INTERNAL
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text}"[:2000], int(ExitCode.INTERNAL if code is None else code)
+
+
+def _ended_silently(status: Status) -> Status:
+    return replace(status, reason="ended without a word (killed, or its node was lost)", exit_code=128 + 9)
+
+
+def write_note(path: Path, values: dict[str, Any]) -> None:
+    """Writes one JSON object under its final name in one go, readable by owner and group. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o640)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return None
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
