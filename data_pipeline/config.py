@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest, file_sizes, shard_faults
+from data_pipeline.manifest import Manifest, PairsManifest, file_sizes, shard_faults
 
 # A problem as every facts room reports it: where, what was asked, what is possible, what to change.
 Problem = tuple[str, str, str, str]
@@ -31,16 +31,25 @@ class DataConfig(BaseModel):
         le=64,
         description="Loader processes per rank; 0 reads in the rank itself. The batches are the same for any number.",
     )
+    max_bad_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest part of the samples that may be unusable (a damaged image, an empty caption) before the run "
+        "stops. Each is replaced by the next good one.",
+    )
 
 
-def problems(data: DataConfig, sequence_length: int, vocab_size: int) -> Iterator[Problem]:
+def problems(data: DataConfig, sequence_length: int, vocab_size: int, reads: str = "tokens") -> Iterator[Problem]:
     """Yield what keeps `data` from feeding a model, from `dataset.json` and file sizes alone.
 
     Args:
         data: the section as the user wrote it.
         sequence_length: tokens per sample of the model (a sample takes one more, the last target).
         vocab_size: number of token ids that the model knows.
+        reads: the kind of dataset the model is trained on: tokens, or pairs of image and caption.
     """
+    kind = PairsManifest if reads == "pairs" else Manifest
     tokenizers = {}
     for field in ("train", "heldout"):
         folder = getattr(data, field)
@@ -48,7 +57,7 @@ def problems(data: DataConfig, sequence_length: int, vocab_size: int) -> Iterato
             continue
         where = f"data.{field}"
         try:
-            manifest = Manifest.load(folder)
+            manifest = kind.load(folder)
             sizes = file_sizes(Path(folder))
         except (DataError, OSError) as error:
             yield where, folder, str(error), f"point {where} at a finished dataset folder"
@@ -65,7 +74,7 @@ def problems(data: DataConfig, sequence_length: int, vocab_size: int) -> Iterato
         )
 
 
-def _file_problems(where: str, folder: Path, manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
+def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest, sizes: dict[str, int]) -> Iterator[Problem]:
     faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
     for fault in faults[:MAX_FAULTS_NAMED]:
         yield where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`"
@@ -75,7 +84,7 @@ def _file_problems(where: str, folder: Path, manifest: Manifest, sizes: dict[str
 
 
 def _fit_problems(
-    where: str, folder: str, manifest: Manifest, sequence_length: int, vocab_size: int
+    where: str, folder: str, manifest: Manifest | PairsManifest, sequence_length: int, vocab_size: int
 ) -> Iterator[Problem]:
     if manifest.vocab_size > vocab_size:
         yield (
@@ -84,7 +93,7 @@ def _fit_problems(
             f"model.vocab_size must be at least {manifest.vocab_size} for {folder}",
             f"set model.vocab_size={manifest.vocab_size} or larger, or tokenize the data anew",
         )
-    if manifest.num_tokens < sequence_length + 1:
+    if isinstance(manifest, Manifest) and manifest.num_tokens < sequence_length + 1:
         yield (
             where,
             f"samples of {sequence_length + 1} tokens (model.sequence_length={sequence_length} and the last target)",

@@ -81,7 +81,6 @@ class Samples(Protocol):
     weights_shape: tuple[int, ...]  # of what says which targets of a sample count
 
     def sample(self, position: int) -> dict: ...
-    def filler(self) -> dict: ...
 
 
 class Dataset(Protocol):
@@ -299,24 +298,35 @@ def heldout_batches(
     num_samples: int | None = None,
     data_rank: int = 0,
     data_size: int = 1,
+    stages: Sequence[Callable] = (),
 ) -> Iterator[MicroBatch]:
     """Yield this rank's micro-batches of the held-out set: its first `num_samples` samples (None: all), never shuffled.
 
-    They are like those of training, with weights besides: for text float32 [micro_batch, sequence_length]. Every rank
-    yields the same number of them. Where samples do not divide, the last ones are filled up with fillers whose weights
-    are 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any layout. Raises DataError when the
-    set holds less than one sample, or is damaged.
+    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]} for
+    text, or what the dataset's samples and `stages` make of it: further webdataset stages on single samples, as in the
+    Loader. Every rank yields the same number of them. Where samples do not divide, the last ones are filled up with the
+    first sample, its weights being 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any
+    layout. Raises DataError when the set holds less than one sample, or is damaged.
     """
     source = dataset.samples(sequence_length, seed=None)
     num_real = source.per_epoch if num_samples is None else min(num_samples, source.per_epoch)
     per_round = micro_batch * data_size
-    for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
-        samples = []
-        for position in range(first, first + micro_batch):
-            is_real = position < num_real
-            sample = source.sample(position) if is_real else source.filler()
-            samples.append({**sample, "weights": np.full(source.weights_shape, is_real, dtype=np.float32)})
-        yield as_tensors(stack(samples))
+
+    def samples() -> Iterator[dict]:
+        for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
+            for position in range(first, first + micro_batch):
+                position = position if position < num_real else 0
+                yield {"position": position, **source.sample(position)}
+
+    def with_weights(made: Iterator[dict]) -> Iterator[dict]:
+        for number, sample in enumerate(made):
+            turn, within = divmod(number, micro_batch)
+            is_real = turn * per_round + data_rank * micro_batch + within < num_real
+            weights = sample.get("weights", np.ones(source.weights_shape, dtype=np.float32))
+            yield {**sample, "weights": weights * np.float32(is_real)}
+
+    pipeline = webdataset.DataPipeline(samples, *stages, with_weights, Batch(micro_batch))
+    yield from map(as_tensors, pipeline)
 
 
 def _close_at_exit(reference: weakref.ref) -> None:

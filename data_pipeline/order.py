@@ -109,10 +109,6 @@ class TokenSamples:
     def sample(self, position: int) -> dict:
         return {"tokens": self.dataset.window(self.order.pieces(position))}
 
-    def filler(self) -> dict:
-        """A row of end-of-text, which stands for no sample; its weights are 0."""
-        return {"tokens": np.full(self.weights_shape[0] + 1, self.dataset.manifest.end_of_text, dtype=np.int64)}
-
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:
     """How many windows of `sequence_length + 1` tokens, overlapping by one, a stream of `num_tokens` gives."""

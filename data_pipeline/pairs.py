@@ -131,12 +131,6 @@ class PairSamples:
                 faults.append(str(error))
         raise DataError(f"{len(faults)} pairs in a row cannot be used, first: {faults[0]}")
 
-    def filler(self) -> dict:
-        """A sample that stands for none; its weight is 0."""
-        size = self.dataset.image_size
-        tokens = np.full(self.sequence_length, self.dataset.manifest.end_of_text, dtype=np.int64)
-        return {"pixels": np.zeros((3, size, size), dtype=np.uint8), "tokens": tokens, "ends": np.array(0), "faults": []}
-
     def _made(self, number: int, position: int) -> dict:
         pair = self.dataset.pair(number)
         size = self.dataset.image_size

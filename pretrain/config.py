@@ -271,7 +271,7 @@ def _objective_problems(objective: ObjectiveSection, model: FamilyConfig, world_
 
 
 def _data_problems(data: DataConfig, model: FamilyConfig, world_size: int | None) -> Iterator[rules.Found]:
-    return iter(data_problems(data, model.sequence_length, model.vocab_size))
+    return iter(data_problems(data, model.sequence_length, model.vocab_size, family_spec(model.family).reads))
 
 
 def _evaluation_problems(log: LogSection, data: DataConfig, world_size: int | None) -> Iterator[rules.Found]:
