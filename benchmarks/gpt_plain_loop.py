@@ -56,10 +56,13 @@ class PlainGPT(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.zeros(config.sequence_length, config.hidden))
         base = config.rotary_base if config.positions == "rotary" else None
-        self.blocks = nn.ModuleList(Block(config.hidden, config.heads, config.ffn_hidden, base) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.hidden, config.heads, config.ffn_hidden, base) for _ in range(config.layers)
+        )
         self.final_norm = nn.LayerNorm(config.hidden)
         width = config.hidden // config.heads
-        angle = torch.outer(torch.arange(config.sequence_length).float(), config.rotary_base ** (-torch.arange(0, width, 2) / width))
+        frequency = config.rotary_base ** (-torch.arange(0, width, 2) / width)
+        angle = torch.outer(torch.arange(config.sequence_length).float(), frequency)
         angle = torch.cat((angle, angle), -1)
         self.cos, self.sin = angle.cos(), angle.sin()
 
@@ -89,7 +92,9 @@ def start_from_same_weights(model: PlainGPT, config, seed: int) -> None:
         else:
             ours = {"embedding": "embedding.table.weight", "positions": "positions.weight"}.get(parts[0], name)
         norm = "norm" in name
-        std = 0.0 if norm or name.endswith("bias") else residual if parts[2:3] in (["out"], ["down"]) else config.init_std
+        std = residual if parts[2:3] in (["out"], ["down"]) else config.init_std
+        if norm or name.endswith("bias"):
+            std = 0.0
         mean = 1.0 if norm and name.endswith("weight") else 0.0
         parameter.data.copy_(draw(ours, tuple(parameter.shape), ParameterPlan(mean, std, None), seed))
 
@@ -104,8 +109,8 @@ def main() -> None:
     o = config.optimizer
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=o.lr, betas=(o.beta1, o.beta2), eps=o.epsilon, fused=True)
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.epsilon, fused=True)
     loader = Loader(TokenDataset.open(config.data.train), model_config.sequence_length, config.run.seed,
                     config.parallel.global_batch, config.parallel.micro_batch)
     tokens = config.parallel.global_batch * model_config.sequence_length

@@ -54,7 +54,7 @@ def start_rank(command: Sequence[str], environ: Mapping[str, str], output: Binar
     return subprocess.Popen(
         list(command), env=dict(environ), stdin=subprocess.DEVNULL, stdout=output,
         stderr=None if output is None else subprocess.STDOUT, start_new_session=True, pass_fds=tuple(pass_fds),
-        preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509
+        preexec_fn=dying_with_parent(),  # noqa: PLW1509
     )
 
 
@@ -66,7 +66,9 @@ def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
         return
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
+def dying_with_parent() -> Callable[[], None]:
+    """For a child between fork and exec: it will die with this process, and requests to save wait until it is ready."""
+    parent = os.getpid()
     # Loaded before the fork: between fork and exec only simple calls are safe.
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 

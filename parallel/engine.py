@@ -47,7 +47,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping."""
+    """One step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping."""
 
     loss: float
     grad_norm: float
@@ -210,7 +210,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, Tensor]] | None) -> tuple[float, float]:
-        """(sum of losses, number of targets) over all data ranks; every rank passes the same number of micro-batches."""
+        """(sum of losses, number of targets) over all data ranks; each rank passes as many micro-batches."""
         items = self._items(batches, weight=1.0)
         count = self._total_targets([{k: v.to(self.device) for k, v in b.items()} for b in batches]) if batches \
             else torch.zeros((), device=self.device)
@@ -262,8 +262,8 @@ class Engine:
     def _clip(self) -> None:
         """Global L2 norm with every parameter counted once, then scale so that it is at most `clip_norm`.
 
-        A tensor-sliced parameter counts on each tensor rank, a full one on the first; a tied copy not at all; ZeRO pieces
-        on the rank that holds them.
+        A tensor-sliced parameter counts on each tensor rank, a full one on the first; a tied copy not at all; ZeRO
+        pieces on the rank that holds them.
         """
         gradients = list(self.state.gradients())
         counted = [g.tensor for g in gradients if self._counts(g.name)]

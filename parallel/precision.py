@@ -3,7 +3,7 @@
 | `precision.compute` | ZeRO 0 | ZeRO 1, 2, 3 |
 | --- | --- | --- |
 | fp32 | fp32 everywhere | fp32 everywhere |
-| bf16 | fp32 weights and gradients; cast on use below | DeepSpeed: bf16 weights, fp32 master weights, fp32 gradient sums |
+| bf16 | fp32 weights and gradients; cast on use below | DeepSpeed: bf16 weights, fp32 master weights and gradients |
 | fp16 | refused | DeepSpeed: fp16 weights, fp32 master weights, dynamic loss scale |
 
 Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables.

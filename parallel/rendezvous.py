@@ -73,6 +73,18 @@ def leave(failed: bool | None = None) -> None:
         dist.destroy_process_group()
 
 
+def highest(number: int) -> int:
+    """The largest of a small number over all ranks: how they agree on one step at which to stop. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return number
+    largest = torch.tensor([number], dtype=torch.int64)  # on the CPU, so gloo carries it and no device waits
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
 def _part(store: "torch.distributed.Store", rank: int, world_size: int, seconds: float) -> None:
     limit = timedelta(seconds=seconds)
     if store.add("trainyard/left", 1) == world_size:

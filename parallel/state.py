@@ -28,7 +28,7 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True)
 class OwnedFragment:
-    """Elements [start, start + len) of the flattened tensor-axis slice of a global tensor, held here and nowhere else."""
+    """Elements [start, start + len) of a global tensor's flattened tensor-axis slice, held here and nowhere else."""
 
     name: str
     kind: str

@@ -23,7 +23,9 @@ from parallel.megatron import Groups, Units
 from parallel.pipeline import LayerSpec, Stage, WholeModel
 
 
-def deepspeed_config(parallel: ParallelConfig, precision: PrecisionConfig, layout: Layout, on_accelerator: bool) -> dict:
+def deepspeed_config(
+    parallel: ParallelConfig, precision: PrecisionConfig, layout: Layout, on_accelerator: bool
+) -> dict:
     """The whole DeepSpeed configuration of a run; gradient clipping is off because parallel/engine.py owns it."""
     sharded = parallel.zero_stage > 0
     half = precision.compute if sharded else "fp32"  # at stage 0 bf16 is cast on use, see parallel/precision.py

@@ -15,6 +15,8 @@ VERBS = {  # verb: what it does; one file each in pretrain/commands, imported on
     "plan": "predict memory and speed before a queue wait is spent",
     "rehearse": "build and step one rank of a large job on this machine",
     "submit": "check, plan and start a job on a cluster",
+    "status": "what became of a run",
+    "cancel": "end the jobs of a run",
     "data": "prepare and check data",
     "checkpoint": "list, verify and convert checkpoints",
     "prove": "show that a restart or another layout repeats the curve",

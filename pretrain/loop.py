@@ -168,7 +168,8 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
     """The newest whole checkpoint of the run folder, on every rank the same."""
     if run.config.checkpoint.resume == "never":
         if published(run.checkpoints):
-            raise UserError(f"checkpoint.resume=never, and {run.checkpoints} holds {published(run.checkpoints)[0].name}: "
+            newest = published(run.checkpoints)[0].name
+            raise UserError(f"checkpoint.resume=never, and {run.checkpoints} holds {newest}: "
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)

@@ -1,1 +1,1 @@
-"""Checkpoints: global tensors by name, whatever the layout was. `store` writes and reads, `manifest` says what one holds."""
+"""Checkpoints: global tensors by name, whatever the layout was. `store` writes and reads, `manifest` describes."""

@@ -74,7 +74,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
     found = hashlib.sha256(json.dumps(body, indent=1, sort_keys=True).encode()).hexdigest()
     if found != expected:
-        raise CheckpointError(f"{path}: its content does not match its own hash (expected {expected[:12]}, found {found[:12]})")
+        raise CheckpointError(f"{path}: its content does not match its hash ({expected[:12]}, found {found[:12]})")
     if body.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {body.get('format')}; this version reads format {FORMAT}")
     return body

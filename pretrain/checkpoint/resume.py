@@ -45,7 +45,8 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], folder: Path) ->
             problems.append(Problem(where, f"{after}, while the checkpoint {folder.name} was trained with {before}",
                                     f"{before} to continue it", f"set {where} back, or choose a new run.dir"))
     if not problems and manifest["dataset"] != dataset_fingerprint(config.data.train):
-        problems.append(Problem("data.train", f"{config.data.train}, whose content changed since {folder.name} was written",
+        changed = f"{config.data.train}, whose content changed since {folder.name} was written"
+        problems.append(Problem("data.train", changed,
                                 "the same shards, since positions in them are being continued",
                                 "put the dataset back, or choose a new run.dir"))
     if problems:

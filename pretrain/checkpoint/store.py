@@ -57,12 +57,13 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts
     if rank == 0:
         files = [entry for entry in entries if entry]
         content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **facts}
-    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None, f"cannot publish {final}")
+    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None,
+              f"cannot publish {final}")
     return final
 
 
 def _together(work, what: str) -> list[Any]:
-    """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits for ever."""
+    """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits."""
     try:
         outcome = (work(), None)
     except OSError as error:
@@ -158,7 +159,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: holds no {kind} of {name}")
         whole = torch.empty(self.shapes[name])
         covered = 0
-        for slice_rank, slice_size, slice_dim in {(p["slice_rank"], p["slice_size"], p["slice_dim"]) for *_, p in places}:
+        slices = {(p["slice_rank"], p["slice_size"], p["slice_dim"]) for *_, p in places}
+        for slice_rank, slice_size, slice_dim in slices:
             part = whole
             if slice_dim is not None and slice_size > 1:
                 length = whole.shape[slice_dim] // slice_size
@@ -172,7 +174,8 @@ class Checkpoint:
             if not part.is_contiguous():
                 part.copy_(flat.view(part.shape))
         if covered != whole.numel():
-            raise CheckpointError(f"{self.folder}: fragments of {name} ({kind}) hold {covered} of {whole.numel()} elements")
+            raise CheckpointError(f"{self.folder}: the fragments of {name} ({kind}) hold {covered} elements of "
+                                  f"{whole.numel()}")
         return whole
 
 
@@ -193,8 +196,8 @@ def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
         rejected += problems
     if rejected:
         listed = "\n  ".join(rejected[:10])
-        raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or choose "
-                              "another run.dir to start anew.")
+        raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or "
+                              "choose another run.dir to start anew.")
     return None, rejected
 
 

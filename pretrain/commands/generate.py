@@ -33,11 +33,12 @@ def run(args: argparse.Namespace) -> int:
         for number, text in enumerate(args.prompt):
             prompt = tokenizer.encode(text) or [tokenizer.end_of_text]
             if len(prompt) >= context:
-                raise UserError(f"--prompt: {len(prompt)} tokens, and the model's context is {context}: shorten it to at "
-                                f"most {context - 1}")
+                raise UserError(f"--prompt: {len(prompt)} tokens, and the model's context is {context}: shorten it to "
+                                f"at most {context - 1}")
             tokens, shown = list(prompt), tokenizer.decode(prompt)
             sys.stdout.write(("\n\n" if number else "") + shown)
-            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, tokenizer.end_of_text, args.seed):
+            stop = tokenizer.end_of_text
+            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, stop, args.seed):
                 tokens.append(token)
                 whole = tokenizer.decode(tokens)
                 if not whole.endswith("\ufffd"):  # a character of several byte tokens is shown once it is whole

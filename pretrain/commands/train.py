@@ -17,7 +17,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: what one model needs, tensor x pipeline)")
+    parser.add_argument("--nproc", type=int, metavar="N",
+                        help="ranks to start on this machine (default: what one model needs, tensor x pipeline)")
 
 
 def run(args: argparse.Namespace) -> int:

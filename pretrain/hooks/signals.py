@@ -1,4 +1,4 @@
-"""Requests to stop that arrive as signals. The handlers only set a flag; the loop looks at it after every step.
+"""Requests to stop, from signals and from files. The handlers only set a flag; the loop looks at it after every step.
 
 All ranks have to stop at the same step, so the loop reduces ``requested_number()`` (MAX) over the ranks every step.
 """
@@ -6,17 +6,25 @@ All ranks have to stop at the same step, so the loop reduces ``requested_number(
 import os
 import signal
 import threading
+from pathlib import Path
+
+from pretrain.errors import ExitCode
 
 # A scheduler's early warning and its polite end, and Ctrl-C.
 REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _NUMBERS = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
-_NAMES = {number: name.name for name, number in _NUMBERS.items()}
+# A person makes STOP in the run folder to end the run for good. STOP.requeue comes from launchers whose own signals
+# would kill ranks (deepspeed, torchrun, mpirun): save, and go on later.
+STOP_FILES = {"STOP": 4, "STOP.requeue": 1}
+_NAMES = {number: name.name for name, number in _NUMBERS.items()} | {4: "STOP"}
 
 
 class StopSignals:
     """Notes SIGUSR1, SIGTERM and the first SIGINT; a second SIGINT ends the process at once with code 130."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """folder: the run folder in which to look for a stop file, on one rank; None on the others."""
+        self._folder = folder
         self._owner = os.getpid()
         self._number = 0
         self._interrupts = 0
@@ -48,7 +56,11 @@ class StopSignals:
         return self._number > 0
 
     def requested_number(self) -> int:
-        """0, or a number for the request that the loop reduces with MAX over all ranks: SIGTERM > SIGINT > SIGUSR1."""
+        """0, or a number that the loop reduces with MAX over all ranks: STOP file > SIGTERM > SIGINT > SIGUSR1."""
+        if self._folder is not None:
+            for name, number in STOP_FILES.items():
+                if number > self._number and (self._folder / name).exists():
+                    self._number = number
         return self._number
 
     def _handle(self, number: int, _frame: object) -> None:
@@ -63,8 +75,18 @@ class StopSignals:
 
 
 def request_name(number: int) -> str:
-    """Name of the signal behind a reduced ``requested_number()``."""
+    """Name of the request behind a reduced ``requested_number()``: SIGUSR1, SIGINT, SIGTERM, STOP or none."""
     return _NAMES.get(number, "none")
+
+
+def exit_code_of(number: int) -> ExitCode:
+    """Exit code of a run that has saved and stops for this request."""
+    return ExitCode.DONE if request_name(number) == "STOP" else ExitCode.REQUEUE
+
+
+def forget_requests(folder: Path) -> None:
+    """Removes the request of a launcher when a new attempt begins. STOP stays until the person removes it."""
+    (folder / "STOP.requeue").unlink(missing_ok=True)
 
 
 def ignore_in_worker() -> None:

@@ -1,7 +1,8 @@
 """Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
 
-Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on this
-tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions cut dim 0.
+Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on
+this tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions
+cut dim 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class BlockShape:
 
     @staticmethod
     def scaled_residual(std: float, num_layers: int) -> float:
-        """Std of the projections that write to the residual: std / sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
+        """Std of projections that write to the residual: std / sqrt(2 layers) (Radford et al. 2019, section 2.3)."""
         return std / sqrt(2 * num_layers)
 
 
@@ -64,7 +65,7 @@ class Cache:
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim; tensor ranks hold it whole."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim, whole on each rank."""
 
     def __init__(self, kind: str, hidden: int, epsilon: float, shard: TensorShard):
         super().__init__()
@@ -111,8 +112,8 @@ class Rotary:
 class SelfAttention(nn.Module):
     """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
 
-    The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim holds
-    whole groups on any tensor degree.
+    The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim
+    holds whole groups on any tensor degree.
     """
 
     def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
@@ -153,7 +154,7 @@ ACTIVATIONS = {
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation, or the gated form SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
+    """Two matrices with an activation, or the gated SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, shape: BlockShape, shard: TensorShard):
         super().__init__()
@@ -171,7 +172,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with residuals; norms before each (Radford et al. 2019) or after (Vaswani et al. 2017)."""
+    """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017)."""
 
     def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
         super().__init__()

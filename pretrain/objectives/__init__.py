@@ -1,4 +1,4 @@
-"""OBJECTIVES: the one table from the name in a config to the loss. The engine's `Objective` protocol is the contract."""
+"""OBJECTIVES: the one table from the name in a config to the loss; `parallel.engine.Objective` is the contract."""
 
 from pretrain.objectives.causal_lm import CausalLM
 from pretrain.objectives.contrastive import Contrastive, SigLIP

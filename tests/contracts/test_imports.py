@@ -16,8 +16,8 @@ PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.ru
                   "parallel.node_list", "parallel.planner.*")
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.*.spec")
-CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.config", "pretrain.config_file",
-                "pretrain.config_reference", "pretrain.shipped")
+CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
+                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
 FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *CONFIG_FACTS)
 CORE = ("parallel", "parallel.*", "pretrain.optim", "pretrain.metrics", "pretrain.quiet")
 

@@ -26,8 +26,8 @@ def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_s
     """`target(rank_info, *args)` on `world_size` ranks; what each returned, by rank.
 
     Raises:
-        AssertionError: a rank failed or did not end in time; the message holds the first failure's traceback. No process
-            is left behind.
+        AssertionError: a rank failed or did not end in time; the message holds the first failure's traceback. No
+            process is left behind.
     """
     listener = socket.create_server((LOOPBACK, 0))
     pipes, processes = [], []

@@ -1,0 +1,74 @@
+"""How an attempt ended, from what its ranks wrote down, and what should follow; launchers' codes are not believed."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.errors import ExitCode
+from pretrain.run_lock import LOCK_FILE
+from pretrain.status import Status, attempts_without_progress, first_failure, read, suspect_nodes, write
+
+MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+NEVER_AGAIN = (ExitCode.DONE, ExitCode.USER, ExitCode.DOES_NOT_FIT, ExitCode.DATA)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``code`` is the one to report; ``rank`` and ``node`` tell who failed first, where that is known."""
+
+    code: int
+    reason: str
+    rank: int | None = None
+    node: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``action`` is end, requeue or hold; ``bad_nodes`` are kept out of the next attempt."""
+
+    action: str
+    why: str
+    bad_nodes: tuple[str, ...] = ()
+
+
+def outcome(folder: Path, began_unix_seconds: float, launcher_code: int) -> Outcome:
+    """What became of the attempt that began at this time. ``launcher_code`` counts only when no rank left a word."""
+    failure = first_failure(folder)
+    if failure is not None and failure["unix_seconds"] >= began_unix_seconds:
+        return Outcome(failure["exit_code"], str(failure.get("reason", "")), failure.get("rank"), failure.get("node"))
+    status = read(folder)
+    if status is not None and status.exit_code is not None and status.updated_unix_seconds >= began_unix_seconds:
+        return Outcome(status.exit_code, status.reason, status.rank, status.node)
+    code = launcher_code if launcher_code not in (0, ExitCode.REQUEUE) else int(ExitCode.INTERNAL)
+    return Outcome(code, f"the launcher ended with {launcher_code}, and no rank wrote down why")
+
+
+def close(folder: Path, began_unix_seconds: float, result: Outcome) -> Status | None:
+    """Completes status.json when rank 0 could not; None when the folder belongs to another run."""
+    status = read(folder)
+    if (folder / LOCK_FILE).exists() and result.code == ExitCode.USER:
+        return None  # this attempt was refused because another run writes here
+    if status is None:
+        return write(folder, Status(reason=result.reason, exit_code=result.code, rank=result.rank, node=result.node))
+    if status.started_unix_seconds < began_unix_seconds:
+        # It ended before it began to train, so the checkpoint is that of the attempt before.
+        entry = {name: value for name, value in vars(status).items() if name != "history"}
+        status = replace(status, attempt=status.attempt + 1, history=(*status.history, entry),
+                         started_unix_seconds=began_unix_seconds, first_step=status.checkpoint_step)
+    return write(folder, replace(status, reason=result.reason, exit_code=result.code, rank=result.rank,
+                                 node=result.node))
+
+
+def decide(status: Status, may_requeue: bool) -> Decision:
+    """What should follow the attempt in ``status``."""
+    code, reason = status.exit_code, status.reason
+    if code in NEVER_AGAIN:
+        return Decision("end", f"exit code {code}: {reason}")
+    if code == ExitCode.REQUEUE and reason not in ("SIGUSR1", "STOP.requeue"):
+        return Decision("end", f"stopped by {reason}")
+    if not may_requeue:
+        return Decision("end", f"exit code {code}, and this job is not to be requeued")
+    bad_nodes = tuple(suspect_nodes(status))
+    count = attempts_without_progress(status)
+    if count >= MAX_ATTEMPTS_WITHOUT_PROGRESS:
+        return Decision("hold", f"{count} attempts without a new checkpoint, the last one: {reason}", bad_nodes)
+    return Decision("requeue", reason, bad_nodes)

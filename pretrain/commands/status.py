@@ -1,0 +1,107 @@
+"""`trainyard status`: what became of a run, from its run folder and the queue."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from pretrain.commands.jobs import job_ids_of, states
+from pretrain.config import load_config
+from pretrain.errors import ConfigError, UserError
+from pretrain.status import attempts_without_progress, read
+
+TAIL_BYTES = 1 << 16
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("status", help="what became of a run", allow_abbrev=False,
+                                   description="State of the job, step, loss, speed and time left.")
+    parser.add_argument("run", metavar="RUN", help="run folder, or the config of the run")
+    parser.add_argument("--json", action="store_true")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the state. Raises UserError when there is no such run."""
+    facts = state_of(folder_of(args.run))
+    if args.json:
+        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+        return 0
+    for name, value in facts.items():
+        if value not in (None, [], ""):
+            shown = ", ".join(str(entry) for entry in value) if isinstance(value, list) else value
+            sys.stdout.write(f"{name.replace('_', ' '):<18}{shown}\n")
+    return 0
+
+
+def folder_of(text: str) -> Path:
+    """The run folder that a person names directly or by its config."""
+    path = Path(text)
+    if path.is_file():
+        path = Path(load_config(path).run.dir)
+    if not path.is_dir():
+        raise UserError(f"{text}: there is no run folder {path}; give a run folder or the config of a run")
+    return path
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """Everything known about a run, as plain values."""
+    status, record, steps = read(folder), last_record(folder), _total_steps(folder)
+    facts: dict[str, Any] = {"run": str(folder), "jobs": [_job_line(job_id) for job_id in job_ids_of(folder)]}
+    if status is not None:
+        facts |= {
+            "state": status.reason, "exit_code": status.exit_code, "attempt": status.attempt,
+            "without_progress": attempts_without_progress(status) if status.exit_code is not None else None,
+            "failed_rank": status.rank, "failed_node": status.node, "nodes": list(status.nodes),
+            "last_checkpoint": status.last_checkpoint,
+        }
+    if record:
+        facts |= {"step": record.get("step"), "of_steps": steps, "loss": record.get("loss")}
+        for name in ("tokens_per_second", "samples_per_second", "mfu"):
+            if name in record:
+                facts[name] = round(record[name], 4)
+        if steps and record.get("step_seconds"):
+            facts["time_left"] = _duration((steps - record["step"]) * record["step_seconds"])
+    return facts
+
+
+def last_record(folder: Path) -> dict[str, Any] | None:
+    """The newest whole line of metrics.jsonl that belongs to a step."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "loss" in record:
+            return record
+    return None
+
+
+def _total_steps(folder: Path) -> int | None:
+    try:
+        return load_config(folder / "config.yaml").run.steps
+    except (ConfigError, OSError):
+        return None
+
+
+def _job_line(job_id: str) -> str:
+    found = states(job_id)
+    if found is None:
+        return f"{job_id} (the queue cannot be asked here)"
+    if not found:
+        return f"{job_id} over"
+    return "; ".join(f"{entry['job']} {entry['state']}" + (f" ({entry['reason']})" if entry["state"] == "PENDING" else
+                     f" on {entry['nodes']}, {entry['time_left']} left") for entry in found)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

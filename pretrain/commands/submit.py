@@ -1,0 +1,210 @@
+"""`trainyard submit`: checks a config and a job, then starts the job or prints what would be started."""
+
+import argparse
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
+from launchers.job import Job, Slurm, slurm_problems
+from parallel.rank_info import process_environment
+from pretrain.commands.jobs import remember, wait
+from pretrain.config import load_run
+from pretrain.errors import ConfigError, Problem, UserError
+
+LAUNCHERS = ("slurm", "deepspeed", "torchrun", "mpi")
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("submit", help="check and start a job on a cluster", allow_abbrev=False,
+                                   description="Checks CONFIG and the job, then starts it; --print only shows it.")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
+    parser.add_argument("--launcher", required=True, choices=LAUNCHERS)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="G", help="one for each device of a node")
+    parser.add_argument("--name", help="job name (default: the name of the run folder)")
+    parser.add_argument("--print", action="store_true", dest="only_print", help="show the command or script only")
+    parser.add_argument("--wait", action="store_true", help="wait for the end and return the run's exit code")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="variable for the ranks")
+    parser.add_argument("--export", action="append", default=[], metavar="NAME", help="variable to take along")
+    parser.add_argument("--exclude", metavar="NODES", help="nodes not to use")
+    parser.add_argument("--master-address", metavar="HOST", help="node of rank 0, as the others reach it")
+    parser.add_argument("--master-port", type=int, metavar="PORT")
+    _add_slurm(parser.add_argument_group("slurm"))
+    group = parser.add_argument_group("deepspeed, torchrun, mpi")
+    group.add_argument("--hostfile", type=Path, help="lines `name slots=N`")
+    group.add_argument("--include", metavar="NODES", help="deepspeed: nodes and slots, such as n1@n2:0,1")
+    group.add_argument("--remote", choices=with_deepspeed.REMOTE, help="deepspeed: how other nodes are reached")
+    group.add_argument("--no-ssh", action="store_true", help="deepspeed: started by hand on every node")
+    group.add_argument("--node-rank", type=int, metavar="K", help="number of this node, from 0")
+    group.add_argument("--elastic", metavar="MIN:MAX", help="torchrun: nodes may come and go")
+    group.add_argument("--restarts", type=int, default=0, help="torchrun: restarts after a failure")
+
+
+def _add_slurm(group: argparse._ArgumentGroup) -> None:
+    for name in ("partition", "account", "qos", "time", "constraint", "reservation", "gpus-per-node", "memory",
+                 "image", "mounts"):
+        group.add_argument(f"--{name}")
+    group.add_argument("--cpus-per-task", type=int)
+    group.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit (0: none)")
+    group.add_argument("--no-requeue", action="store_true", help="do not start again after a failure or time limit")
+    group.add_argument("--no-node-check", action="store_true")
+    group.add_argument("--torchrun-inside", action="store_true", help="one task a node with torchrun in it")
+    group.add_argument("--array", action="append", default=[], metavar="section.key=V1,V2,...",
+                       help="one job for each value; several give every combination")
+    group.add_argument("--chain", type=int, default=1, metavar="K", help="K jobs, each after the end of the one before")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 once the job is started or printed, or with --wait the run's exit code."""
+    job = build_job(args)
+    problems = list(_problems(args, job))
+    if problems:
+        raise ConfigError(problems, f"submit --launcher {args.launcher}")
+    if args.only_print:
+        sys.stdout.write(rendered(args.launcher, job))
+        return 0
+    _make_folders(job)
+    return _submit_to_slurm(job, args.wait) if args.launcher == "slurm" else _run_here(args.launcher, job)
+
+
+def build_job(args: argparse.Namespace) -> Job:
+    """The job that the arguments describe, its config checked for this number of ranks."""
+    work_dir = Path.cwd()
+    array = tuple(_array(args.array))
+    world_size = max(args.nodes, 1) * max(args.ranks_per_node, 1)
+    config = load_run(args.config, args.overrides, world_size)
+    folder = (work_dir / config.run.dir).absolute()
+    array = tuple(_with_folder(element, args, world_size) for element in array)
+    variables = tuple(_pair(text) for text in args.env)
+    slurm = Slurm(args.partition, args.account, args.qos, args.time, args.constraint, args.reservation,
+                  args.gpus_per_node, args.cpus_per_task, args.memory, args.exclude, args.image, args.mounts,
+                  args.signal_seconds, not args.no_requeue, args.torchrun_inside, not args.no_node_check, args.chain)
+    return Job(
+        name=args.name if args.name is not None else folder.name, config=Path(args.config).absolute(), folder=folder,
+        work_dir=work_dir, python=sys.executable, overrides=tuple(args.overrides), nodes=args.nodes,
+        ranks_per_node=args.ranks_per_node, variables=variables, exported=tuple(args.export), array=array,
+        hostfile=args.hostfile.absolute() if args.hostfile else None, include=args.include,
+        exclude=args.exclude if args.launcher == "deepspeed" else None, remote=args.remote, no_ssh=args.no_ssh,
+        node_rank=args.node_rank, master_address=args.master_address, master_port=args.master_port,
+        elastic=args.elastic, restarts=args.restarts, slurm=slurm)
+
+
+def _array(words: list[str]) -> Iterator[tuple[str, ...]]:
+    axes = []
+    for word in words:
+        key, sign, values = word.partition("=")
+        if not sign or not values:
+            raise UserError(f"--array {word!r}: write it as section.key=V1,V2,...")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    if axes:
+        yield from itertools.product(*axes)
+
+
+def _with_folder(element: tuple[str, ...], args: argparse.Namespace, world_size: int) -> tuple[str, ...]:
+    """The overrides of one element with a run folder of its own, checked like any other run."""
+    base = load_run(args.config, [*args.overrides, *element], world_size).run.dir
+    name = "-".join(word.rpartition(".")[2].replace("=", "-") for word in element)
+    if not all(character.isalnum() or character in "-_.+" for character in name):
+        raise UserError(f"--array {' '.join(element)!r}: its values name run folders, so use letters, digits and -_.+")
+    return (*element, f"run.dir={Path(base) / name}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign:
+        raise UserError(f"--env {text!r}: write it as NAME=VALUE")
+    return name, value
+
+
+def _problems(args: argparse.Namespace, job: Job) -> Iterator[Problem]:
+    yield from job.problems()
+    text = None
+    if job.hostfile is not None and job.hostfile.is_file():
+        text = job.hostfile.read_text(encoding="utf-8", errors="replace")
+    if args.launcher == "slurm":
+        yield from slurm_problems(job)
+    elif args.launcher == "deepspeed":
+        yield from with_deepspeed.problems(job, text)
+    elif args.launcher == "torchrun":
+        yield from with_torchrun.problems(job)
+    else:
+        yield from with_mpi.problems(job, text)
+    program, package = {"slurm": ("sbatch", "slurm-client"), "mpi": ("mpirun", "openmpi-bin")}.get(
+        args.launcher, (None, None))
+    if program and not args.only_print and shutil.which(program) is None:
+        yield Problem(f"--launcher {args.launcher}", f"{program}, which is not on this machine",
+                      "a login node of a cluster" if program == "sbatch" else "an MPI on this machine",
+                      f"submit from a login node, or install it: apt-get install {package}")
+
+
+def rendered(launcher: str, job: Job) -> str:
+    """What would be started, as text for a person or a shell."""
+    if launcher == "slurm":
+        return with_slurm.script(job)
+    command, environ = command_here(launcher, job)
+    settings = "".join(f"{name}={shlex.quote(value)} " for name, value in environ.items())
+    return f"cd {shlex.quote(str(job.work_dir))} && {settings}{shlex.join(command)}\n"
+
+
+def command_here(launcher: str, job: Job) -> tuple[list[str], dict[str, str]]:
+    """Command with its supervisor, and the variables to add, for a launcher that is started on this machine."""
+    if launcher == "torchrun":
+        command, environ = with_torchrun.argv(job), with_torchrun.environment(job)
+    elif launcher == "deepspeed":
+        command, environ = with_deepspeed.argv(job), {}
+    else:
+        command, environ = with_mpi.argv(job, as_root=os.geteuid() == 0), with_mpi.environment(job)
+    return ([job.python, "-m", "launchers.supervise", str(job.folder), "--", *command],
+            {**environ, **dict(job.variables)})
+
+
+def _make_folders(job: Job) -> None:
+    folders = [with_slurm.element_folder(job, element) for element in job.array] or [job.folder]
+    for folder in folders:
+        try:
+            (folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the run folder {folder} cannot be made: {error.strerror}; "
+                            "choose another run.dir") from None
+
+
+def _run_here(launcher: str, job: Job) -> int:
+    command, environ = command_here(launcher, job)
+    job.logs.joinpath("torchrun.rendezvous").unlink(missing_ok=True)
+    # Replaces this process, so that signals meet the supervisor itself and its exit code is ours.
+    sys.stdout.flush()
+    os.chdir(job.work_dir)
+    os.execve(command[0], command, process_environment() | environ)
+    raise AssertionError("execve returned")
+
+
+def _submit_to_slurm(job: Job, and_wait: bool) -> int:
+    path = job.logs / "job.sbatch"
+    path.write_text(with_slurm.script(job), encoding="utf-8")
+    path.chmod(0o640)
+    job_ids: list[str] = []
+    for _ in range(job.slurm.chain):
+        done = subprocess.run(with_slurm.submit_argv(path, job_ids[-1] if job_ids else None), capture_output=True,
+                              text=True, check=False, env=_without_slurm_options())
+        if done.returncode != 0:
+            raise UserError(f"{done.stderr.strip()}\nsbatch refused {path}; nothing was submitted"
+                            + (f" after job {job_ids[-1]}" if job_ids else "")
+                            + ": `sinfo` shows partitions, nodes and limits of this cluster")
+        job_ids.append(done.stdout.strip().partition(";")[0])
+    remember(job.folder, "slurm", job_ids)
+    sys.stdout.write(f"submitted job {', '.join(job_ids)}: {path}\n"
+                     f"look:   trainyard status {shlex.quote(str(job.folder))}\n"
+                     f"cancel: trainyard cancel {shlex.quote(str(job.folder))}\n")
+    return wait(job.folder, job_ids) if and_wait else 0
+
+
+def _without_slurm_options() -> dict[str, str]:
+    """SBATCH_* variables would win over the script that was shown and checked."""
+    return {name: text for name, text in process_environment().items() if not name.startswith("SBATCH_")}

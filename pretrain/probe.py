@@ -1,0 +1,49 @@
+"""Times forward and backward of one micro-batch in a number format: `python -m pretrain.probe CONFIG COMPUTE THREADS`.
+
+Prints the seconds. Used by `trainyard demo` to choose the format that is faster on this machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from importlib import import_module
+
+import torch
+
+from parallel.megatron import TensorShard
+from parallel.pipeline import Stage
+from parallel.precision import DTYPES
+from pretrain.config import RunConfig, load_config
+from pretrain.models import FAMILIES
+from pretrain.objectives import OBJECTIVES
+from pretrain.trained import single_rank
+
+WARM_UP, TIMED = 2, 4
+
+
+def micro_batch_seconds(config: RunConfig, compute: str) -> float:
+    """Best time of one forward and backward in `compute`, single rank, weights in that format."""
+    with single_rank() as groups:
+        shard = TensorShard(groups, torch.device("cpu"))
+        modules = import_module(f"{FAMILIES[config.model.family]}.modules")
+        specs = modules.layers(config.model, shard)
+        stage = Stage(specs, 0, len(specs))
+        for parameter in stage.parameters():
+            parameter.data.normal_(0.0, 0.02)
+        stage.to(DTYPES[compute])
+        objective = OBJECTIVES[config.objective.name](shard)
+        size = (config.parallel.micro_batch, config.model.sequence_length + 1)
+        batch = {"tokens": torch.randint(config.model.vocab_size, size)}
+        times = []
+        for _ in range(WARM_UP + TIMED):
+            started = time.perf_counter()
+            objective.loss_sum(stage.run(objective.inputs(batch)), objective.targets(batch)).backward()
+            times.append(time.perf_counter() - started)
+            stage.zero_grad()
+        return min(times[WARM_UP:])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    sys.stdout.write(f"{micro_batch_seconds(load_config(sys.argv[1]), sys.argv[2])}\n")

@@ -1,0 +1,158 @@
+"""The keeper of a rank, the supervisor of a launcher, and what follows an attempt: tiny children without torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from launchers.outcome import Outcome, close, decide
+from parallel.rank_info import process_environment
+from pretrain.status import Status, note_failure, read, write
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def supervise(folder, body, wait=True):
+    (folder / "logs").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "launchers.supervise", str(folder), "--", sys.executable, "-c",
+               textwrap.dedent(body)]
+    process = subprocess.Popen(command, env=process_environment() | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
+                               text=True, cwd=folder)
+    if not wait:
+        return process
+    _, said = process.communicate(timeout=60)
+    return process.returncode, said
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_ranks_own_code_wins_over_the_launchers(tmp_path):
+    note = {"rank": 3, "node": "n2", "exit_code": 77, "reason": "exit code 77"}
+    code, said = supervise(tmp_path, f"""
+        import json, sys, time
+        open("logs/rank3.log", "w").write("Traceback (most recent call last):\\nValueError: bees\\n")
+        json.dump({note} | {{"unix_seconds": time.time()}}, open("logs/exit-rank3.json", "w"))
+        sys.exit(143)
+    """)
+    assert code == 77
+    assert "rank 3 on n2 failed with exit code 77" in said
+    assert "ValueError: bees" in said
+    status = read(tmp_path)
+    assert (status.exit_code, status.rank, status.node) == (77, 3, "n2")
+
+
+def test_a_launcher_that_says_nothing_went_wrong_is_not_believed(tmp_path):
+    assert supervise(tmp_path, "raise SystemExit(0)")[0] == 70
+
+
+def test_the_status_of_this_attempt_counts(tmp_path):
+    write(tmp_path, Status(exit_code=0, reason="done"))
+    assert supervise(tmp_path, "raise SystemExit(9)")[0] == 9  # that one was of an earlier attempt
+    assert read(tmp_path).attempt == 2
+    code, _ = supervise(tmp_path, """
+        import json, sys, time
+        json.dump({"exit_code": 0, "reason": "done", "started_unix_seconds": time.time(),
+                   "updated_unix_seconds": time.time()}, open("status.json", "w"))
+        sys.exit(1)
+    """)
+    assert code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="adoption of orphans is Linux's")
+def test_ranks_that_a_dead_launcher_left_behind_are_ended(tmp_path):
+    code, _ = supervise(tmp_path, """
+        import os, subprocess, sys
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"], start_new_session=True)
+        open("pid", "w").write(str(sleeper.pid))
+        os._exit(0)
+    """)
+    assert code == 70
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_signals_become_a_request_in_the_run_folder(tmp_path):
+    process = supervise(tmp_path, """
+        import json, os, time
+        open("up", "w").close()
+        while not os.path.exists("STOP.requeue"): time.sleep(0.02)
+        json.dump({"exit_code": 75, "reason": "SIGUSR1", "started_unix_seconds": time.time(),
+                   "updated_unix_seconds": time.time()}, open("status.json", "w"))
+        raise SystemExit(1)
+    """, wait=False)
+    wait_for((tmp_path / "up").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    process.stderr.close()
+
+
+def test_the_keeper_notes_how_its_rank_ended(tmp_path):
+    package = tmp_path / "stand-in" / "pretrain"
+    package.mkdir(parents=True)
+    # `python -m pretrain` is a stand-in here; the keeper's own imports come from the project.
+    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'pretrain')!r})\n")
+    (package / "__main__.py").write_text("import os, sys\nprint(sys.argv[1:], flush=True)\n"
+                                         "os.kill(os.getpid(), 9) if sys.argv[1] == 'die' else sys.exit(77)\n")
+    environ = process_environment() | {
+        "PYTHONPATH": f"{package.parent}:{ROOT}", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for word, expected in (("exit", 77), ("die", 137)):
+        done = subprocess.run([sys.executable, "-m", "launchers.one_rank", str(tmp_path), word, "--local_rank=1"],
+                              env=environ, check=False, cwd=tmp_path)
+        assert done.returncode == expected
+        note = json.loads((tmp_path / "logs" / "exit-rank1.json").read_text())
+        assert (note["rank"], note["exit_code"]) == (1, expected)
+        assert f"['{word}']" in (tmp_path / "logs" / "rank1.log").read_text()
+
+
+def ended(code, reason="x", **more):
+    return Status(exit_code=code, reason=reason, **more)
+
+
+@pytest.mark.parametrize(("status", "action"), [
+    (ended(0), "end"), (ended(2), "end"), (ended(3), "end"), (ended(65), "end"),
+    (ended(75, "SIGUSR1", checkpoint_step=4), "requeue"), (ended(75, "SIGTERM", checkpoint_step=4), "end"),
+    (ended(70, checkpoint_step=4), "requeue"), (ended(137, checkpoint_step=4), "requeue"), (ended(74), "requeue"),
+    (ended(70, history=(asdict(ended(70)),)), "requeue"),
+    (ended(70, history=(asdict(ended(70)), asdict(ended(137)))), "hold"),
+    (ended(70, checkpoint_step=9, history=(asdict(ended(70)), asdict(ended(137)))), "requeue"),
+])
+def test_what_follows(status, action):
+    assert decide(status, may_requeue=True).action == action
+    assert decide(status, may_requeue=False).action == "end"
+
+
+def test_a_bad_node_is_kept_out():
+    assert decide(ended(71, node="n3", checkpoint_step=2), True).bad_nodes == ("n3",)
+
+
+def test_a_refused_attempt_leaves_the_status_of_the_other_run_alone(tmp_path):
+    before = write(tmp_path, Status(reason="running"))
+    (tmp_path / "run.lock").write_text("{}")
+    assert close(tmp_path, time.time(), Outcome(2, "refused")) is None
+    assert read(tmp_path) == before
+
+
+def test_notes_of_dead_peers_do_not_hide_the_cause(tmp_path):
+    from parallel.rank_info import alone
+    note_failure(tmp_path, alone(), 3, 77, "the cause")
+    assert os.listdir(tmp_path / "logs") == ["failed-rank0.json"]
+    assert read(tmp_path) is None
