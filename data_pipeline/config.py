@@ -40,13 +40,15 @@ class DataConfig(BaseModel):
     )
 
 
-def problems(data: DataConfig, sequence_length: int, vocab_size: int, reads: str = "tokens") -> Iterator[Problem]:
+def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids: int = 0,
+             reads: str = "tokens") -> Iterator[Problem]:
     """Yield what keeps `data` from feeding a model, from `dataset.json` and file sizes alone.
 
     Args:
         data: the section as the user wrote it.
-        sequence_length: tokens per sample of the model (a sample takes one more, the last target).
+        window_tokens: tokens of the text in one sample (a sample takes one more, the last target).
         vocab_size: number of token ids that the model knows.
+        reserved_ids: how many of them, from the top, the objective keeps for itself.
         reads: the kind of dataset the model is trained on: tokens, or pairs of image and caption.
     """
     kind = PairsManifest if reads == "pairs" else Manifest
@@ -64,7 +66,7 @@ def problems(data: DataConfig, sequence_length: int, vocab_size: int, reads: str
             continue
         tokenizers[field] = manifest.tokenizer.sha256
         yield from _file_problems(where, Path(folder), manifest, sizes)
-        yield from _fit_problems(where, folder, manifest, sequence_length, vocab_size)
+        yield from _fit_problems(where, folder, manifest, window_tokens, vocab_size, reserved_ids)
     if len(set(tokenizers.values())) > 1:
         yield (
             "data.heldout",
@@ -84,19 +86,21 @@ def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest,
 
 
 def _fit_problems(
-    where: str, folder: str, manifest: Manifest | PairsManifest, sequence_length: int, vocab_size: int
+    where: str, folder: str, manifest: Manifest | PairsManifest, window_tokens: int, vocab_size: int, reserved_ids: int
 ) -> Iterator[Problem]:
-    if manifest.vocab_size > vocab_size:
+    least = manifest.vocab_size + reserved_ids
+    if least > vocab_size:
+        kept = f" and {reserved_ids} ids that the objective keeps for itself" if reserved_ids else ""
         yield (
             where,
-            f"a dataset of {manifest.vocab_size} token ids with model.vocab_size={vocab_size}",
-            f"model.vocab_size must be at least {manifest.vocab_size} for {folder}",
-            f"set model.vocab_size={manifest.vocab_size} or larger, or tokenize the data anew",
+            f"a dataset of {manifest.vocab_size} token ids{kept} with model.vocab_size={vocab_size}",
+            f"model.vocab_size must be at least {least} for {folder}",
+            f"set model.vocab_size={least} or larger, or tokenize the data anew",
         )
-    if isinstance(manifest, Manifest) and manifest.num_tokens < sequence_length + 1:
+    if isinstance(manifest, Manifest) and manifest.num_tokens < window_tokens + 1:
         yield (
             where,
-            f"samples of {sequence_length + 1} tokens (model.sequence_length={sequence_length} and the last target)",
+            f"samples of {window_tokens} tokens of text (by model.sequence_length and the objective) and the next one",
             f"{folder} holds {manifest.num_tokens} tokens in all",
-            f"use a larger dataset or model.sequence_length={max(1, manifest.num_tokens - 1)} or less",
+            "use a larger dataset or a shorter model.sequence_length",
         )

@@ -151,6 +151,11 @@ def stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     return {**batch, FAULTS: np.array(faults)} if faults else batch
 
 
+def each(transform: Callable[[dict], dict]) -> Callable:
+    """A stage that transforms every sample by itself."""
+    return webdataset.map(transform)
+
+
 def unchanged(item: dict[str, np.ndarray] | Failure) -> dict[str, np.ndarray] | Failure:
     """Keeps torch from turning arrays into tensors inside a worker."""
     return item
@@ -181,7 +186,7 @@ class Loader:
     """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
 
     Each micro-batch holds the fields of the dataset's samples, stacked: for text {"tokens": int64 [micro_batch,
-    sequence_length + 1]}. `position` is the number of samples that
+    sequence_length + 1]}; or what `stages` make of them. `position` is the number of samples that
     the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
     costs the same for any position.
 

@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.images import IMAGE_SUFFIXES
-from data_pipeline.manifest import FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_FILE, PairsEntry, PairsManifest, TokenizerEntry
+from data_pipeline.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FILE,
+    PairsEntry,
+    PairsManifest,
+    TokenizerEntry,
+)
 from data_pipeline.pairs import CAPTION_SUFFIXES, caption_of
 from data_pipeline.shards import (
     DEFAULT_SHARD_BYTES,

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from data_pipeline.errors import DataError
 from data_pipeline.pairs_writer import RawPair, write_pairs
 from data_pipeline.shards import written_aside
-from data_pipeline.tokenizer import Tokenizer, TokenizerOptions, train_tokenizer
+from data_pipeline.tokenizer import TokenizerOptions, train_tokenizer
 
 COLOURS = {
     "red": (225, 35, 35), "green": (40, 170, 60), "blue": (45, 85, 235), "yellow": (245, 225, 50),

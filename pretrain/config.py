@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from data_pipeline.config import DataConfig
 from data_pipeline.config import problems as data_problems
@@ -16,6 +16,8 @@ from pretrain.config_file import RawConfig, apply_overrides, dump, nearest, read
 from pretrain.errors import ConfigError, Problem
 from pretrain.models import FAMILIES, family_spec
 from pretrain.models.family import FamilyConfig, FamilySpec
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
 
 class Section(BaseModel):
@@ -30,12 +32,6 @@ class RunSection(Section):
     dir: str = Field(min_length=1, description="the run folder, relative to where the command is started")
     seed: int = Field(1234, ge=0, lt=2**63, description="decides the initial weights and the order of the data")
     steps: int = Field(ge=1, description="optimizer steps in the whole run, resumed parts included")
-
-
-class ObjectiveSection(Section):
-    """What the loss is."""
-
-    name: str = Field(description="name of the objective; `causal_lm` predicts the next token")
 
 
 class OptimizerSection(Section):
@@ -85,7 +81,7 @@ class LogSection(Section):
 SECTIONS: dict[str, type[BaseModel]] = {
     "run": RunSection,
     "model": FamilyConfig,  # the fields are those of the family's own class
-    "objective": ObjectiveSection,
+    "objective": ObjectiveConfig,  # the fields are those of the objective's own class
     "data": DataConfig,
     "parallel": ParallelConfig,
     "precision": PrecisionConfig,
@@ -95,13 +91,19 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "log": LogSection,
 }
 
+# Sections whose fields depend on one of them: its name, its usual value, all values, and the class for a value.
+VARIANTS: dict[str, tuple[str, str | None, Sequence[str], Callable[[str], type[BaseModel]]]] = {
+    "model": ("family", "gpt", tuple(FAMILIES), lambda family: family_spec(family).config_class),
+    "objective": ("name", None, tuple(OBJECTIVES), lambda name: OBJECTIVES[name].config_class),
+}
+
 
 class RunConfig(Section):
     """Everything a run is made of. Frozen, and exactly what the user wrote plus defaults."""
 
     run: RunSection
     model: SerializeAsAny[FamilyConfig]
-    objective: ObjectiveSection
+    objective: SerializeAsAny[ObjectiveConfig]
     data: DataConfig
     parallel: ParallelConfig
     precision: PrecisionConfig = PrecisionConfig()
@@ -110,18 +112,29 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
-    @field_validator("model", mode="before")
+    @field_validator(*VARIANTS, mode="before")
     @classmethod
-    def _of_its_family(cls, model: object) -> object:
-        """Plain values (of a checkpoint's manifest, say) become the config of their family."""
-        if isinstance(model, dict) and model.get("family") in FAMILIES:
-            return family_spec(model["family"]).config_class.model_validate(model)
-        return model
+    def _of_its_class(cls, values: object, info: ValidationInfo) -> object:
+        """Plain values (of a checkpoint's manifest, say) become the config of their family or objective."""
+        key, _, choices, class_of = VARIANTS[info.field_name]
+        if isinstance(values, dict) and values.get(key) in choices:
+            return class_of(values[key]).model_validate(values)
+        return values
 
     @property
     def spec(self) -> FamilySpec:
         """The facts of the model's family."""
         return family_spec(self.model.family)
+
+    @property
+    def objective_spec(self) -> ObjectiveSpec:
+        """The facts of the objective."""
+        return OBJECTIVES[self.objective.name]
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of text in one sample, before the objective does anything to it."""
+        return self.objective_spec.window_tokens(self.objective, self.model)
 
     def problems(self, world_size: int | None) -> list[Problem]:
         """What keeps this config from running on `world_size` ranks; None leaves out what depends on their number."""
@@ -204,12 +217,18 @@ def _section(raw: RawConfig, name: str) -> BaseModel | None:
                                     f"write the fields of {name} on indented lines below it"))
         return None
     cls = SECTIONS[name]
-    if cls is FamilyConfig:
-        family = values.get("family", "gpt")
-        if not isinstance(family, str) or family not in FAMILIES:
-            raw.problems.append(_choice_problem(raw.located("model.family"), "model.family", family, list(FAMILIES)))
+    if name in VARIANTS:
+        key, usual, choices, class_of = VARIANTS[name]
+        value = values.get(key, usual)
+        if value is None:
+            raw.problems.append(Problem(raw.located(f"{name}.{key}"), "nothing, and it has no default",
+                                        ", ".join(choices), f"add {key} to the section {name}"))
             return None
-        cls = family_spec(family).config_class
+        if not isinstance(value, str) or value not in choices:
+            where = f"{name}.{key}"
+            raw.problems.append(_choice_problem(raw.located(where), where, value, list(choices)))
+            return None
+        cls = class_of(value)
     try:
         return cls.model_validate({str(key): value for key, value in values.items()})
     except ValidationError as error:
@@ -263,15 +282,22 @@ def _layout_problems(parallel: ParallelConfig, precision: PrecisionConfig, model
     return rules.problems(parallel, precision, world_size, family_spec(model.family).facts(model))
 
 
-def _objective_problems(objective: ObjectiveSection, model: FamilyConfig, world_size: int | None
+def _objective_problems(objective: ObjectiveConfig, model: FamilyConfig, world_size: int | None
                         ) -> Iterator[rules.Found]:
     names = family_spec(model.family).objectives
     if objective.name not in names:
         yield _choice_problem("objective.name", "objective.name", objective.name, list(names))
+    else:
+        yield from OBJECTIVES[objective.name].problems(objective, model)
 
 
-def _data_problems(data: DataConfig, model: FamilyConfig, world_size: int | None) -> Iterator[rules.Found]:
-    return iter(data_problems(data, model.sequence_length, model.vocab_size, family_spec(model.family).reads))
+def _data_problems(data: DataConfig, objective: ObjectiveConfig, model: FamilyConfig, world_size: int | None
+                   ) -> Iterator[rules.Found]:
+    family, spec = family_spec(model.family), OBJECTIVES[objective.name]
+    if objective.name not in family.objectives:
+        return iter(())
+    return iter(data_problems(data, spec.window_tokens(objective, model), model.vocab_size,
+                              spec.reserved_ids(objective, model), family.reads))
 
 
 def _evaluation_problems(log: LogSection, data: DataConfig, world_size: int | None) -> Iterator[rules.Found]:
@@ -303,7 +329,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[rules.Found]]], ...
     (("run",), _folder_problems),
     (("model",), _model_problems),
     (("objective", "model"), _objective_problems),
-    (("data", "model"), _data_problems),
+    (("data", "objective", "model"), _data_problems),
     (("log", "data"), _evaluation_problems),
     (("parallel", "precision", "model"), _layout_problems),
 )

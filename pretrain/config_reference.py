@@ -8,8 +8,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pretrain.config import SECTIONS
-from pretrain.models import FAMILIES, family_spec
+from pretrain.config import SECTIONS, VARIANTS
 
 HEADER = """# The config
 
@@ -29,9 +28,10 @@ def reference() -> str:
 
 def _sections() -> Iterator[str]:
     for name, section in SECTIONS.items():
-        if name == "model":
-            for family in FAMILIES:
-                yield _table(f"model (family: {family})", family_spec(family).config_class)
+        if name in VARIANTS:
+            key, _, choices, class_of = VARIANTS[name]
+            for choice in choices:
+                yield _table(f"{name} ({key}: {choice})", class_of(choice))
         else:
             yield _table(name, section)
 

@@ -26,7 +26,7 @@ from pretrain.errors import ExitCode, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import OBJECTIVES
+from pretrain.objectives import make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -58,7 +58,7 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         samples = self.config.parallel.global_batch
-        return samples * self.config.model.sequence_length if self.unit == "tokens" else samples
+        return samples * self.config.window_tokens if self.unit == "tokens" else samples
 
     @property
     def unit(self) -> str:
@@ -124,8 +124,8 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
                                  betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon, fused=True)
 
     return Engine(lambda shard: modules.layers(config.model, shard),
-                  OBJECTIVES[config.objective.name](TensorShard(groups, device)), groups, config.parallel,
-                  config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+                  make_loss(config.objective.name, config.model.family, TensorShard(groups, device)), groups,
+                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
 
 
 def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, quiet: Quiet | None) -> int:
@@ -181,10 +181,11 @@ def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loa
     if not engine.needs_data:
         return None
     config, at = run.config, engine.groups.coordinates
-    return Loader(open_dataset(config, config.data.train), config.model.sequence_length, config.run.seed,
-                  config.parallel.global_batch, config.parallel.micro_batch, at.dp, run.layout.data,
-                  config.data.workers, checkpoint.manifest["position_samples"] if checkpoint else 0,
-                  max_bad_fraction=config.data.max_bad_fraction)
+    dataset = open_dataset(config, config.data.train)
+    return Loader(dataset, config.window_tokens, config.run.seed, config.parallel.global_batch,
+                  config.parallel.micro_batch, at.dp, run.layout.data, config.data.workers,
+                  checkpoint.manifest["position_samples"] if checkpoint else 0,
+                  make_stages(config.objective, config.model, dataset, config.run.seed), config.data.max_bad_fraction)
 
 
 def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
     }
     if result.skipped:
         record["skipped"] = True
-    flops = config.spec.flops_per_token(config.model, config.model.sequence_length)
+    flops = config.spec.flops_per_token(config.model, config.window_tokens)
     used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
     return record if used is None else {**record, "mfu": used}
 
@@ -218,9 +219,11 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
         return
     batches = None
     if engine.needs_data:
-        batches = list(heldout_batches(open_dataset(config, config.data.heldout), config.model.sequence_length,
-                                       config.parallel.micro_batch, config.log.evaluate_samples,
-                                       engine.groups.coordinates.dp, run.layout.data))
+        dataset = open_dataset(config, config.data.heldout)
+        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
+                                       config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
+                                       stages))
     total, count = engine.evaluate(batches)
     hooks.on_evaluation(run, {"step": step, run.unit: step * run.tokens_per_step, "heldout_loss": total / count})
 

@@ -7,6 +7,7 @@ on a directory with a folder of images per class, retrieval on a dataset folder 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,19 @@ def run(args: argparse.Namespace) -> int:
     told = {"checkpoint": str(checkpoint.folder), "step": checkpoint.manifest["step"],
             "data": [str(path) for path in args.data], "family": config.model.family, **found}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    for line in _in_words(found):
+        sys.stderr.write(f"{line}\n")
     return ExitCode.DONE
+
+
+def _in_words(found: dict) -> Iterator[str]:
+    """What a person wants to know of the numbers, for the terminal."""
+    zero_shot = found.get("zero_shot", {})
+    for name, told in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
+        yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} classes"
+               f" (chance {told['chance']:.1%}){f', {name}' if name else ''}")
+    if "perplexity" in found:
+        yield f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits per byte"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -89,11 +102,11 @@ def _measure_text(args: argparse.Namespace, config: "RunConfig", stage: "Stage",
                   groups: "Groups") -> dict:
     from parallel.megatron import TensorShard
     from pretrain.evaluation.language import language_measures, stream_batches, summed_loss
-    from pretrain.objectives import OBJECTIVES
+    from pretrain.objectives import make_loss
 
     device = next(stage.parameters()).device
     text = _text(args, tokenizer)
-    objective = OBJECTIVES["causal_lm"](TensorShard(groups, device))
+    objective = make_loss("causal_lm", config.model.family, TensorShard(groups, device))
     batches = stream_batches(text, config.model.sequence_length, args.batch, device)
     nats, num_tokens = summed_loss(stage, objective, batches)
     if not num_tokens:

@@ -12,9 +12,8 @@ One line in `pretrain.models.FAMILIES` makes the family known.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from parallel.config import STRICT
 from parallel.rules import Found, ModelFacts
@@ -30,19 +29,40 @@ class FamilyConfig(BaseModel):
     sequence_length: int
 
 
+class TextConfig(FamilyConfig):
+    """What every family on text has: a vocabulary and a length."""
+
+    vocab_size: int = Field(ge=2, description="number of token ids")
+    pad_vocab_to: int = Field(
+        1, ge=1, description="the embedding is built with vocab_size rounded up to a multiple of this; no token id, "
+        "target or prediction falls on the padding"
+    )
+    sequence_length: int = Field(ge=1, description="tokens in one training sequence")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as built."""
+        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """What is known of a family's models from their config alone. The functions take a `config_class`."""
 
     config_class: type[FamilyConfig]
+    form: str  # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
     problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
     facts: Callable[[FamilyConfig], ModelFacts]
     parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
-    # forward and backward for one `unit`, for a sequence length in tokens
+    # forward and backward for one `unit`, for samples of so many tokens of text
     flops_per_token: Callable[[FamilyConfig, int], int]
-    reads: Literal["tokens", "pairs"] = "tokens"  # what its data is made of: documents, or images with captions
+
+    @property
+    def reads(self) -> str:
+        """What its data is made of: `tokens` of documents, or `pairs` of image and caption."""
+        return "pairs" if self.form == "dual_encoder" else "tokens"
 
     @property
     def unit(self) -> str:

@@ -1,6 +1,25 @@
-"""OBJECTIVES: the one table from the name in a config to the loss; `parallel.engine.Objective` is the contract."""
+"""OBJECTIVES: the one table from the name in a config to an objective. Facts only; a loss is loaded when asked for."""
 
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.contrastive import Contrastive, SigLIP
+from importlib import import_module
 
-OBJECTIVES = {"causal_lm": CausalLM, "contrastive": Contrastive, "siglip": SigLIP}
+from pretrain.models import family_spec
+from pretrain.models.family import FamilyConfig
+from pretrain.objectives import pairs_spec, text_spec
+from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+
+OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS, **pairs_spec.SPECS}
+
+
+def make_loss(name: str, family: str, shard: object) -> object:
+    """The loss of an objective for the form of a family, on a tensor shard; imports torch."""
+    return _load(OBJECTIVES[name].losses[family_spec(family).form])(shard)
+
+
+def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: int | str) -> list:
+    """The webdataset stages that turn windows of an open dataset into the fields of a batch."""
+    return _load(OBJECTIVES[config.name].stages)(config, model, dataset, seed)
+
+
+def _load(path: str) -> object:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

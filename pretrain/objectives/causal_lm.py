@@ -9,16 +9,17 @@ from parallel.megatron import TensorShard
 
 
 class CausalLM:
-    """Batch: `tokens` int64 [b, s + 1]; optional `weights` [b, s], 0 where a target does not count."""
-
-    unit = "tokens"
+    """Batch: `tokens` int64 [b, s + 1]; optional `weights` [b, s], 0 where a target does not count, and `prefix` [b],
+    the number of first tokens that see each other in both directions.
+    """
 
     def __init__(self, shard: TensorShard):
         self.shard = shard
 
-    def inputs(self, batch: dict[str, Tensor]) -> Tensor:
-        """ids [b, s]: every token but the last."""
-        return batch["tokens"][:, :-1].contiguous()
+    def inputs(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """ids [b, s], every token but the last; or (ids, prefix)."""
+        ids = batch["tokens"][:, :-1].contiguous()
+        return (ids, batch["prefix"]) if "prefix" in batch else ids
 
     def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Next tokens [s, b], in the order of the logits, and their weights [s, b] where the batch has them."""

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from pretrain.config import SECTIONS, RunConfig
+from pretrain.config import SECTIONS, VARIANTS, RunConfig
 from pretrain.config_reference import reference
-from pretrain.models import FAMILIES, family_spec
 
 ROOT = Path(__file__).parents[2]
 
@@ -12,9 +11,10 @@ ROOT = Path(__file__).parents[2]
 def keys() -> list[str]:
     found = []
     for section, cls in SECTIONS.items():
-        if section == "model":
-            for family in FAMILIES:
-                found += [f"model({family}).{key}" for key in family_spec(family).config_class.model_fields]
+        if section in VARIANTS:
+            _, _, choices, class_of = VARIANTS[section]
+            for choice in choices:
+                found += [f"{section}({choice}).{key}" for key in class_of(choice).model_fields]
         else:
             found += [f"{section}.{key}" for key in cls.model_fields]
     return found
@@ -30,8 +30,8 @@ def test_sections_are_the_fields_of_a_run():
 
 
 def test_every_field_says_what_it_means():
-    classes = [cls for name, cls in SECTIONS.items() if name != "model"]
-    classes += [family_spec(family).config_class for family in FAMILIES]
+    classes = [cls for name, cls in SECTIONS.items() if name not in VARIANTS]
+    classes += [class_of(choice) for _, _, choices, class_of in VARIANTS.values() for choice in choices]
     silent = [f"{cls.__name__}.{key}" for cls in classes for key, field in cls.model_fields.items()
               if not field.description]
     assert silent == []

@@ -14,11 +14,13 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in
 
 PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.rules", "parallel.rank_info",
                   "parallel.node_list", "parallel.planner.*")
-DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest")
+DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
+              "data_pipeline.noise_facts")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.*.spec")
+OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
                 "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
-FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *CONFIG_FACTS)
+FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS)
 CORE = ("parallel", "parallel.*", "pretrain.optim", "pretrain.metrics", "pretrain.quiet")
 
 # File pattern: what of the project it may import, at most. The first line that fits decides.
@@ -33,7 +35,9 @@ TABLE = {
     "pretrain/models/family.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
     "pretrain/models/__init__.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
-    "pretrain/objectives/*": (*FACTS, *CORE, "pretrain.models.*", "pretrain.objectives.*"),
+    **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
+       for name in ("__init__", "objective", "*_spec")},
+    "pretrain/objectives/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models.*", "pretrain.objectives.*"),
     **{f"{module.replace('.', '/')}.py": FACTS for module in CONFIG_FACTS},
     "pretrain/checkpoint/*": (*FACTS, *CORE, "pretrain.checkpoint", "pretrain.checkpoint.*", "pretrain.models.*"),
     "pretrain/hooks/*": (*FACTS, *CORE, "pretrain.hooks", "pretrain.hooks.*", "pretrain.checkpoint.*"),
@@ -44,7 +48,7 @@ TABLE = {
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.datasets", "pretrain.trained"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),

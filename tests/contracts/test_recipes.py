@@ -18,6 +18,12 @@ PUBLISHED = {  # exact counts: of the released checkpoints, padding left out
     "llama-8b": 8_030_261_248,
     "llama-70b": 70_553_706_496,
 }
+PUBLISHED_CLIP = {  # of the released checkpoints
+    "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
+    "vit-h-14": 986_109_441,
+}  # fmt: skip
+# Forward of one pair, multiply and add counted as two, of OpenCLIP's model profile.
+CLIP_GFLOPS = {"vit-b-32": 14.78, "vit-b-16": 41.09, "vit-l-14": 175.33, "vit-l-14-336": 395.22, "vit-h-14": 381.68}
 GPT3_SHAPES = {  # Brown et al. 2020, table 2.1: name, layers, width, tokens in a step; two widths as in the recipes
     "125m": (12, 768, 0.5e6), "350m": (24, 1024, 0.5e6), "760m": (24, 1536, 0.5e6), "1.3b": (24, 2048, 1e6),
     "2.7b": (32, 2560, 1e6), "6.7b": (32, 4096, 2e6), "13b": (40, 5120, 2e6), "175b": (96, 12288, 3.2e6),
@@ -30,8 +36,8 @@ def named_ranks(path: Path) -> list[int]:
     return [int(last)] if first is None else [int(first), int(last)]
 
 
-def parameters(name: str) -> int:
-    config = load_config(CONFIGS / "gpt" / f"{name}.yaml")
+def parameters(name: str, family: str = "gpt") -> int:
+    config = load_config(CONFIGS / family / f"{name}.yaml")
     return config.spec.parameter_count(config.model)
 
 
@@ -45,12 +51,26 @@ def test_recipe_is_legal_on_the_ranks_it_names(path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_run_folder_is_named_after_the_recipe(path):
-    assert load_config(path).run.dir == f"runs/{path.stem}"
+    """With the family before it where several families have a recipe of that name."""
+    assert load_config(path).run.dir in (f"runs/{path.stem}", f"runs/{path.parent.name}-{path.stem}")
+
+
+def test_no_two_recipes_share_a_run_folder():
+    folders = [load_config(path).run.dir for path in RECIPES]
+    assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
 def test_parameters_are_the_published_ones(name, count):
     assert parameters(name) == count
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED_CLIP.items())
+def test_clip_is_the_published_one(name, count):
+    config = load_config(CONFIGS / "clip" / f"{name}.yaml")
+    assert parameters(name, "clip") == count
+    flops = config.spec.flops_per_token(config.model, config.model.sequence_length) / 3e9
+    assert flops == pytest.approx(CLIP_GFLOPS.get(name, flops), rel=5e-3)
 
 
 @pytest.mark.parametrize(("size", "shape"), GPT3_SHAPES.items())

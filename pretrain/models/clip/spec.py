@@ -8,7 +8,7 @@ from pydantic import Field
 
 from parallel.layout import divisors
 from parallel.rules import Found, ModelFacts, nearest_multiples
-from pretrain.models.family import FamilyConfig, FamilySpec
+from pretrain.models.family import FamilySpec, TextConfig
 
 NO_PIPELINE = (
     "the two towers of CLIP meet only in a loss over the whole global batch, so no stage could begin its backward before "
@@ -17,7 +17,7 @@ NO_PIPELINE = (
 LARGEST_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5: logits are scaled by at most 100
 
 
-class CLIPConfig(FamilyConfig):
+class CLIPConfig(TextConfig):
     """A vision transformer and a causal text transformer with projections to one space. Defaults are those of OpenAI."""
 
     family: Literal["clip"] = Field("clip", description="the architecture")
@@ -32,9 +32,6 @@ class CLIPConfig(FamilyConfig):
     text_heads: int = Field(ge=1, description="attention heads of the text tower")
     text_ffn: int | None = Field(None, ge=1, description="inner width of its feed-forward part; null: 4 x text_hidden")
     vocab_size: int = Field(49408, ge=2, description="number of token ids")
-    pad_vocab_to: int = Field(
-        1, ge=1, description="the embedding is built with vocab_size rounded up to a multiple of this"
-    )
     sequence_length: int = Field(77, ge=1, description="most tokens of a caption, end-of-text included")
     embedding: int = Field(ge=1, description="width of the space both towers project to")
     activation: Literal["quick_gelu", "gelu"] = Field(
@@ -65,11 +62,6 @@ class CLIPConfig(FamilyConfig):
     @property
     def text_ffn_hidden(self) -> int:
         return 4 * self.text_hidden if self.text_ffn is None else self.text_ffn
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the token embedding as built."""
-        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
 
 def problems(config: CLIPConfig) -> Iterator[Found]:
@@ -145,11 +137,11 @@ def _blocks(layers: int, hidden: int, ffn: int) -> int:
 
 SPEC = FamilySpec(
     config_class=CLIPConfig,
+    form="dual_encoder",
     objectives=("contrastive", "siglip"),
     problems=problems,
     facts=facts,
     parameter_count=parameter_count,
     built_parameter_count=built_parameter_count,
     flops_per_token=flops_per_sample,
-    reads="pairs",
 )

@@ -7,10 +7,10 @@ from pydantic import Field
 
 from parallel.layout import divisors
 from parallel.rules import Found, ModelFacts, nearest_multiples
-from pretrain.models.family import FamilyConfig, FamilySpec
+from pretrain.models.family import FamilySpec, TextConfig
 
 
-class GPTConfig(FamilyConfig):
+class GPTConfig(TextConfig):
     """A causal decoder. The defaults are GPT-2's shape of block."""
 
     family: Literal["gpt"] = Field("gpt", description="the architecture")
@@ -21,12 +21,6 @@ class GPTConfig(FamilyConfig):
         None, ge=1, description="number of key and value heads, each shared by heads / kv_heads heads; null: as heads"
     )
     ffn: int | None = Field(None, ge=1, description="inner width of the feed-forward part; null: 4 x hidden")
-    vocab_size: int = Field(ge=2, description="number of token ids")
-    pad_vocab_to: int = Field(
-        1, ge=1, description="the embedding is built with vocab_size rounded up to a multiple of this; no token id, "
-        "target or prediction falls on the padding"
-    )
-    sequence_length: int = Field(ge=1, description="tokens in one training sequence")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="kind of norm")
     norm_position: Literal["pre", "post"] = Field(
         "pre", description="`pre`: before attention and feed-forward, and once at the end; `post`: after each addition"
@@ -56,11 +50,6 @@ class GPTConfig(FamilyConfig):
     def ffn_hidden(self) -> int:
         """Inner width of the feed-forward part."""
         return 4 * self.hidden if self.ffn is None else self.ffn
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding as built."""
-        return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
 
 
 def problems(config: GPTConfig) -> Iterator[Found]:
@@ -136,7 +125,8 @@ def _ffn_matrices(config: GPTConfig) -> int:
 
 SPEC = FamilySpec(
     config_class=GPTConfig,
-    objectives=("causal_lm",),
+    form="decoder",
+    objectives=("causal_lm", "prefix_lm", "fill_in_the_middle"),
     problems=problems,
     facts=facts,
     parameter_count=parameter_count,

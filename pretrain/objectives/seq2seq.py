@@ -1,0 +1,34 @@
+"""A target text from a source text (Sutskever et al. 2014, eq. 1), whatever noise or cut made the source."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from parallel.megatron import TensorShard
+
+
+class Seq2Seq:
+    """Batch: `source` int64 [b, s], `tokens` int64 [b, t + 1], `weights` [b, t], 0 where a target does not count.
+
+    `source_mask` int64 [b, s] is there where a source may be filled up; without it attention has nothing to leave out.
+    """
+
+    def __init__(self, shard: TensorShard):
+        self.shard = shard
+
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """(source [b, s], decoder inputs [b, t]) and the source's mask where there is one."""
+        mask = (batch["source_mask"],) if "source_mask" in batch else ()
+        return (batch["source"], batch["tokens"][:, :-1].contiguous(), *mask)
+
+    def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Next tokens and their weights, [t, b] both, in the order of the logits."""
+        return batch["tokens"][:, 1:].transpose(0, 1).contiguous(), batch["weights"].transpose(0, 1).contiguous()
+
+    def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many targets count, a scalar."""
+        return batch["weights"].sum()
+
+    def loss_sum(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+        """Sum of cross entropies: logits [t, b, v/tp], targets as above -> scalar fp32."""
+        return (self.shard.cross_entropy(logits, targets[0]) * targets[1]).sum()

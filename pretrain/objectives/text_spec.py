@@ -1,0 +1,163 @@
+"""Facts of the objectives on text: fields, length of a sample, ids they need, what does not fit (no torch)."""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from data_pipeline.noise_facts import num_special_ids, raw_tokens
+from parallel.rules import Found
+from pretrain.models.family import FamilyConfig
+from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+
+STAGES = "pretrain.objectives.text_stages"
+CAUSAL = "pretrain.objectives.causal_lm:CausalLM"
+SEQ2SEQ = "pretrain.objectives.seq2seq:Seq2Seq"
+MASKED = "pretrain.objectives.masked_lm:MaskedLM"
+
+
+class CausalLMConfig(ObjectiveConfig):
+    """Predicts every next token (Radford et al. 2018)."""
+
+    name: Literal["causal_lm"] = Field("causal_lm", description="the objective")
+
+
+class PrefixLMConfig(ObjectiveConfig):
+    """Sees a random part of the sample in both directions and predicts the rest (Raffel et al. 2020, section 3.2.1)."""
+
+    name: Literal["prefix_lm"] = Field("prefix_lm", description="the objective")
+
+
+class FillInTheMiddleConfig(ObjectiveConfig):
+    """Predicts every next token, with the middle of some documents moved to their end (Bavarian et al. 2022)."""
+
+    name: Literal["fill_in_the_middle"] = Field("fill_in_the_middle", description="the objective")
+    rate: float = Field(0.5, ge=0, le=1, description="part of the documents that are rearranged")
+    spm_rate: float = Field(
+        0.5, ge=0, le=1, description="part of those in the order suffix, prefix, middle; others: prefix, suffix, middle"
+    )
+
+
+class SpanCorruptionConfig(ObjectiveConfig):
+    """Predicts random spans, each replaced by one sentinel (Raffel et al. 2020, section 3.1.4)."""
+
+    name: Literal["span_corruption"] = Field("span_corruption", description="the objective")
+    noise_density: float = Field(0.15, gt=0, le=0.9, description="part of the tokens that is hidden")
+    mean_span_length: float = Field(3.0, ge=1, description="mean number of tokens in a hidden span")
+
+
+class DenoisingConfig(ObjectiveConfig):
+    """Restores a damaged sample (Lewis et al. 2020). Kinds of damage act in the order of their fields."""
+
+    name: Literal["denoising"] = Field("denoising", description="the objective")
+    permute_sentences: bool = Field(True, description="shuffle sentences; lines and end-of-text end one as well")
+    infill_ratio: float = Field(0.3, ge=0, lt=1, description="part of the tokens in spans that become one mask each")
+    mean_span_length: float = Field(3.0, ge=1, description="mean of the Poisson distribution of span lengths")
+    mask_ratio: float = Field(0.0, ge=0, lt=1, description="part of the tokens replaced by a mask each")
+    delete_ratio: float = Field(0.0, ge=0, lt=1, description="part of the tokens left out without a trace")
+    rotate_rate: float = Field(0.0, ge=0, le=1, description="part of the samples that start at a random token instead")
+
+
+class MaskedLMConfig(ObjectiveConfig):
+    """Predicts hidden tokens from both sides, hidden anew in every epoch (Devlin et al. 2019, Liu et al. 2019)."""
+
+    name: Literal["masked_lm"] = Field("masked_lm", description="the objective")
+    mask_ratio: float = Field(0.15, gt=0, le=0.9, description="part of the tokens that are predicted")
+    masked_part: float = Field(0.8, ge=0, le=1, description="part of the predicted tokens that become a mask")
+    random_part: float = Field(
+        0.1, ge=0, le=1, description="part of the predicted tokens that become a random token; others are left as is"
+    )
+    whole_words: bool = Field(False, description="hide all pieces of a word or none")
+
+
+Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]]
+
+
+def _none(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
+    return iter(())
+
+
+def _at_least(num_tokens: int, why: str) -> Problems:
+    def problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
+        if model.sequence_length < num_tokens:
+            yield ("model.sequence_length", f"{model.sequence_length} tokens for {config.name}",
+                   f"at least {num_tokens}: {why}", f"set model.sequence_length={num_tokens} or more")
+
+    return problems
+
+
+def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterator[Found]:
+    counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
+    if counts is None:
+        lengths = [n for n in range(3, model.sequence_length + 10)
+                   if raw_tokens(n, config.noise_density, config.mean_span_length)]
+        best = min(lengths, key=lambda n: abs(n - model.sequence_length))
+        yield ("model.sequence_length", f"inputs of {model.sequence_length} tokens by span_corruption",
+               f"no sample fills exactly that at noise_density={config.noise_density} and "
+               f"mean_span_length={config.mean_span_length}: a kept token, a sentinel and end-of-text are the least",
+               f"set model.sequence_length={best}")
+    elif counts.num_targets > model.num_targets:
+        yield ("model.target_length", f"{model.num_targets} tokens for the hidden spans",
+               f"{counts.num_targets}: {counts.num_noise} hidden tokens, {counts.num_spans} sentinels and end-of-text "
+               f"of {counts.num_raw} tokens", f"set model.target_length={counts.num_targets} or more")
+
+
+def _denoising_problems(config: DenoisingConfig, model: FamilyConfig) -> Iterator[Found]:
+    yield from _at_least(4, "two tokens of text between the first and the last")(config, model)
+    if model.num_targets < model.sequence_length:
+        yield ("model.target_length", f"{model.num_targets} tokens to restore {model.sequence_length}",
+               f"at least {model.sequence_length}, the length of the sample", "leave model.target_length out")
+
+
+def _masked_problems(config: MaskedLMConfig, model: FamilyConfig) -> Iterator[Found]:
+    yield from _at_least(5, "three special tokens and one token of text on either side")(config, model)
+    if config.masked_part + config.random_part > 1:
+        yield ("objective.masked_part", f"masked_part={config.masked_part} and random_part={config.random_part}",
+               "a sum of at most 1", f"set objective.random_part={round(1 - config.masked_part, 6)} or less")
+
+
+def _prefix_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:
+    """A decoder takes the sample as it is; an encoder-decoder splits it, and either part must fit its side."""
+    targets = getattr(model, "num_targets", None)
+    return model.sequence_length if targets is None else min(model.sequence_length, targets)
+
+
+def _span_raw(config: SpanCorruptionConfig, model: FamilyConfig) -> int:
+    counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
+    return counts.num_raw if counts else model.sequence_length
+
+
+def _span_ids(config: SpanCorruptionConfig, model: FamilyConfig) -> int:
+    counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
+    return num_special_ids(counts.num_spans if counts else 0)
+
+
+def _special_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
+    return num_special_ids()
+
+
+SPECS = {
+    "causal_lm": ObjectiveSpec(
+        CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:as_it_is",
+        window_tokens=lambda config, model: model.sequence_length, reserved_ids=lambda config, model: 0, problems=_none),
+    "prefix_lm": ObjectiveSpec(
+        PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
+        window_tokens=_prefix_tokens, reserved_ids=_special_ids,
+        problems=_at_least(2, "one token before the cut and one after")),
+    "fill_in_the_middle": ObjectiveSpec(
+        FillInTheMiddleConfig, {"decoder": CAUSAL}, f"{STAGES}:fill_in_the_middle",
+        window_tokens=lambda config, model: model.sequence_length,
+        reserved_ids=lambda config, model: num_special_ids(num_sentinels=3),
+        problems=_at_least(6, "three sentinels and a token of each part")),
+    "span_corruption": ObjectiveSpec(
+        SpanCorruptionConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:span_corruption",
+        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems),
+    "denoising": ObjectiveSpec(
+        DenoisingConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:denoising",
+        window_tokens=lambda config, model: model.sequence_length - 2, reserved_ids=_special_ids,
+        problems=_denoising_problems),
+    "masked_lm": ObjectiveSpec(
+        MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
+        window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,
+        reserved_ids=_special_ids, problems=_masked_problems),
+}
