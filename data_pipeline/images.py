@@ -58,8 +58,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def training_crop(image: Image.Image, size: int, seed: str) -> np.ndarray:
     """A random part of the image, resized: uint8 [3, size, size]. The same `seed` gives the same crop.
 
-    Area and log of the aspect ratio are uniform (Szegedy et al. 2015, section 6, as torchvision's RandomResizedCrop does
-    it), bicubic.
+    Area and log of the aspect ratio are uniform (Szegedy et al. 2015, section 6, as torchvision's RandomResizedCrop
+    does it), bicubic.
     """
     draws = _uniform(seed, 4 * CROP_ATTEMPTS)
     left, top, width, height = _random_box(image.width, image.height, draws)

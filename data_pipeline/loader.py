@@ -319,8 +319,8 @@ def heldout_batches(
 
     def samples() -> Iterator[dict]:
         for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
-            for position in range(first, first + micro_batch):
-                position = position if position < num_real else 0
+            for number in range(first, first + micro_batch):
+                position = number if number < num_real else 0
                 yield {"position": position, **source.sample(position)}
 
     def with_weights(made: Iterator[dict]) -> Iterator[dict]:
@@ -328,7 +328,7 @@ def heldout_batches(
             turn, within = divmod(number, micro_batch)
             is_real = turn * per_round + data_rank * micro_batch + within < num_real
             weights = sample.get("weights", np.ones(source.weights_shape, dtype=np.float32))
-            yield {**sample, "weights": weights * np.float32(is_real)}
+            yield {**sample, "weights": np.asarray(weights * np.float32(is_real))}
 
     pipeline = webdataset.DataPipeline(samples, *stages, with_weights, Batch(micro_batch))
     yield from map(as_tensors, pipeline)

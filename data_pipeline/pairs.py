@@ -1,7 +1,7 @@
 """Images with captions: reading a dataset folder of them, and the order in which they are seen.
 
-A pair that cannot be used (no readable image, an empty caption) is replaced by the next good one of the order, the same on
-every layout; the loader counts them and names the first ones.
+A pair that cannot be used (no readable image, an empty caption) is replaced by the next good one of the order, the same
+on every layout; the loader counts them and names the first ones.
 """
 
 import json
@@ -108,7 +108,7 @@ class PairSamples:
     """Samples by position: a shuffle of all pairs in every epoch, a pure function of (seed, position).
 
     A sample is {"pixels": uint8 [3, S, S], "tokens": int64 [sequence_length], "ends": int64 [] (where the end-of-text
-    stands), "faults": the pairs that were passed over on the way to it}.
+    stands), "faults": what is wrong with the pair that should have stood here, if anything}.
     """
 
     weights_shape = ()
@@ -126,7 +126,7 @@ class PairSamples:
         for step in range(min(self.per_epoch, MAX_BAD_IN_A_ROW)):
             number = int(order[(turn + step) % self.per_epoch])
             try:
-                return {**self._made(number, position), "faults": faults}
+                return {**self._made(number, position), "faults": faults[:1]}  # the others have positions of their own
             except BadPair as error:
                 faults.append(str(error))
         raise DataError(f"{len(faults)} pairs in a row cannot be used, first: {faults[0]}")

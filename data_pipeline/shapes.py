@@ -1,8 +1,8 @@
 """Captioned scenes of drawn shapes: data for image-text models with nothing to download, deterministic by seed.
 
-Every scene is one of three kinds: a thing of some size and place, several of the same thing, two things and how they lie to
-each other. Some combinations of colour and shape are held out: training scenes never show or name them, though each colour
-and each shape occurs often, so that naming them right takes composition and not memory.
+Every scene is one of three kinds: a thing of some size and place, several of the same thing, two things and how they
+lie to each other. Some combinations of colour and shape are held out: training scenes never show or name them, though
+each colour and each shape occurs often, so that naming them right takes composition and not memory.
 """
 
 import io
@@ -146,8 +146,9 @@ def scenes(count: int, split: str, seed: int, size: int) -> Iterator[RawPair]:
 def write_shapes(folder: str | os.PathLike, num_train: int, num_test: int, seed: int, size: int = 64) -> list[Path]:
     """Write `train`, `heldout` (dataset folders) and `zero-shot` (a folder per held-out combination) into `folder`.
 
-    `num_test` scenes are held out, and as many images of a single thing are divided among the combinations. Folders that
-    are there from the same settings are reused. Raises DataError for numbers that cannot be, or what is in the way.
+    `num_test` scenes are held out, and as many images of a single thing are divided among the combinations. Folders
+    that are there from the same settings are reused. Raises DataError for numbers that cannot be, or what is in the
+    way.
     """
     folder = Path(folder)
     if num_train < 1 or num_test < len(HELD_OUT) or size < 16:

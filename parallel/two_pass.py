@@ -1,8 +1,9 @@
 """Exact gradients, from micro-batches, of a loss that couples all samples of the global batch.
 
 GradCache (Gao et al. 2021, arXiv 2101.06983, section 3): a first pass without gradient collects what the model says of
-every sample; the loss and its gradient with respect to that are computed once, over all data ranks; a second pass runs each
-micro-batch again and sends its part of that gradient back through the model. One micro-batch a rank needs no first pass.
+every sample; the loss and its gradient with respect to that are computed once, over all data ranks; a second pass runs
+each micro-batch again and sends its part of that gradient back through the model. One micro-batch a rank needs no first
+pass.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ Outputs = tuple[Tensor, ...]
 class TwoPassObjective(Protocol):
     """What the engine needs beyond `Objective` of a loss over the whole global batch (`two_pass` is True).
 
-    The model's output is a tuple of real tensors whose first dim is the sample. `loss_sum(outputs, targets, rows)` is the
-    sum of the losses of this rank's samples; `rows` brings in those of the other ranks.
+    The model's output is a tuple of real tensors whose first dim is the sample. `loss_sum(outputs, targets, rows)` is
+    the sum of the losses of this rank's samples; `rows` brings in those of the other ranks.
     """
 
     two_pass: bool

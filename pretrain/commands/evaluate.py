@@ -1,7 +1,7 @@
 """`trainyard evaluate`: measures of a trained model, as JSON.
 
-A model of text: loss, perplexity and bits per byte on a dataset folder or on plain files. A dual encoder: zero-shot accuracy
-on a directory with a folder of images per class, retrieval on a dataset folder of image-text pairs.
+A model of text: loss, perplexity and bits per byte on a dataset folder or on plain files. A dual encoder: zero-shot
+accuracy on a directory with a folder of images per class, retrieval on a dataset folder of image-text pairs.
 """
 
 import argparse

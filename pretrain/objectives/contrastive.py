@@ -11,7 +11,8 @@ from parallel.two_pass import DataRows
 
 
 class _Pairs:
-    """Batch: `pixels` uint8 or real [b, 3, S, S], `tokens` int64 [b, s], `ends` int64 [b] (where the end-of-text stands).
+    """Batch: `pixels` uint8 or real [b, 3, S, S], `tokens` int64 [b, s], `ends` int64 [b] (where the end-of-text
+    stands).
 
     An optional `weights` real [b] is 0 for a filler, which is then nobody's negative either.
     """
@@ -54,7 +55,8 @@ class Contrastive(_Pairs):
 
 
 class SigLIP(_Pairs):
-    """Every pair is a yes-or-no question of its own (Zhai et al. 2023, section 3.2, eq. 2): no sum over the batch inside.
+    """Every pair is a yes-or-no question of its own (Zhai et al. 2023, section 3.2, eq. 2): no sum over the batch
+    inside.
 
     The model's `logit_bias` is added where it has one.
     """

@@ -1,8 +1,9 @@
 """The CLIP family as one ordered list of layers: image tower, text tower, scale (Radford et al. 2021, section 2.4).
 
-The state is a tuple (image, text, ends) that each layer takes and returns; a tower's layers replace their own part of it.
-Shapes as in pretrain/models/blocks.py; p is the number of image tokens, e the width of the shared space. Under sequence
-parallelism a tower's sequence is padded to a multiple of the tensor degree; what is padded is never a key nor pooled.
+The state is a tuple (image, text, ends) that each layer takes and returns; a tower's layers replace their own part of
+it. Shapes as in pretrain/models/blocks.py; p is the number of image tokens, e the width of the shared space. Under
+sequence parallelism a tower's sequence is padded to a multiple of the tensor degree; what is padded is never a key nor
+pooled.
 """
 
 from __future__ import annotations
@@ -164,8 +165,8 @@ class TextHead(nn.Module):
 class Scale(nn.Module):
     """The learnt scale of the logits, at most 100, folded into the image vectors; and the bias where there is one.
 
-    Output: (image [b, e] times the scale, text [b, e] of length 1[, bias [b], the same for all]), fp32. Everything has the
-    samples as first dim, so that a loss over the global batch can be computed from collected outputs.
+    Output: (image [b, e] times the scale, text [b, e] of length 1[, bias [b], the same for all]), fp32. Everything has
+    the samples as first dim, so that a loss over the global batch can be computed from collected outputs.
     """
 
     def __init__(self, config: CLIPConfig, shard: TensorShard):
