@@ -35,8 +35,8 @@ class DataConfig(BaseModel):
         default=0.01,
         ge=0,
         le=1,
-        description="Largest part of the samples that may be unusable (a damaged image, an empty caption) before the run "
-        "stops. Each is replaced by the next good one.",
+        description="Largest part of the samples that may be unusable (a damaged image, an empty caption) before the "
+        "run stops. Each is replaced by the next good one.",
     )
 
 
@@ -76,7 +76,8 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
         )
 
 
-def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest, sizes: dict[str, int]) -> Iterator[Problem]:
+def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest, sizes: dict[str, int]
+                   ) -> Iterator[Problem]:
     faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
     for fault in faults[:MAX_FAULTS_NAMED]:
         yield where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`"

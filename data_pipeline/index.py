@@ -49,7 +49,7 @@ class Shard:
         return self._map[offset : offset + length_bytes]
 
     def member_fault(self, offset: int, length_bytes: int, suffixes: tuple[str, ...] = (TOKENS_SUFFIX,)) -> str | None:
-        """What is wrong with the tar header before `offset`: None when it names a file of `length_bytes` and a suffix."""
+        """What is wrong with the tar header before `offset`: None when it is of a file as expected."""
         if offset < TAR_BLOCK_BYTES or offset % TAR_BLOCK_BYTES or offset + length_bytes > self.size_bytes:
             return "the index points outside the shard"
         self._require_whole()

@@ -75,7 +75,7 @@ class _Manifest(_Facts):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong, or that it is of another kind."""
+        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong, or of another kind."""
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         try:
@@ -90,7 +90,8 @@ class _Manifest(_Facts):
             content = json.loads(text, object_pairs_hook=_without_repeats)
             kind = content.get("kind") if isinstance(content, dict) else None
             if kind in KINDS and kind != cls.model_fields["kind"].default:
-                raise DataError(f"{folder} holds {KINDS[kind]}, where {KINDS[cls.model_fields['kind'].default]} are needed")
+                needed = KINDS[cls.model_fields["kind"].default]
+                raise DataError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
             manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]

@@ -59,7 +59,8 @@ class PairsDataset:
         if faults:
             more = f" and {len(faults) - MAX_FAULTS_NAMED} more" if len(faults) > MAX_FAULTS_NAMED else ""
             raise DataError("; ".join(faults[:MAX_FAULTS_NAMED]) + more)
-        return cls(folder, manifest, np.concatenate([_load_index(folder, entry) for entry in manifest.shards]), image_size)
+        rows = np.concatenate([_load_index(folder, entry) for entry in manifest.shards])
+        return cls(folder, manifest, rows, image_size)
 
     def __reduce__(self) -> tuple:
         return PairsDataset.open, (str(self.folder), self.image_size)
@@ -166,7 +167,7 @@ def caption_of(content: bytes, is_json: bool) -> str:
 
 
 def caption_tokens(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
-    """int64 [length]: the caption cut so that end-of-text is kept, filled up with it; and where the first one stands."""
+    """int64 [length]: the caption, cut so that end-of-text is kept, filled up with it; where the first one stands."""
     ids = tokenizer.encode(caption)[: length - 1]
     tokens = np.full(length, tokenizer.end_of_text, dtype=np.int64)
     tokens[: len(ids)] = ids

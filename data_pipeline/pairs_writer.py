@@ -1,4 +1,4 @@
-"""Writing a folder of image-text shards: images as they are, captions as text, an index beside each shard, a manifest."""
+"""Writing a folder of image-text shards: images as they are, captions as text, indexes, a manifest."""
 
 import hashlib
 import json
@@ -52,11 +52,13 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
     Raises DataError when there is nothing to write, the folder holds something else, or the disk refuses.
     """
     folder = Path(folder)
-    fingerprint = hashlib.sha256(f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}/{inputs}".encode()).hexdigest()
+    settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}/{inputs}"
+    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
     if folder.exists() and not is_empty_folder(folder):
         manifest = PairsManifest.load(folder)
         if manifest.inputs_sha256 != fingerprint:
-            raise DataError(f"{folder} holds pairs made from other input or settings; choose another folder or remove it")
+            raise DataError(f"{folder} holds pairs made from other input or settings; choose another folder or "
+                            "remove that one")
         return manifest, True
     try:
         with written_aside(folder) as aside:
@@ -66,7 +68,8 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
             write_file(aside / TOKENIZER_FILE, tokenizer.model)
             manifest = PairsManifest(
                 split=split, num_pairs=sum(entry.num_pairs for entry in entries), vocab_size=tokenizer.vocab_size,
-                end_of_text=tokenizer.end_of_text, tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
+                end_of_text=tokenizer.end_of_text,
+                tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
                 tool_version=tool_version(), inputs_sha256=fingerprint, shards=tuple(entries),
             )
             write_file(aside / MANIFEST_NAME, manifest.to_json().encode())
@@ -117,7 +120,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
         raise DataError(f"cannot read {path} as a tar file: {error}") from None
 
 
-def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: Callable[[str], None]) -> Iterator[RawPair]:
+def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: Callable[[str], None]
+            ) -> Iterator[RawPair]:
     """Neighbours with the same name up to the suffix are one sample, as webdataset has it."""
     key, image, caption = None, None, None
     for name, size_bytes, read in chain(members, [("", 0, bytes)]):  # the last one closes the sample before it
@@ -139,5 +143,6 @@ def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: 
 
 def inputs_of(inputs: Sequence[Path]) -> str:
     """Names, sizes and times of all input files: tells whether pairs would be written anew from the same."""
-    files = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
+    found = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in found if file.is_file()]
     return json.dumps([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])

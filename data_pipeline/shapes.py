@@ -30,7 +30,7 @@ _ALL = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT = tuple((colour, SHAPES[(number + offset) % len(SHAPES)])
                  for number, colour in enumerate(COLOURS) for offset in (0, 3))
 SEEN = tuple(pair for pair in _ALL if pair not in HELD_OUT)
-SIZES = {"small": (0.09, 0.12), "large": (0.19, 0.24)}  # radius as a part of the image
+SIZES = {"small": (0.12, 0.15), "large": (0.2, 0.25)}  # radius as a part of the image
 PLACES = {
     "in the middle": (0.5, 0.5), "at the top": (0.5, 0.25), "at the bottom": (0.5, 0.75), "on the left": (0.25, 0.5),
     "on the right": (0.75, 0.5),
@@ -74,8 +74,8 @@ def single(chance: random.Random, combinations: tuple[tuple[str, str], ...]) -> 
     x, y = (centre + chance.uniform(-0.06, 0.06) for centre in PLACES[place])
     thing = Thing(colour, shape, x, y, chance.uniform(*SIZES[size]))
     name = f"{colour} {shape}"
-    caption = chance.choice((f"{_a(name)}", f"a picture of {_a(name)}", f"one {name} on a dark ground", f"a {size} {name}",
-                             f"{_a(name)} {place}", f"a {size} {name} {place}"))
+    caption = chance.choice((f"{_a(name)}", f"a picture of {_a(name)}", f"one {name} on a dark ground",
+                             f"a {size} {name}", f"{_a(name)} {place}", f"a {size} {name} {place}"))
     return Scene((thing,), caption)
 
 

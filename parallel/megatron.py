@@ -194,7 +194,7 @@ class TensorShard:
         return tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.group) if self.sequence else x
 
     def leave(self, x: Tensor) -> Tensor:
-        """[s(/t), b, h] -> [s, b, h] for a computation that every tensor rank repeats; backward takes this rank's part."""
+        """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes alike; backward takes this rank's part."""
         if not self.sequence:
             return x
         return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False,

@@ -28,7 +28,7 @@ class ModelFacts:
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
     pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
-    keys: Mapping[str, str] = field(default_factory=dict)  # where a family has other names than the rules' `model.heads`
+    keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def images(args: argparse.Namespace, console: Console) -> int:
         manifest, is_reused = write_pairs(raw_pairs(args.input, lonely.append), Tokenizer.load(args.tokenizer), args.to,
                                           args.split, inputs_of(args.input), round(args.shard_mb * MEGABYTE))
     console.print(f"{args.to} is there already, made from the same input: reused" if is_reused else f"wrote {args.to}")
-    console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB in {len(manifest.shards)} shards")
+    console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB "
+                  f"in {len(manifest.shards)} shards")
     if lonely:
         console.print(f"  left out {len(lonely):,} images without a caption, first: {lonely[0]}")
     return ExitCode.DONE

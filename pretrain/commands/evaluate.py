@@ -25,9 +25,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("evaluate", help="measure a trained model on data", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("--data", metavar="PATH", type=Path, required=True, nargs="+",
-                        help="a dataset folder; for text also files or folders of .txt .md .py .jsonl; for images also a "
-                        "directory with a folder per class")
-    parser.add_argument("--samples", type=int, metavar="N", help="only the first N image-text pairs, or documents (all)")
+                        help="a dataset folder; for text also files or folders of .txt .md .py .jsonl; for images also "
+                        "a directory with a folder per class")
+    parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs or documents (all)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="samples in one forward (32)")
     parser.add_argument("--templates", type=Path, metavar="FILE",
                         help="JSON list of prompts with {} for the class name (the directory's own templates.json)")
@@ -56,10 +56,11 @@ def _in_words(found: dict) -> Iterator[str]:
     """What a person wants to know of the numbers, for the terminal."""
     zero_shot = found.get("zero_shot", {})
     for name, told in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
-        yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} classes"
-               f" (chance {told['chance']:.1%}){f', {name}' if name else ''}")
+        yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} "
+               f"classes (chance {told['chance']:.1%}){f', {name}' if name else ''}")
     if "perplexity" in found:
-        yield f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.4f} bits per byte"
+        yield (f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, "
+               f"{found['bits_per_byte']:.4f} bits per byte")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -125,8 +126,8 @@ def _text(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Text":
     if len(args.data) == 1 and (folder / MANIFEST_NAME).exists():
         dataset = TokenDataset.open(folder)
         if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
-            raise UserError(f"{folder} was made with another tokenizer than the model's: give the text itself, or write the "
-                            "dataset again with the tokenizer in the checkpoint")
+            raise UserError(f"{folder} was made with another tokenizer than the model's: give the text itself, or "
+                            "write the dataset again with the tokenizer in the checkpoint")
         count = min(args.samples or len(dataset), len(dataset))
         whole = count == len(dataset)
         kept = [dataset.tokens(number).tolist() for number in range(count)]

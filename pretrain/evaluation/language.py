@@ -24,7 +24,8 @@ class Text(NamedTuple):
     end_of_text: int
 
 
-def stream_batches(text: Text, sequence_length: int, micro_batch: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def stream_batches(text: Text, sequence_length: int, micro_batch: int, device: torch.device
+                   ) -> Iterator[dict[str, Tensor]]:
     """Every token of every document as a target exactly once, in windows that overlap by one token.
 
     The first token is predicted from an end-of-text; what fills up the last window has weight 0.

@@ -89,10 +89,10 @@ def class_vectors(model: DualEncoder, names: Sequence[str], templates: Sequence[
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders of a directory with one per class, in order of name. Raises DataError when there are less than two."""
+    """The folders of a directory with one per class, in order of name. Raises DataError for less than two."""
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(found) < 2:
-        raise DataError(f"{folder} has {len(found)} folders; zero-shot classification needs one per class, at least two")
+        raise DataError(f"{folder} has {len(found)} folders; zero-shot classification needs one a class, two at least")
     return found
 
 
@@ -177,7 +177,8 @@ def retrieval(model: DualEncoder, dataset: PairsDataset, num_samples: int | None
 
     vectors = [model.images(group) for group in _groups(images(), ROWS_AT_ONCE)]
     if not vectors:
-        raise DataError(f"{dataset.folder} has no pair that can be used" + (f", first: {skipped[0]}" if skipped else ""))
+        first = f", first: {skipped[0]}" if skipped else ""
+        raise DataError(f"{dataset.folder} has no pair that can be used{first}")
     image, text = torch.cat(vectors), model.texts(captions)
     numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     labels = torch.tensor([numbers[caption] for caption in captions])

@@ -50,7 +50,8 @@ class FamilySpec:
     """What is known of a family's models from their config alone. The functions take a `config_class`."""
 
     config_class: type[FamilyConfig]
-    form: str  # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
+    # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
+    form: str
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
     problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
     facts: Callable[[FamilyConfig], ModelFacts]

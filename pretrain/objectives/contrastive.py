@@ -27,7 +27,9 @@ class _Pairs:
         return batch["pixels"], batch["tokens"], batch["ends"]
 
     def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        return (batch["weights"],) if "weights" in batch else (torch.ones(len(batch["tokens"]), device=batch["tokens"].device),)
+        if "weights" in batch:
+            return (batch["weights"],)
+        return (torch.ones(len(batch["tokens"]), device=batch["tokens"].device),)
 
     def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
         """How many pairs count, a scalar."""

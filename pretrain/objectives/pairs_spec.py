@@ -26,8 +26,8 @@ class SigLIPConfig(ObjectiveConfig):
 
 def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
     if model.sequence_length < 2:
-        yield ("model.sequence_length", f"captions of {model.sequence_length} token", "at least 2: text and end-of-text",
-               "set model.sequence_length=2 or more")
+        yield ("model.sequence_length", f"captions of {model.sequence_length} token",
+               "at least 2: text and end-of-text", "set model.sequence_length=2 or more")
 
 
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:

@@ -20,9 +20,9 @@ GPT = {
 
 CLIP = {
     "run": {"dir": "unused", "steps": 24, "seed": 11},
-    "model": {"family": "clip", "image_size": 16, "patch_size": 4, "image_layers": 2, "image_hidden": 64, "image_heads": 4,
-              "text_layers": 2, "text_hidden": 32, "text_heads": 4, "vocab_size": VOCAB_SIZE, "sequence_length": 15,
-              "embedding": 32, "logit_bias": -10.0},
+    "model": {"family": "clip", "image_size": 16, "patch_size": 4, "image_layers": 2, "image_hidden": 64,
+              "image_heads": 4, "text_layers": 2, "text_hidden": 32, "text_heads": 4, "vocab_size": VOCAB_SIZE,
+              "sequence_length": 15, "embedding": 32, "logit_bias": -10.0},
     "objective": {"name": "contrastive"},
     "parallel": {"micro_batch": 4, "global_batch": 16},
     "optimizer": {"lr": 1e-3, "clip_norm": 1.0},

@@ -1,4 +1,4 @@
-"""CLIP through `trainyard train`: the same curve on every layout, with micro-batches and without, and after a restart."""
+"""CLIP through `trainyard train`: the same curve on every layout, with and without micro-batches, after a restart."""
 
 from __future__ import annotations
 

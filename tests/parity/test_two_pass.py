@@ -1,4 +1,4 @@
-"""The contrastive loss couples the whole global batch: no layout and no size of micro-batch may change it or its gradient."""
+"""A loss over the whole global batch: no layout and no size of micro-batch may change it or its gradient."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_micro_batches_keep_the_gradient(whole):
 
 @pytest.mark.parametrize(("world_size", "micro_batch", "parallel"), [
     (2, 8, {}), (2, 4, {}), (4, 2, {}), (2, 4, {"zero_stage": 1}), (2, 4, {"zero_stage": 2}), (2, 4, {"zero_stage": 3}),
-    (2, 8, {"zero_stage": 3, "recompute": "full"}), (2, 4, {"tensor": 2}), (4, 4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
+    (2, 8, {"zero_stage": 3, "recompute": "full"}), (2, 4, {"tensor": 2}),
+    (4, 4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
 ], ids=str)  # fmt: skip
 def test_layouts_agree(whole, world_size, micro_batch, parallel):
     objective, _, steps = whole

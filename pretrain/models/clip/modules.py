@@ -87,7 +87,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, state: State) -> State:  # pixels uint8, or real and normalised: [b, 3, S, S] -> [p(/t), b, h]
         pixels, *others = state
         if pixels.dtype == torch.uint8:
-            mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+            mean, std = (torch.tensor(values, device=pixels.device)[:, None, None]
+                         for values in (PIXEL_MEAN, PIXEL_STD))
             pixels = (pixels.float() / 255 - mean) / std
         x = F.conv2d(pixels.to(self.patches.dtype), self.patches, stride=self.patches.shape[-1])
         x = x.flatten(2).transpose(1, 2)  # [b, h, rows, columns] -> [b, patches, h]

@@ -11,14 +11,15 @@ from parallel.rules import Found, ModelFacts, nearest_multiples
 from pretrain.models.family import FamilySpec, TextConfig
 
 NO_PIPELINE = (
-    "the two towers of CLIP meet only in a loss over the whole global batch, so no stage could begin its backward before "
-    "every micro-batch has passed all stages; ZeRO (parallel.zero_stage) and parallel.tensor spread the model instead"
+    "the two towers of CLIP meet only in a loss over the whole global batch, so no stage could begin its backward "
+    "before every micro-batch has passed all stages; ZeRO (parallel.zero_stage) and parallel.tensor "
+    "spread the model instead"
 )
 LARGEST_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5: logits are scaled by at most 100
 
 
 class CLIPConfig(TextConfig):
-    """A vision transformer and a causal text transformer with projections to one space. Defaults are those of OpenAI."""
+    """A vision transformer and a causal text transformer with projections to one space. Defaults are OpenAI's."""
 
     family: Literal["clip"] = Field("clip", description="the architecture")
     image_size: int = Field(224, ge=1, description="height and width in pixels of the image that the model sees")
@@ -26,7 +27,9 @@ class CLIPConfig(TextConfig):
     image_layers: int = Field(ge=1, description="transformer blocks of the image tower")
     image_hidden: int = Field(ge=1, description="width of the image tower")
     image_heads: int = Field(ge=1, description="attention heads of the image tower")
-    image_ffn: int | None = Field(None, ge=1, description="inner width of its feed-forward part; null: 4 x image_hidden")
+    image_ffn: int | None = Field(
+        None, ge=1, description="inner width of its feed-forward part; null: 4 x image_hidden"
+    )
     text_layers: int = Field(ge=1, description="transformer blocks of the text tower")
     text_hidden: int = Field(ge=1, description="width of the text tower")
     text_heads: int = Field(ge=1, description="attention heads of the text tower")
@@ -42,8 +45,8 @@ class CLIPConfig(TextConfig):
         0.07, gt=0, description="the learnt scale of the logits starts at 1 / init_temperature; SigLIP starts with 0.1"
     )
     logit_bias: float | None = Field(
-        None, description="starting value of a learnt bias of the logits, for the objective `siglip` (-10 in its paper); "
-        "null: the model has none"
+        None, description="starting value of a learnt bias of the logits, for the objective `siglip` (-10 in its "
+        "paper); null: the model has none"
     )
 
     @property
@@ -87,7 +90,8 @@ def facts(config: CLIPConfig) -> ModelFacts:
         hidden=gcd(config.image_hidden, config.text_hidden), ffn=gcd(config.image_ffn_hidden, config.text_ffn_hidden),
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length, pads_sequence=True,
         pipeline_supported=False, why_no_pipeline=NO_PIPELINE,
-        keys={"model.heads": "model.image_heads, model.text_heads", "model.kv_heads": "model.image_heads, model.text_heads",
+        keys={"model.heads": "model.image_heads, model.text_heads",
+              "model.kv_heads": "model.image_heads, model.text_heads",
               "model.ffn": "model.image_ffn, model.text_ffn"},
     )
 

@@ -1,4 +1,4 @@
-"""Image-text shards: what is written is read, bad pairs are replaced and counted, the order is a function of position."""
+"""Image-text shards: what is written is read, bad pairs are replaced and counted, order comes from position."""
 
 import io
 import json
@@ -97,7 +97,8 @@ def test_order_is_a_function_of_position(dataset):
 def test_an_epoch_holds_every_good_pair(dataset):
     samples = dataset.samples(LENGTH, 5)
     captions = {tuple(samples.sample(position)["tokens"]) for position in range(40)}
-    assert captions == {tuple(caption_tokens(dataset.tokenizer, good(n).caption, LENGTH)[0]) for n in range(40) if n not in BAD}
+    assert captions == {tuple(caption_tokens(dataset.tokenizer, good(n).caption, LENGTH)[0])
+                        for n in range(40) if n not in BAD}
 
 
 def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
@@ -124,7 +125,8 @@ def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
 
 
 def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
-    write_pairs([RawPair(str(n), ".png", b"broken", "words") for n in range(6)], tokenizer, tmp_path / "bad", "train", "x")
+    pairs = [RawPair(str(n), ".png", b"broken", "words") for n in range(6)]
+    write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
     with pytest.raises(DataError, match="6 pairs in a row"):
         PairsDataset.open(tmp_path / "bad", SIZE).samples(LENGTH, 5).sample(0)
 
@@ -146,7 +148,8 @@ def test_end_of_text_is_kept_in_a_long_caption(tokenizer):
 
 @pytest.mark.parametrize(("content", "is_json", "expected"), [
     (b" words \n", False, "words"), (b"\xff\xfe", False, ""), (b'{"caption": "words"}', True, "words"),
-    (b'{"text": "words", "url": "x"}', True, "words"), (b'{"caption": 3}', True, ""), (b"[1]", True, ""), (b"{", True, ""),
+    (b'{"text": "words", "url": "x"}', True, "words"), (b'{"caption": 3}', True, ""),
+    (b"[1]", True, ""), (b"{", True, ""),
 ])  # fmt: skip
 def test_captions(content, is_json, expected):
     assert caption_of(content, is_json) == expected
@@ -191,7 +194,8 @@ def test_pairs_from_folders_and_tars(tmp_path):
             archive.addfile(member, io.BytesIO(content))
     lonely: list[str] = []
     found = list(raw_pairs([tmp_path / "photos", tmp_path / "x.tar"], lonely.append))
-    assert [(pair.suffix, pair.caption) for pair in found] == [(".png", "first"), (".png", "third"), (".jpg", "from a tar")]
+    assert [(pair.suffix, pair.caption) for pair in found] == [
+        (".png", "first"), (".png", "third"), (".jpg", "from a tar")]
     assert found[2].image == good(1).image
     assert [name.rpartition("/")[2] for name in lonely] == ["b"]
     with pytest.raises(DataError, match="tar file"):
