@@ -22,7 +22,7 @@ $(STAMP): setup.py constraints.txt
 
 demo-clip: install
 	$(BIN)/trainyard data shapes --to data/shapes --num-train 12000 --num-test 480 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/trainyard train configs/clip/tiny.yaml --nproc 2 run.dir=runs/demo-clip
+	OMP_NUM_THREADS=1 $(BIN)/trainyard train configs/clip/tiny.yaml --nproc 2 run.dir=runs/demo-clip parallel.micro_batch=64
 	$(BIN)/trainyard evaluate runs/demo-clip --data data/shapes/zero-shot data/shapes/heldout
 
 demo: install

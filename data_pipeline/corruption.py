@@ -1,7 +1,7 @@
 """Turning a window of tokens into a source and a target: span corruption, prefix LM, fill-in-the-middle.
 
-Shapes: n tokens of the window, s of the source, t of the target. Every stage takes a sample with `position` and `tokens`
-(int64 [n + 1]; the last token is the next one, which most of them leave out) and gives the fields of a batch.
+Shapes: n tokens of the window, s of the source, t of the target. Every stage takes a sample with `position` and
+`tokens` (int64 [n + 1]; the last token is the next one, which most leave out) and gives the fields of a batch.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from data_pipeline.noise_facts import SpanCounts, SpecialIds
 
 
 def span_mask(noise: Noise, counts: SpanCounts) -> np.ndarray:
-    """bool [n], True where hidden: kept and hidden spans in turn, a kept one first (Raffel et al. 2020, section 3.1.4)."""
+    """bool [n], True where hidden: kept and hidden spans in turn, a kept one first (as in T5's published code)."""
     hidden = noise.segments(counts.num_noise, counts.num_spans)
     kept = noise.segments(counts.num_raw - counts.num_noise, counts.num_spans)
     lengths = np.stack([kept, hidden], axis=1).reshape(-1)
@@ -94,14 +94,15 @@ class PrefixSplit:
         prefix = 1 + int(Noise(self.seed, sample["position"], "prefix").below(self.num_raw - 1, 1)[0])
         source, mask = filled(tokens[:prefix], self.source_length, self.special.pad)
         row, weights = shifted(self.special.pad, tokens[prefix:], self.target_length, self.special.pad)
-        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row, "weights": weights}
+        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
+                "weights": weights}
 
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
     """Moves the middle of documents to their end (Bavarian et al. 2022, section 3 and appendix D).
 
-    Works inside the window, so that a rearranged document is never cut: a part of a document in the window counts as one.
+    Works inside the window: a part of a document in it counts as one.
     Sentinels 0, 1, 2 stand before prefix, suffix and middle. In the order of the paper's joint SPM form, prefix and
     middle follow each other: <pre> <suf> suffix <mid> prefix middle. What no longer fits is cut from the end.
     """

@@ -86,7 +86,8 @@ class Denoising:
         source, mask = filled(np.concatenate([start, damaged, end]), self.source_length, self.special.pad)
         whole = np.concatenate([start, tokens, end])
         row, weights = shifted(self.end_of_text, whole, self.target_length, self.special.pad)
-        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row, "weights": weights}
+        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
+                "weights": weights}
 
     def damaged(self, tokens: np.ndarray, position: int) -> np.ndarray:
         """At most as many tokens as were given."""

@@ -69,7 +69,7 @@ class Received:
 def run_local(argv: Sequence[str], nproc: int, log_dir: Path | None) -> int:
     """Runs ``python -m pretrain ARGV`` as ``nproc`` ranks here; returns the first failing rank's exit code, or 0.
 
-    Rank 0 has the console; the output of the others goes to ``log_dir/rankN.log``. Without ``log_dir`` the logs are
+    Rank 0 has the console; the output of the others goes to ``log_dir/rank-N.log``. Without ``log_dir`` the logs are
     kept only when a rank fails. No rank is left behind, also when this process is killed.
     """
     return run_ranks([sys.executable, "-m", "pretrain", *argv], nproc, log_dir)

@@ -21,7 +21,8 @@ QUIET_CODES = (0, 75)
 
 def main(argv: Sequence[str]) -> int:
     """Runs ``python -m pretrain`` with the arguments after the folder; returns its exit code (128 + a signal)."""
-    folder, arguments = Path(argv[0]), _without_local_rank(argv[1:])
+    first, *arguments = _without_local_rank(argv)
+    folder = Path(first)
     try:
         info = read_rank_info()
     except RankInfoError as error:

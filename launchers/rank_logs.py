@@ -14,7 +14,7 @@ _PREFIX = re.compile(r"^\[(?:rank|default)\d+\]:\s?")
 
 def open_log(folder: Path, rank: int) -> tuple[Path, BinaryIO, int]:
     """Opens the log of a rank for appending; returns its path, the file, and where this attempt begins (bytes)."""
-    path = folder / f"rank{rank}.log"
+    path = folder / f"rank-{rank}.log"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
     file = os.fdopen(descriptor, "ab", buffering=0)
     return path, file, os.fstat(descriptor).st_size

@@ -108,7 +108,7 @@ def _failure(folder: Path, result: Outcome) -> str:
     who = "the job" if result.rank is None else f"rank {result.rank} on {result.node}"
     lines = [f"{who} failed with exit code {result.code}: {result.reason}"]
     if result.rank:
-        log = folder / NOTES_FOLDER / f"rank{result.rank}.log"
+        log = folder / NOTES_FOLDER / f"rank-{result.rank}.log"
         lines += [f"--- the end of {log}", failure_text(log), "---"]
     lines.append(f"the logs of all ranks are in {folder / NOTES_FOLDER}")
     return "\n".join(lines)

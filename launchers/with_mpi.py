@@ -1,13 +1,18 @@
 """mpirun (Open MPI): a Job as the words of its command. Pure functions."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from launchers.job import Job
 from pretrain.errors import Problem
 
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
 
-def argv(job: Job, as_root: bool = False) -> list[str]:
-    """The command. Ranks are laid out node by node, as the layout expects: tp neighbours on one node."""
+
+def argv(job: Job, known: Collection[str] = PASSED_ON, as_root: bool = False) -> list[str]:
+    """The command. Ranks are laid out node by node, as the layout expects: tp neighbours on one node.
+
+    ``known`` names the variables that there are; mpirun warns of others.
+    """
     command = ["mpirun", "-n", str(job.world_size), "--map-by", f"ppr:{job.ranks_per_node}:node:OVERSUBSCRIBE",
                "--bind-to", "none"]
     if as_root:
@@ -17,7 +22,7 @@ def argv(job: Job, as_root: bool = False) -> list[str]:
     if job.nodes == 1:
         # Open MPI's own channels stay on this machine as well.
         command += ["--mca", "oob_tcp_if_include", "lo", "--mca", "btl_tcp_if_include", "lo"]
-    exported = {"PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", *job.exported}
+    exported = {name for name in (*PASSED_ON, *job.exported) if name in known}
     for name in sorted(exported | {name for name, _ in job.variables}):
         command += ["-x", name]
     if job.master_address is not None:

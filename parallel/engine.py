@@ -77,7 +77,7 @@ class Engine:
 
         self.shard = TensorShard(groups, device)
         specs = list(build_layers(self.shard))
-        self.bounds = cut([spec.cost for spec in specs], self.layout.pipeline)
+        self.bounds = cut([spec.cost for spec in specs], self.layout.pipeline, [spec.with_next for spec in specs])
         with zero.sharded_construction(config, groups):
             stage = Stage(specs, self.bounds[at.pp], self.bounds[at.pp + 1])
         self.stage, self.slots, self._borrowed = stage, self._make_slots(stage), stage.borrowed()

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
 
-from parallel.initialise import plan_parameter
+from parallel.initialise import Std, plan_parameter
 from parallel.layout import Layout
 
 
@@ -160,7 +160,7 @@ class TensorShard:
             gradient_accumulation_fusion=False,
         )
 
-    def column(self, size_in: int, size_out: int, *, bias: bool, std: float) -> nn.Module:
+    def column(self, size_in: int, size_out: int, *, bias: bool, std: Std) -> nn.Module:
         """Linear whose output dim is sliced over the tensor axis: [.., in] -> [.., out/t]."""
         layer = _ColumnLinear(size_in, size_out, config=self.config, init_method=None, bias=bias,
                               gather_output=False, tp_group=self.group)
@@ -207,6 +207,21 @@ class TensorShard:
         if self.size > 1:
             return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
         return x
+
+    def leave_whole(self, x: Tensor) -> Tensor:
+        """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; its gradient is not summed."""
+        if self.sequence:
+            return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False,
+                                                                        group=self.group)
+        return x
+
+    def whole_for_columns(self, x: Tensor) -> Tensor:
+        """x equal on all tensor ranks, as input of a column-sliced product; backward sums over the tensor axis."""
+        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
+
+    def full_length(self, x: Tensor) -> int:
+        """Length of the whole sequence of which x [s(/t), b, h] is here."""
+        return x.shape[0] * (self.size if self.sequence else 1)
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[.., n/t] -> [.., n] on every tensor rank, without gradient (megatron-core's own gather needs CUDA)."""

@@ -20,6 +20,7 @@ class LayerSpec:
             (a head that multiplies with the embedding table); that layer then also lives on this one's stage.
         recompute: whether full recompute may wrap this layer (transformer blocks; not embeddings and heads).
         cached: whether its forward takes `cache=`, what generation remembers of earlier tokens.
+        with_next: whether the next layer is on the same stage (a table that only later layers use must have a user).
     """
 
     name: str
@@ -28,16 +29,20 @@ class LayerSpec:
     tied_to: str | None = None
     recompute: bool = False
     cached: bool = False
+    with_next: bool = False
 
 
-def cut(costs: Sequence[float], num_stages: int) -> list[int]:
+def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) -> list[int]:
     """Stage boundaries [0, .., len(costs)] of the contiguous cut whose dearest stage is cheapest; no stage is empty.
+
+    Args:
+        joined: for each layer whether it stays with the next one; empty for none.
 
     Raises:
         ValueError: fewer layers than stages.
     """
     count = len(costs)
-    if count < num_stages:
+    if count - sum(joined) < num_stages:
         raise ValueError(f"{count} layers cannot fill {num_stages} pipeline stages")
     before = [0.0]
     for cost in costs:
@@ -49,6 +54,8 @@ def cut(costs: Sequence[float], num_stages: int) -> list[int]:
         row, origin = [float("inf")] * (count + 1), [0] * (count + 1)
         for end in range(stage, count + 1):
             for begin in range(stage - 1, end):
+                if begin and joined and joined[begin - 1]:
+                    continue
                 dearest = max(best[stage - 1][begin], before[end] - before[begin])
                 if dearest < row[end]:
                     row[end], origin[end] = dearest, begin

@@ -25,6 +25,7 @@ class ModelFacts:
     ffn: int
     vocab_size: int
     sequence_length: int
+    target_length: int | None = None  # of the decoder, where it has a length of its own
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
     pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
@@ -169,6 +170,17 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: f"a multiple of {c.parallel.tensor} tokens",
         change=lambda c: "set model.sequence_length to "
         f"{_either(nearest_multiples(c.model.sequence_length, c.parallel.tensor))}, or parallel.sequence=false",
+    ),
+    Rule(
+        name="target-divides",
+        where="model.target_length",
+        broken=lambda c: c.parallel.sequence and (c.model.target_length or 0) % c.parallel.tensor != 0,
+        asked=lambda c: f"{c.model.target_length} decoder tokens split over tensor={c.parallel.tensor} ranks by "
+        "parallel.sequence",
+        possible=lambda c: f"a multiple of {c.parallel.tensor} tokens",
+        change=lambda c: "set model.target_length to "
+        f"{nearest_multiples(c.model.target_length or 0, c.parallel.tensor)[-1]} (what is too much is filled up), or "
+        "parallel.sequence=false",
     ),
     Rule(
         name="pipeline-supported",

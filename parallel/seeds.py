@@ -39,13 +39,20 @@ def dropout(x: Tensor, probability: float, shard: TensorShard, *, sliced: bool) 
     return x * keep / (1 - probability)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, probability: float, shard: TensorShard) -> Tensor:
-    """Scaled dot-product attention over this tensor rank's heads: q [b, heads, s, d], k and v [b, kv_heads, s, d]."""
-    grouped = q.shape[1] != k.shape[1]
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, probability: float, shard: TensorShard,
+              mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Scaled dot-product attention over this tensor rank's heads: q [b, heads, s, d], k and v [b, kv_heads, s', d].
+
+    Args:
+        mask: [1 or b, 1 or heads, s, s'], bool (True: seen) or a bias that is added; it then says what is causal.
+        scale: factor of the products; None for 1 / sqrt(d).
+    """
+    options = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1],
+               "scale": scale}
     if probability == 0.0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, **options)
     base = int(torch.randint(2**62, ()))
     devices = [q.device] if q.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):  # SDPA's dropout takes no generator; heads are sliced over tp
         torch.manual_seed(derive(base, shard.rank))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=probability, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **options)

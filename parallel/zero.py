@@ -93,8 +93,8 @@ class _StagePipeline(PipelineModule):
     @staticmethod
     def _describe(spec: LayerSpec, tied: set[str]):
         key = spec.name if spec.name in tied else spec.tied_to
-        if key:
-            return TiedLayerSpec(key, nn.Identity, tied_weight_attr=["weight"])
+        if key:  # DeepSpeed keeps it in a ModuleDict, which takes no dots
+            return TiedLayerSpec(key.replace(".", "/"), nn.Identity, tied_weight_attr=["weight"])
         return _PipeLayer(nn.Identity)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -107,8 +107,8 @@ class _StagePipeline(PipelineModule):
         self.stage = stage
         tied = {spec.tied_to for spec in stage.specs if spec.tied_to}
         for layer in self._layer_specs:
-            if isinstance(layer, TiedLayerSpec) and layer.key in stage.by_name:
-                self.tied_modules[layer.key] = stage.by_name[layer.key]
+            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in stage.by_name:
+                self.tied_modules[layer.key] = stage.by_name[layer.key.replace("/", ".")]
                 self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
         for spec in stage.specs:
             call = wrapped.get(spec.name, stage.by_name[spec.name])

@@ -62,7 +62,9 @@ class ScheduleSection(Section):
 class CheckpointSection(Section):
     """What is kept of the run's state."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0 saves at the end only")
+    every: int = Field(
+        1000, ge=0, description="steps between checkpoints, and one at the end; 0: none, but for a request to stop"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
     resume: Literal["auto", "never"] = Field(
         "auto", description="`auto` continues a run folder that has a checkpoint; `never` refuses such a folder"

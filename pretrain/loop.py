@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,13 +12,15 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import DataError
 from data_pipeline.loader import Loader, heldout_batches
 from data_pipeline.manifest import TOKENIZER_FILE
 from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
 from parallel.rank_info import RankInfo
-from parallel.rendezvous import join, leave
+from parallel.rendezvous import RendezvousError, join, leave
+from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
@@ -24,6 +28,7 @@ from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
 from pretrain.errors import ExitCode, UserError
 from pretrain.hooks import Hooks, standard_hooks
+from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
 from pretrain.objectives import make_loss, make_stages
@@ -77,20 +82,31 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
         UserError: something outside the config must change (devices, a damaged or foreign run folder, storage).
     """
     device, device_name = choose_device(config, info)
-    join(info)
+    folder = Path(config.run.dir)
     try:
-        groups = build_groups(Layout.of(config.parallel, info.world_size))
-        run = Run(config, groups.layout, info.rank, info.world_size, Path(config.run.dir), device_name)
-        hooks = standard_hooks(config, quiet)
-        try:
-            return _run(run, groups, device, hooks, quiet)
-        except BaseException as error:
-            hooks.on_end(run, f"stopped by {type(error).__name__}")
-            raise
-    except CheckpointError as error:
+        with Attempt(folder, info) as attempt, _world(info):
+            groups = build_groups(Layout.of(config.parallel, info.world_size))
+            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name)
+            hooks = standard_hooks(config, quiet)
+            try:
+                return _run(run, groups, device, hooks, attempt, quiet)
+            except BaseException as error:
+                hooks.on_end(run, f"stopped by {type(error).__name__}")
+                raise
+    except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
+    except RendezvousError as error:
+        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
+
+
+@contextmanager
+def _world(info: RankInfo) -> Iterator[None]:
+    """Among the other ranks; left in order, so that the process ends without an abort."""
+    join(info)
+    try:
+        yield
     finally:
         destroy_groups()
         leave()
@@ -128,7 +144,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
                   config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
 
 
-def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, quiet: Quiet | None) -> int:
+def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: Attempt, quiet: Quiet | None) -> int:
     config = run.config
     checkpoint = _find_checkpoint(run)
     if checkpoint:
@@ -145,23 +161,29 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, quiet: Qu
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
+    attempt.begin(run.start_step, checkpoint.folder if checkpoint else None)
     hooks.on_start(run)
     if run.start_step == 0:
         _evaluate(run, engine, hooks, step=0)
+    request = 0
     for step in range(run.start_step + 1, run.total_steps + 1):
         record = _step(run, engine, loader, step)
         adam_step += not record.get("skipped", False)
         hooks.on_step_end(run, record)
+        request = attempt.step_done(step)
         last = step == run.total_steps
-        if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0):
+        if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            _save(run, engine, hooks, step, adam_step)
+        if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
+            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+        if request and not last:
+            break
     if loader:
         loader.close()
-    hooks.on_end(run, "done")
+    stopped = request and attempt.last_step < run.total_steps
+    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
     engine.close()
-    return ExitCode.DONE
+    return attempt.stopped(request) if stopped else attempt.done()
 
 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
@@ -228,9 +250,10 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     hooks.on_evaluation(run, {"step": step, run.unit: step * run.tokens_per_step, "heldout_loss": total / count})
 
 
-def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> None:
+def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:
     position = step * run.config.parallel.global_batch
     facts = facts_of(run.config, run.world_size, step, position, adam_step)
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
     path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep, [tokenizer])
     hooks.on_checkpoint(run, path, step)
+    return path

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,9 @@ NOTES_FOLDER = Path("logs")
 KEPT_ATTEMPTS = 50
 MAX_BYTES = 1 << 20
 RUNNING = "running"
+LOST_CONNECTION = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|remote process exited")
+# How much later than its peers a rank that was killed may be noted, on a busy machine.
+CLOSE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,30 @@ def _notes(folder: Path) -> list[Path]:
 
 
 def first_failure(folder: Path) -> dict[str, Any] | None:
-    """The earliest note of a failed rank of the present attempt, or None.
+    """The note of the rank that failed first in the present attempt, or None.
 
-    A rank that only lost the connection to one that had failed writes a note as well, but a later one.
+    Ranks that only lost the connection to it fail too, and launchers then end the rest; neither is the cause. When no
+    other note is there, ``rank`` and ``node`` are None: those who failed first left no word.
     """
-    notes = [_read_object(path) for path in _notes(folder)]
-    whole = [note for note in notes if note and isinstance(note.get("unix_seconds"), int | float)
-             and isinstance(note.get("exit_code"), int)]
-    return min(whole, key=lambda note: note["unix_seconds"], default=None)
+    ranks: dict[Any, dict[str, Any]] = {}
+    for path in sorted(_notes(folder)):  # exit-* before failed-*, whose reason is the better one
+        note = _read_object(path)
+        if note and isinstance(note.get("unix_seconds"), int | float) and isinstance(note.get("exit_code"), int):
+            earlier = ranks.get(note.get("rank"), note)["unix_seconds"]
+            ranks[note.get("rank")] = note | {"unix_seconds": min(earlier, note["unix_seconds"])}
+    lost = [note for note in ranks.values() if LOST_CONNECTION.search(str(note.get("reason")))]
+    last_seconds = min((note["unix_seconds"] for note in lost), default=float("inf")) + CLOSE_SECONDS
+    causes = [note for note in ranks.values() if note not in lost and note["exit_code"] != 128 + signal.SIGTERM
+              and note["unix_seconds"] <= last_seconds]
+    if not causes and lost:
+        names = ", ".join(sorted(str(note.get("rank")) for note in lost)[:16])
+        return min(lost, key=_when) | {"rank": None, "node": None, "reason":
+                                       f"ranks {names} lost the connection to a rank or node that left no word"}
+    return min(causes or ranks.values(), key=_when, default=None)
+
+
+def _when(note: dict[str, Any]) -> float:
+    return note["unix_seconds"]
 
 
 def read(folder: Path) -> Status | None:

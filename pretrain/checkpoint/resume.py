@@ -10,8 +10,9 @@ from typing import Any
 from pretrain.config import RunConfig
 from pretrain.errors import ConfigError, Problem
 
-# What decides which weights are learnt. A layout, a schedule's length or a logging interval may change in mid-run.
-LEARNT = ("run.seed", "model", "objective", "data.train", "parallel.global_batch", "optimizer")
+# What decides which weights are learnt, beside the content of the data. A layout, a schedule's length or a logging
+# interval may change in mid-run, and the dataset may move.
+LEARNT = ("run.seed", "model", "objective", "parallel.global_batch", "optimizer")
 
 
 def dataset_fingerprint(folder: str | Path) -> str:

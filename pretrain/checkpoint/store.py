@@ -100,26 +100,35 @@ def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> di
         save_file(tensors, path, metadata={"fragments": json.dumps(index)})
     except SafetensorError as error:  # its way of saying that the disk refused
         raise OSError(str(error)) from error
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    _flush(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, companions: Iterable[Path]) -> None:
     for source in companions:
-        copy = Path(shutil.copy(source, aside / source.name))
+        copy = Path(shutil.copyfile(source, aside / source.name))
+        _flush(copy)
         content["files"].append({"name": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
     write_manifest(aside, content)
-    if final.exists():  # an earlier attempt of the same step: the new one has the same content
-        shutil.rmtree(final)
+    _flush(aside)
+    replaced = final.with_name(f"{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():  # one of the same step that did not verify; it goes only once the new one has its name
+        final.rename(replaced)
     aside.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
     for old in published(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Checkpoint:

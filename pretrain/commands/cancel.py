@@ -11,12 +11,12 @@ from pretrain.errors import UserError
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("cancel", help="end the jobs of a run", allow_abbrev=False,
                                    description="Ends the Slurm jobs of a run; a running one saves if it has the time.")
-    parser.add_argument("run", metavar="RUN", help="run folder, or the config of the run")
+    parser.add_argument("target", metavar="RUN", help="run folder, or the config of the run")
 
 
 def run(args: argparse.Namespace) -> int:
     """Cancels. Raises UserError when no job is known or Slurm refuses."""
-    folder = folder_of(args.run)
+    folder = folder_of(args.target)
     job_ids = job_ids_of(folder)
     if not job_ids:
         (folder / "STOP").touch()

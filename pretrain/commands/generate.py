@@ -27,6 +27,9 @@ def run(args: argparse.Namespace) -> int:
     with single_rank() as groups:
         checkpoint = open_checkpoint(args.checkpoint)
         config, stage = load_model(checkpoint, groups)
+        if config.spec.form != "decoder":
+            raise UserError(f"{args.checkpoint} holds a model of the family {config.model.family}, which does not "
+                            "continue texts: generate takes a decoder (gpt)")
         tokenizer = load_tokenizer(checkpoint)
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         context = config.model.sequence_length

@@ -18,13 +18,13 @@ TAIL_BYTES = 1 << 16
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("status", help="what became of a run", allow_abbrev=False,
                                    description="State of the job, step, loss, speed and time left.")
-    parser.add_argument("run", metavar="RUN", help="run folder, or the config of the run")
+    parser.add_argument("target", metavar="RUN", help="run folder, or the config of the run")
     parser.add_argument("--json", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the state. Raises UserError when there is no such run."""
-    facts = state_of(folder_of(args.run))
+    facts = state_of(folder_of(args.target))
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=1) + "\n")
         return 0

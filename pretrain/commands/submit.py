@@ -160,7 +160,7 @@ def command_here(launcher: str, job: Job) -> tuple[list[str], dict[str, str]]:
     elif launcher == "deepspeed":
         command, environ = with_deepspeed.argv(job), {}
     else:
-        command, environ = with_mpi.argv(job, as_root=os.geteuid() == 0), with_mpi.environment(job)
+        command, environ = with_mpi.argv(job, process_environment(), os.geteuid() == 0), with_mpi.environment(job)
     return ([job.python, "-m", "launchers.supervise", str(job.folder), "--", *command],
             {**environ, **dict(job.variables)})
 

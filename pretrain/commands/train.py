@@ -3,11 +3,14 @@
 import argparse
 from pathlib import Path
 
+from launchers.children import usable_cores
 from launchers.local import run_local
 from parallel.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
 from pretrain.config import RunConfig, load_run
 from pretrain.errors import ConfigError, UserError
 from pretrain.quiet import Quiet, compile_notice, quiet_third_parties
+
+RANKS_PER_CORE = 4
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
         world_size = config.parallel.tensor * config.parallel.pipeline
         config = _load(args, rank_info, world_size)
+        _check_default(world_size)
     if rank_info is None and world_size > 1:
         return run_local(["train", args.config, *args.overrides], world_size, Path(config.run.dir) / "logs")
     return run_rank(config, rank_info or alone())
@@ -63,6 +67,16 @@ def _check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
     if nproc is not None and rank_info is not None:
         raise UserError(f"--nproc {nproc} inside a world of {rank_info.world_size} ranks that {rank_info.source} "
                         "started: leave --nproc out, or start the command without that launcher")
+
+
+def _check_default(world_size: int) -> None:
+    """A layout made for a cluster is not started on a laptop because --nproc was forgotten."""
+    most = RANKS_PER_CORE * usable_cores()
+    if world_size > most:
+        raise UserError(f"one model of this layout takes {world_size} ranks (tensor x pipeline), more than the {most} "
+                        f"that this machine's {usable_cores()} cores run by default: start it with `trainyard submit`, "
+                        f"torchrun or srun, say --nproc {world_size} to start them all here, or lower parallel.tensor "
+                        "and parallel.pipeline")
 
 
 def _load(args: argparse.Namespace, rank_info: RankInfo | None, world_size: int) -> RunConfig:

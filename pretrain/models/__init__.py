@@ -4,7 +4,13 @@ from importlib import import_module
 
 from pretrain.models.family import FamilySpec
 
-FAMILIES = {"gpt": "pretrain.models.gpt", "clip": "pretrain.models.clip"}
+FAMILIES = {
+    "gpt": "pretrain.models.gpt",
+    "t5": "pretrain.models.t5",
+    "bart": "pretrain.models.bart",
+    "bert": "pretrain.models.bert",
+    "clip": "pretrain.models.clip",
+}
 
 
 def family_spec(family: str) -> FamilySpec:

@@ -36,8 +36,17 @@ class BlockShape:
     attention_dropout: float
     std: float
     residual_std: float
-    rotary_base: float | None
-    up_std: float | None = None  # of the feed-forward part's first matrix, where it is not `std`
+    rotary_base: float | None = None
+    head_width: int | None = None  # None: hidden / heads
+    attention_scale: float | None = None  # None: 1 / sqrt(width of a head)
+    query_std: float | None = None  # None: std
+    up_std: float | None = None  # of the feed-forward part's first matrix; None: std
+    down_std: float | None = None  # of the matrix back from the feed-forward part; None: residual_std
+
+    @property
+    def width(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads if self.head_width is None else self.head_width
 
     @staticmethod
     def scaled_residual(std: float, num_layers: int) -> float:
@@ -65,11 +74,15 @@ class Cache:
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim, whole on each rank."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim, whole on each rank.
 
-    def __init__(self, kind: str, hidden: int, epsilon: float, shard: TensorShard):
+    `sliced` says whether it is used on activations that sequence parallelism slices.
+    """
+
+    def __init__(self, kind: str, hidden: int, epsilon: float, shard: TensorShard, sliced: bool = True):
         super().__init__()
-        self.kind, self.epsilon, self.shard = kind, epsilon, shard
+        self.kind, self.epsilon = kind, epsilon
+        self.shared = shard.shared if sliced else (lambda parameter: parameter)
         self.weight = nn.Parameter(torch.empty(hidden, device=shard.device))
         plan_parameter(self.weight, mean=1.0)
         self.bias = None
@@ -78,10 +91,10 @@ class Norm(nn.Module):
             plan_parameter(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., h] -> [.., h]
-        weight = self.shard.shared(self.weight)
+        weight = self.shared(self.weight)
         if self.bias is None:
             return F.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
-        return F.layer_norm(x, (x.shape[-1],), weight, self.shard.shared(self.bias), self.epsilon)
+        return F.layer_norm(x, (x.shape[-1],), weight, self.shared(self.bias), self.epsilon)
 
 
 class Rotary:
@@ -120,14 +133,18 @@ class SelfAttention(nn.Module):
         """num_keys: only the first this many tokens are seen; the rest is padding. None: all of them."""
         super().__init__()
         self.shape, self.shard, self.name, self.causal, self.num_keys = shape, shard, name, causal, num_keys
-        self.width = shape.hidden // shape.heads
+        self.width = shape.width
         self.per_group = shape.heads // shape.kv_heads
         size = (shape.heads + 2 * shape.kv_heads) * self.width
-        self.qkv = shard.column(shape.hidden, size, bias=shape.bias, std=shape.std)
+        std = shape.std
+        if shape.query_std is not None:
+            std = ((self.per_group * self.width, shape.query_std), (2 * self.width, shape.std))
+        self.qkv = shard.column(shape.hidden, size, bias=shape.bias, std=std)
         self.out = shard.row(shape.heads * self.width, shape.hidden, bias=shape.bias, std=shape.residual_std)
         self.rotary = Rotary(self.width, shape.rotary_base) if shape.rotary_base else None
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [s(/t), b, h] -> same
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        """x [s(/t), b, h] -> same; `mask` as in `parallel.seeds.attention`."""
         qkv = self.qkv(x)  # [s, b, g * (per_group + 2) * d]
         s, b, _ = qkv.shape
         qkv = qkv.view(s, b, -1, self.per_group + 2, self.width).permute(1, 2, 3, 0, 4)  # [b, g, per_group + 2, s, d]
@@ -141,8 +158,46 @@ class SelfAttention(nn.Module):
             k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
-                      shard=self.shard)
+                      shard=self.shard, mask=mask, scale=self.shape.attention_scale)
         return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the decoder's tokens to the encoder's output (Vaswani et al. 2017, section 3.2.3), heads over tp.
+
+    Keys and values are fused by head, [k v], for the same reason as in SelfAttention.
+    """
+
+    def __init__(self, shape: BlockShape, shard: TensorShard):
+        super().__init__()
+        self.shape, self.shard, self.width = shape, shard, shape.width
+        size = shape.heads * self.width
+        query_std = shape.std if shape.query_std is None else shape.query_std
+        self.q = shard.column(shape.hidden, size, bias=shape.bias, std=query_std)
+        self.kv = shard.column(shape.hidden, 2 * size, bias=shape.bias, std=shape.std)
+        self.out = shard.row(size, shape.hidden, bias=shape.bias, std=shape.residual_std)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [t(/tp), b, h] and the encoder's output [s(/tp), b, h] -> as x."""
+        q = self.q(x)
+        t, b, _ = q.shape
+        q = q.view(t, b, -1, self.width).permute(1, 2, 0, 3)
+        kv = self.kv(memory)
+        kv = kv.view(kv.shape[0], b, -1, 2, self.width).permute(1, 2, 3, 0, 4)  # [b, heads, 2, s, d]
+        y = attention(q, kv[:, :, 0], kv[:, :, 1], causal=False, shard=self.shard, mask=mask,
+                      probability=self.shape.attention_dropout if self.training else 0.0,
+                      scale=self.shape.attention_scale)
+        return self.out(y.permute(2, 0, 1, 3).reshape(t, b, -1))
+
+
+def seen(mask: Tensor) -> Tensor:
+    """What attention may look at: mask int64 [b, s], 1 for a token -> bool [b, 1, 1, s]."""
+    return (mask != 0)[:, None, None, :]
+
+
+def causal_mask(length: int, device: torch.device) -> Tensor:
+    """bool [length, length], True where a token sees another."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 ACTIVATIONS = {
@@ -151,43 +206,59 @@ ACTIVATIONS = {
     "relu": F.relu,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
 }
+GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
 
 
 class FeedForward(nn.Module):
-    """Two matrices with an activation, or the gated SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
+    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, shape: BlockShape, shard: TensorShard):
         super().__init__()
-        self.activation = ACTIVATIONS.get(shape.activation)
+        self.activation = GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
         self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
         self.gate = None
-        if shape.activation == "swiglu":
+        if shape.activation in GATES:
             self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
-        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=shape.residual_std)
+        down_std = shape.residual_std if shape.down_std is None else shape.down_std
+        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
 
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
         y = self.up(x)
-        y = F.silu(self.gate(x)) * y if self.gate is not None else self.activation(y)
+        y = self.activation(self.gate(x)) * y if self.gate is not None else self.activation(y)
         return self.down(y)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017)."""
+    """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017).
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
+    With `cross`, attention to an encoder's output stands between the two.
+    """
+
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, cross: bool = False,
+                 num_keys: int | None = None):
         super().__init__()
         self.pre, self.probability, self.shard = shape.norm_position == "pre", shape.dropout, shard
         self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
         self.attention = SelfAttention(shape, shard, name, causal, num_keys)
+        if cross:
+            self.cross_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
+            self.cross_attention = CrossAttention(shape, shard)
         self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
         self.feed_forward = FeedForward(shape, shard)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [s(/t), b, h] -> same
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None, memory: Tensor | None = None,
+                memory_mask: Tensor | None = None) -> Tensor:
+        """x [s(/t), b, h] -> same. `memory` is the encoder's output; masks as in `parallel.seeds.attention`."""
+        x = self._add(x, self.attention_norm, self.attention, cache, mask)
+        if memory is not None:
+            x = self._add(x, self.cross_norm, self.cross_attention, memory, memory_mask)
+        return self._add(x, self.feed_forward_norm, self.feed_forward)
+
+    def _add(self, x: Tensor, norm: Norm, layer: nn.Module, *arguments) -> Tensor:
+        """The residual x plus what the layer makes of it."""
         if self.pre:
-            x = x + self._drop(self.attention(self.attention_norm(x), cache))
-            return x + self._drop(self.feed_forward(self.feed_forward_norm(x)))
-        x = self.attention_norm(x + self._drop(self.attention(x, cache)))
-        return self.feed_forward_norm(x + self._drop(self.feed_forward(x)))
+            return x + self._drop(layer(norm(x), *arguments))
+        return norm(x + self._drop(layer(x, *arguments)))
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.training and self.probability:

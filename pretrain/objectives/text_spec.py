@@ -139,7 +139,8 @@ def _special_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
 SPECS = {
     "causal_lm": ObjectiveSpec(
         CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:as_it_is",
-        window_tokens=lambda config, model: model.sequence_length, reserved_ids=lambda config, model: 0, problems=_none),
+        window_tokens=lambda config, model: model.sequence_length,
+        reserved_ids=lambda config, model: 0, problems=_none),
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
         window_tokens=_prefix_tokens, reserved_ids=_special_ids,

@@ -16,7 +16,8 @@ PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.ru
                   "parallel.node_list", "parallel.planner.*")
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
               "data_pipeline.noise_facts")
-SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.*.spec")
+SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",
+              "pretrain.models.encoder_decoder", "pretrain.models.*.spec")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
                 "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
@@ -32,8 +33,8 @@ TABLE = {
     "data_pipeline/*": ("data_pipeline", "data_pipeline.*"),
     "launchers/*": ("launchers", "launchers.*", *FACTS),
     "pretrain/models/*/spec.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
-    "pretrain/models/family.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
-    "pretrain/models/__init__.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
+    **{f"pretrain/models/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS)
+       for name in ("__init__", "family", "counting", "encoder_decoder")},
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
     **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
        for name in ("__init__", "objective", "*_spec")},
@@ -48,7 +49,8 @@ TABLE = {
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop", "pretrain.datasets", "pretrain.trained"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
+                   "pretrain.generation"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),

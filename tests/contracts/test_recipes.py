@@ -6,17 +6,30 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load_config
+from pretrain.models import FAMILIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "clusters" not in path.parts)
 NEEDS_THE_MACHINE = ("data.", "run.dir")  # what the recipe cannot bring along
 
-PUBLISHED = {  # exact counts: of the released checkpoints, padding left out
-    "gpt1-117m": 116_534_784,
-    "gpt2-124m": 124_439_808,
-    "gpt2-1.5b": 1_557_611_200,
-    "llama-8b": 8_030_261_248,
-    "llama-70b": 70_553_706_496,
+PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BERT with its heads for pretraining
+    "gpt/gpt1-117m": 116_534_784,
+    "gpt/gpt2-124m": 124_439_808,
+    "gpt/gpt2-1.5b": 1_557_611_200,
+    "gpt/llama-8b": 8_030_261_248,
+    "gpt/llama-70b": 70_553_706_496,
+    "t5/small": 60_506_624,
+    "t5/base": 222_903_552,
+    "t5/large": 737_668_096,
+    "t5/3b": 2_851_598_336,
+    "t5/11b": 11_307_321_344,
+    "t5/v1.1-small": 76_961_152,
+    "t5/v1.1-base": 247_577_856,
+    "bart/base": 139_420_416,
+    "bart/large": 406_291_456,
+    "bert/base": 110_106_428,
+    "bert/large": 336_226_108,
+    "bert/roberta-base": 124_697_433,
 }
 PUBLISHED_CLIP = {  # of the released checkpoints
     "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
@@ -36,12 +49,12 @@ def named_ranks(path: Path) -> list[int]:
     return [int(last)] if first is None else [int(first), int(last)]
 
 
-def parameters(name: str, family: str = "gpt") -> int:
-    config = load_config(CONFIGS / family / f"{name}.yaml")
+def parameters(name: str) -> int:
+    config = load_config(CONFIGS / f"{name}.yaml")
     return config.spec.parameter_count(config.model)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipe_is_legal_on_the_ranks_it_names(path):
     config = load_config(path)
     for world_size in named_ranks(path):
@@ -49,13 +62,12 @@ def test_recipe_is_legal_on_the_ranks_it_names(path):
         assert [problem for problem in told if not problem.where.startswith(NEEDS_THE_MACHINE)] == []
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_run_folder_is_named_after_the_recipe(path):
-    """With the family before it where several families have a recipe of that name."""
     assert load_config(path).run.dir in (f"runs/{path.stem}", f"runs/{path.parent.name}-{path.stem}")
 
 
-def test_no_two_recipes_share_a_run_folder():
+def test_run_folders_are_different():
     folders = [load_config(path).run.dir for path in RECIPES]
     assert len(set(folders)) == len(folders)
 
@@ -68,7 +80,7 @@ def test_parameters_are_the_published_ones(name, count):
 @pytest.mark.parametrize(("name", "count"), PUBLISHED_CLIP.items())
 def test_clip_is_the_published_one(name, count):
     config = load_config(CONFIGS / "clip" / f"{name}.yaml")
-    assert parameters(name, "clip") == count
+    assert parameters(f"clip/{name}") == count
     flops = config.spec.flops_per_token(config.model, config.model.sequence_length) / 3e9
     assert flops == pytest.approx(CLIP_GFLOPS.get(name, flops), rel=5e-3)
 
@@ -80,11 +92,13 @@ def test_gpt3_is_the_table(size, shape):
     assert (config.model.layers, config.model.hidden) == (layers, hidden)
     assert config.parallel.global_batch * config.model.sequence_length == pytest.approx(tokens, rel=0.05)
     name = float(size[:-1]) * {"m": 1e6, "b": 1e9}[size[-1]]
-    assert parameters(f"gpt3-{size}") == pytest.approx(name, rel=0.02)
+    assert parameters(f"gpt/gpt3-{size}") == pytest.approx(name, rel=0.02)
     assert config.run.steps * config.parallel.global_batch * 2048 == pytest.approx(300e9, rel=1e-3)
 
 
-def test_tiny_divides_by_4():
-    model = load_config(CONFIGS / "gpt" / "tiny.yaml").model
-    assert all(size % 4 == 0 for size in (model.layers, model.hidden, model.heads, model.num_kv_heads,
-                                          model.vocab_size, model.sequence_length))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_divides_by_4(family):
+    config = load_config(CONFIGS / family / "tiny.yaml")
+    facts = config.spec.facts(config.model)
+    assert all(size % 4 == 0 for size in (facts.layers, facts.hidden, facts.heads, facts.kv_heads, facts.ffn,
+                                          facts.vocab_size, facts.sequence_length, facts.target_length or 0))

@@ -15,6 +15,7 @@ GPT = {
     "parallel": {"micro_batch": 2, "global_batch": 8},
     "optimizer": {"lr": 3e-3, "clip_norm": 1.0},
     "schedule": {"name": "cosine", "warmup_steps": 6},
+    "checkpoint": {"every": 1000},
     "log": {"every": 100, "tensorboard": False},
 }
 
@@ -36,3 +37,23 @@ def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:
     data = {"train": str(dataset / "train"), "heldout": str(dataset / "heldout")}
     path.write_text(yaml.safe_dump({**content, "data": data}), encoding="utf-8")
     return path
+
+TEXT_VOCAB_SIZE = VOCAB_SIZE + 32  # room for what objectives need beside the tokenizer's ids
+
+# The usual objective of each family, at the smallest shape that divides by 4 (layers by 2 on either side).
+MODELS = {
+    "gpt": GPT["model"],
+    "t5": {"family": "t5", "layers": 2, "hidden": 64, "heads": 4, "head_width": 8, "vocab_size": TEXT_VOCAB_SIZE,
+           "sequence_length": 32, "target_length": 12},
+    "bart": {"family": "bart", "layers": 2, "hidden": 64, "heads": 4, "vocab_size": TEXT_VOCAB_SIZE,
+             "sequence_length": 32},
+    "bert": {"family": "bert", "layers": 4, "hidden": 64, "heads": 4, "vocab_size": TEXT_VOCAB_SIZE,
+             "sequence_length": 32},
+}
+
+
+def recipe_of(family: str) -> dict:
+    """The smallest useful config of a family, with its usual objective."""
+    from pretrain.models import family_spec
+
+    return {**GPT, "model": MODELS[family], "objective": {"name": family_spec(family).objectives[0]}}

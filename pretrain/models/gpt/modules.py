@@ -5,33 +5,38 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
-from parallel.seeds import dropout
-from pretrain.models.blocks import Block, BlockShape, Cache, Norm
+from pretrain.models.blocks import Block, BlockShape, Cache, Norm, causal_mask
 from pretrain.models.gpt.spec import GPTConfig
+from pretrain.models.vocabulary import Embedding, Head, entered
+
+State = Tensor | tuple[Tensor, Tensor]  # x, or x and the length of the prefix, int64 [b]
 
 
 def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
-    """Embedding, positions, blocks, final norm (pre-norm only), head. Input: ids [b, s]; output: logits [s, b, v/t]."""
+    """Embedding, positions, blocks, final norm (pre-norm only), head.
+
+    Input: ids [b, s], or (ids, prefix int64 [b]) where the first tokens see each other in both directions; output:
+    logits [s, b, v/t].
+    """
     shape = block_shape(config)
     block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard), cost=0.0),
+    specs = [LayerSpec("embedding", partial(Embedding, config, shard, config.init_std), cost=0.0),
              LayerSpec("positions", partial(Positions, config, shard), cost=0.0, cached=True)]
     for index in range(config.layers):
         name = f"blocks.{index}"
-        block = partial(Block, shape, shard, name, causal=True)
+        block = partial(DecoderBlock, shape, shard, name, causal=True)
         specs.append(LayerSpec(name, block, cost=1.0, recompute=True, cached=True))
     if config.norm_position == "pre":
-        norm = partial(Norm, config.norm, config.hidden, config.norm_epsilon, shard)
+        norm = partial(FinalNorm, config.norm, config.hidden, config.norm_epsilon, shard)
         specs.append(LayerSpec("final_norm", norm, cost=0.0))
     head_cost = config.hidden * config.padded_vocab_size / block_cost
-    specs.append(LayerSpec("head", partial(Head, config, shard), cost=head_cost,
-                           tied_to="embedding" if config.tied_head else None))
+    head = partial(Head, config, shard, None if config.tied_head else config.init_std)
+    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None))
     return specs
 
 
@@ -47,21 +52,6 @@ def block_shape(config: GPTConfig) -> BlockShape:
     )
 
 
-class Embedding(nn.Module):
-    """Token table, sliced over the vocabulary. `weight` is also what a tied head multiplies with."""
-
-    def __init__(self, config: GPTConfig, shard: TensorShard):
-        super().__init__()
-        self.table = shard.vocabulary(config.padded_vocab_size, config.hidden, std=config.init_std)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.weight
-
-    def forward(self, ids: Tensor) -> Tensor:  # [b, s] -> [b, s, h]
-        return self.table(ids)
-
-
 class Positions(nn.Module):
     """Adds learned positions (where the config has them) and moves to [s, b, h], sliced under sequence parallelism."""
 
@@ -73,34 +63,34 @@ class Positions(nn.Module):
             self.weight = nn.Parameter(torch.empty(config.sequence_length, config.hidden, device=shard.device))
             plan_parameter(self.weight, std=config.init_std)
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:  # [b, s, h] -> [s(/t), b, h]
+    def forward(self, state: State, cache: Cache | None = None) -> State:  # [b, s, h] -> [s(/t), b, h]
+        x, prefix = _split(state)
         if self.weight is not None:
             begin = cache.length if cache else 0
             x = x + self.weight[begin : begin + x.shape[1]]
-        x = self.shard.enter(x.transpose(0, 1).contiguous())
-        if self.training and self.probability:
-            x = dropout(x, self.probability, self.shard, sliced=self.shard.sequence)
-        return x
+        x = entered(x, self.shard, self.probability if self.training else 0.0)
+        return x if prefix is None else (x, prefix)
 
 
-class Head(nn.Module):
-    """Logits over this rank's slice of the vocabulary; tied to the embedding or with a matrix of its own."""
+class DecoderBlock(Block):
+    """A causal block. With a prefix, the first tokens see each other in both directions."""
 
-    def __init__(self, config: GPTConfig, shard: TensorShard):
-        super().__init__()
-        self.shard = shard
-        padded, self.hidden = config.padded_vocab_size, config.hidden
-        # columns of this tensor rank that stand for real tokens; the padding never gets probability
-        self.num_real = min(max(config.vocab_size - shard.rank * (padded // shard.size), 0), padded // shard.size)
-        self.weight = None
-        if not config.tied_head:
-            self.weight = nn.Parameter(torch.empty(padded // shard.size, config.hidden, device=shard.device))
-            plan_parameter(self.weight, std=config.init_std, slice_dim=0)
+    def forward(self, state: State, cache: Cache | None = None) -> State:  # [s(/t), b, h] -> same
+        x, prefix = _split(state)
+        if prefix is None:
+            return super().forward(x, cache)
+        length = self.shard.full_length(x)
+        inside = torch.arange(length, device=x.device) < prefix[:, None]  # [b, s]
+        mask = causal_mask(length, x.device) | (inside[:, None, :] & inside[:, :, None])
+        return super().forward(x, mask=mask[:, None]), prefix
 
-    def forward(self, x: Tensor, embedding: Embedding | None = None) -> Tensor:  # [s(/t), b, h] -> [s, b, v/t]
-        weight = embedding.weight if self.weight is None else self.weight
-        logits = F.linear(self.shard.leave_for_columns(x), weight.to(x.dtype))
-        if self.num_real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=x.device) >= self.num_real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return logits
+
+class FinalNorm(Norm):
+    """The norm after the last block of a pre-norm model; a prefix ends here."""
+
+    def forward(self, state: State) -> Tensor:
+        return super().forward(_split(state)[0])
+
+
+def _split(state: State) -> tuple[Tensor, Tensor | None]:
+    return state if isinstance(state, tuple) else (state, None)

@@ -141,7 +141,8 @@ def test_problems_are_all_reported(copied_folder, dataset_folder, tmp_path):
     found = list(problems(DataConfig(train=str(copied_folder), heldout=str(tmp_path / "none")), 10**6, 100))
     assert [where for where, *_ in found] == ["data.train", "data.train", "data.train", "data.heldout"]
     text = " | ".join(" ".join(problem) for problem in found)
-    for expected in (SHARD, "vocab_size=100", "samples of 1000000 tokens", "none does not exist", "trainyard data shard"):
+    for expected in (SHARD, "vocab_size=100", "samples of 1000000 tokens", "none does not exist",
+                     "trainyard data shard"):
         assert expected in text
 
 

@@ -92,7 +92,7 @@ def test_the_first_failing_rank_decides_and_is_quoted(tmp_path, capfd, code):
     """), 3, tmp_path, QUICK)
     assert result == code
     said = capfd.readouterr().err
-    assert f"rank 1 failed with exit code {code}; its log is {tmp_path / 'rank1.log'}" in said
+    assert f"rank 1 failed with exit code {code}; its log is {tmp_path / 'rank-1.log'}" in said
     assert said.count("ValueError: the disc is full of bees") == 1
     assert "Traceback" in said
     assert f"the other 2 ranks were ended; their logs are in {tmp_path}" in said
@@ -132,7 +132,7 @@ def test_a_mistake_of_the_user_is_said_once(tmp_path, capfd, failing):
 
 
 def test_only_this_attempt_is_quoted(tmp_path, capfd):
-    (tmp_path / "rank1.log").write_text("an older failure\n")
+    (tmp_path / "rank-1.log").write_text("an older failure\n")
     assert run_ranks(child("sys.exit(70 if rank == 1 else 0)"), 2, tmp_path, QUICK) == 70
     assert "an older failure" not in capfd.readouterr().err
 
@@ -142,7 +142,7 @@ def test_logs_are_kept_only_after_a_failure(monkeypatch, tmp_path, capfd):
     assert run_ranks(child("print('hello')"), 2, None, QUICK) == 0
     assert not list(tmp_path.iterdir())
     assert run_ranks(child("print('hello'); sys.exit(70)"), 2, None, QUICK) == 70
-    assert (next(tmp_path.iterdir()) / "rank1.log").read_text() == "hello\n"
+    assert (next(tmp_path.iterdir()) / "rank-1.log").read_text() == "hello\n"
 
 
 PARENT = """

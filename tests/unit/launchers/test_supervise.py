@@ -49,7 +49,7 @@ def test_the_ranks_own_code_wins_over_the_launchers(tmp_path):
     note = {"rank": 3, "node": "n2", "exit_code": 77, "reason": "exit code 77"}
     code, said = supervise(tmp_path, f"""
         import json, sys, time
-        open("logs/rank3.log", "w").write("Traceback (most recent call last):\\nValueError: bees\\n")
+        open("logs/rank-3.log", "w").write("Traceback (most recent call last):\\nValueError: bees\\n")
         json.dump({note} | {{"unix_seconds": time.time()}}, open("logs/exit-rank3.json", "w"))
         sys.exit(143)
     """)
@@ -120,7 +120,7 @@ def test_the_keeper_notes_how_its_rank_ended(tmp_path):
         assert done.returncode == expected
         note = json.loads((tmp_path / "logs" / "exit-rank1.json").read_text())
         assert (note["rank"], note["exit_code"]) == (1, expected)
-        assert f"['{word}']" in (tmp_path / "logs" / "rank1.log").read_text()
+        assert f"['{word}']" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
 def ended(code, reason="x", **more):

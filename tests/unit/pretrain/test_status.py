@@ -39,6 +39,31 @@ def test_the_first_failure_counts_not_the_ranks_that_lost_it(tmp_path):
     assert status.read(tmp_path).exit_code is None
 
 
+def note(folder, kind, rank, seconds, code, reason):
+    status.write_note(folder / "logs" / f"{kind}-rank{rank}.json", {
+        "rank": rank, "node": f"n{rank}", "exit_code": code, "reason": reason, "unix_seconds": seconds})
+
+
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:18423"
+
+
+def test_a_rank_killed_is_found_behind_those_who_lost_it(tmp_path):
+    note(tmp_path, "failed", 0, 100.0, 70, LOST)
+    note(tmp_path, "exit", 0, 100.5, 70, "exit code 70")
+    note(tmp_path, "exit", 2, 100.1, 137, "ended by SIGKILL")
+    note(tmp_path, "exit", 1, 100.2, 143, "ended by SIGTERM")
+    assert status.first_failure(tmp_path)["rank"] == 2
+
+
+def test_nobody_is_blamed_for_a_node_that_left_no_word(tmp_path):
+    note(tmp_path, "failed", 0, 100.0, 70, LOST)
+    note(tmp_path, "exit", 0, 100.5, 70, "exit code 70")
+    note(tmp_path, "exit", 1, 130.0, 137, "ended by SIGKILL")  # the launcher, tidying up
+    found = status.first_failure(tmp_path)
+    assert (found["rank"], found["node"], found["exit_code"]) == (None, None, 70)
+    assert "ranks 0 lost the connection" in found["reason"]
+
+
 def test_damaged_files_are_no_status(tmp_path):
     assert status.read(tmp_path) is None
     for text in ("", "[1]", "{", "x" * (2 << 20)):

@@ -1,0 +1,1 @@
+"""BART: an encoder-decoder that restores damaged text."""

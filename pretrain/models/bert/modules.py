@@ -1,0 +1,109 @@
+"""The BERT family as one ordered list of layers. Shapes as in pretrain/models/blocks.py; p predictions in a sample.
+
+The state is (x, positions to predict [b, p], mask of the tokens); the mask, int64 [b, s], is there only where samples
+may be filled up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.initialise import plan_parameter
+from parallel.megatron import TensorShard
+from parallel.pipeline import LayerSpec
+from pretrain.models.bert.spec import BERTConfig
+from pretrain.models.blocks import ACTIVATIONS, Block, BlockShape, Norm, seen
+from pretrain.models.vocabulary import Embedding, Logits, PositionedInput
+
+State = tuple[Tensor, ...]
+
+
+def layers(config: BERTConfig, shard: TensorShard) -> list[LayerSpec]:
+    """Input: (ids, segment types [b, s], positions [b, p]) and maybe a mask [b, s].
+
+    Output: logits of the positions [p, b, v/t], and with `next_sentence` beside them the scores [b, 2] of the pair.
+    """
+    shape = block_shape(config)
+    specs = [LayerSpec("embedding", partial(Embedding, config, shard, config.init_std), cost=0.0),
+             LayerSpec("input", partial(Input, config, shard), cost=0.0)]
+    for index in range(config.layers):
+        name = f"blocks.{index}"
+        specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), recompute=True))
+    head_cost = 0.15 * config.padded_vocab_size / (12 * config.hidden)
+    specs.append(LayerSpec("head", partial(MaskedHead, config, shard), cost=head_cost, tied_to="embedding"))
+    return specs
+
+
+def block_shape(config: BERTConfig) -> BlockShape:
+    """A BERT config in the words of the shared block."""
+    return BlockShape(
+        hidden=config.hidden, heads=config.heads, kv_heads=config.heads, ffn=config.ffn_hidden, norm="layernorm",
+        norm_position="post", norm_epsilon=config.norm_epsilon, activation=config.activation, bias=True,
+        dropout=config.dropout, attention_dropout=config.attention_dropout, std=config.init_std,
+        residual_std=config.init_std,
+    )
+
+
+class Input(PositionedInput):
+    """Positions, segment types and norm."""
+
+    def __init__(self, config: BERTConfig, shard: TensorShard):
+        super().__init__(config.num_positions, config.position_offset, config.hidden, config.init_std,
+                         config.norm_epsilon, config.dropout, shard, config.segment_types)
+
+    def forward(self, state: State) -> State:
+        x, types, *rest = state
+        return (self.enter(x, types), *rest)
+
+
+class EncoderBlock(Block):
+    """A block in which every token sees every other."""
+
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str):
+        super().__init__(shape, shard, name, causal=False)
+
+    def forward(self, state: State) -> State:
+        x, positions, *mask = state
+        return (super().forward(x, mask=seen(mask[0]) if mask else None), positions, *mask)
+
+
+class Dense(nn.Module):
+    """A linear layer that every tensor rank holds and computes in full."""
+
+    def __init__(self, size_in: int, size_out: int, std: float, shard: TensorShard):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, device=shard.device))
+        self.bias = nn.Parameter(torch.empty(size_out, device=shard.device))
+        plan_parameter(self.weight, std=std)
+        plan_parameter(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class MaskedHead(Logits):
+    """Logits of the positions that are asked for, and the judgement of the pair from the first token."""
+
+    def __init__(self, config: BERTConfig, shard: TensorShard):
+        super().__init__(config, shard, std=None, bias=True)
+        self.shard, self.activation = shard, ACTIVATIONS[config.activation]
+        self.dense = Dense(config.hidden, config.hidden, config.init_std, shard)
+        self.norm = Norm("layernorm", config.hidden, config.norm_epsilon, shard, sliced=False)
+        self.pooler = self.judge = None
+        if config.next_sentence:
+            self.pooler = Dense(config.hidden, config.hidden, config.init_std, shard)
+            self.judge = Dense(config.hidden, 2, config.init_std, shard)
+
+    def forward(self, state: State, tied: Embedding) -> Tensor | tuple[Tensor, Tensor]:
+        x, positions = state[:2]
+        x = self.shard.leave_whole(x)  # [s, b, h], and the few tokens that matter are computed by every tensor rank
+        index = positions.transpose(0, 1)[..., None].expand(-1, -1, x.shape[-1])
+        chosen = self.norm(self.activation(self.dense(x.gather(0, index))))
+        logits = self.logits(self.shard.whole_for_columns(chosen), tied)
+        if self.judge is None:
+            return logits
+        return logits, self.judge(torch.tanh(self.pooler(x[0])))

@@ -1,0 +1,93 @@
+"""What every family and every objective owes to the rest of the project."""
+
+from importlib import import_module
+
+import pytest
+import torch
+import yaml
+
+from parallel.megatron import TensorShard
+from parallel.pipeline import Stage, cut
+from pretrain.config import load_config
+from pretrain.models import FAMILIES, family_spec
+from pretrain.objectives import OBJECTIVES, make_loss
+from pretrain.trained import single_rank
+from tests.helpers.recipes import recipe_of
+
+CASES = [(family, name) for family in FAMILIES for name in family_spec(family).objectives]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with single_rank() as groups:
+        yield groups
+
+
+def config_of(family, tmp_path, **model):
+    content = recipe_of(family)
+    content = {**content, "model": {**content["model"], **model}, "data": {"train": "none"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return load_config(tmp_path / "recipe.yaml")
+
+
+def stage_of(config, groups, device="cpu") -> Stage:
+    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
+    with torch.device(device):
+        specs = modules.layers(config.model, TensorShard(groups, torch.device(device)))
+        return Stage(specs, 0, len(specs))
+
+
+@pytest.mark.parametrize("padding", [1, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_built_parameters_are_those_counted(family, padding, alone, tmp_path):
+    config = config_of(family, tmp_path, pad_vocab_to=padding)
+    built = sum(parameter.numel() for _, parameter in stage_of(config, alone).named_global_parameters())
+    assert built == config.spec.built_parameter_count(config.model)
+    if padding == 1:
+        assert built == config.spec.parameter_count(config.model)
+    else:
+        assert built > config.spec.parameter_count(config.model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_named_once_and_can_be_cut(family, alone, tmp_path):
+    config = config_of(family, tmp_path)
+    specs = stage_of(config, alone).specs
+    names = [spec.name for spec in specs]
+    assert len(set(names)) == len(names)
+    assert all(spec.tied_to in names[: number] for number, spec in enumerate(specs) if spec.tied_to)
+    blocks = sum(spec.recompute for spec in specs)
+    assert blocks == config.spec.facts(config.model).layers
+    for num_stages in range(1, blocks + 1):
+        bounds = cut([spec.cost for spec in specs], num_stages, [spec.with_next for spec in specs])
+        assert not any(specs[bound - 1].with_next for bound in bounds[1:])
+        assert all(any(spec.recompute for spec in specs[begin:end])
+                   for begin, end in zip(bounds[:-1], bounds[1:], strict=True) if num_stages <= blocks // 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_is_planned(family, alone, tmp_path):
+    for name, parameter in stage_of(config_of(family, tmp_path), alone).named_global_parameters():
+        assert hasattr(parameter, "plan"), name
+        assert isinstance(parameter.no_decay, bool), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_grow_with_the_model(family, tmp_path):
+    config = config_of(family, tmp_path)
+    larger = config_of(family, tmp_path, layers=2 * config.model.layers)
+    found = [c.spec.flops_per_token(c.model, c.window_tokens) for c in (config, larger)]
+    assert 6 * 10**4 < found[0] < found[1]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_objectives_of_a_family_have_its_form(family, name):
+    assert family_spec(family).form in OBJECTIVES[name].losses
+    loss = make_loss(name, family, TensorShard(None, torch.device("cpu")))
+    assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_is_named_and_used(name):
+    assert OBJECTIVES[name].config_class.model_fields["name"].default == name
+    assert any(name in family_spec(family).objectives for family in FAMILIES)
