@@ -1,5 +1,6 @@
 # make install   a virtual environment in .venv with the tested versions; nothing to do the second time
 # make demo      prepares data, trains the tiny model and shows the result
+# make demo-clip  draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
 #
 # Without a GPU, `pip install torch` may still bring several GB of CUDA packages. To stay on the CPU build, name the index
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test quick lint docs
+.PHONY: install demo demo-clip test quick lint docs
 
 install: $(STAMP)
 
@@ -18,6 +19,11 @@ $(STAMP): setup.py constraints.txt
 	$(if $(TORCH_INDEX_URL),$(BIN)/pip install -c constraints.txt --index-url $(TORCH_INDEX_URL) torch)
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
+
+demo-clip: install
+	$(BIN)/trainyard data shapes --to data/shapes --num-train 12000 --num-test 480 --seed 0
+	OMP_NUM_THREADS=1 $(BIN)/trainyard train configs/clip/tiny.yaml --nproc 2 run.dir=runs/demo-clip parallel.micro_batch=64
+	$(BIN)/trainyard evaluate runs/demo-clip --data data/shapes/zero-shot data/shapes/heldout
 
 demo: install
 	$(BIN)/trainyard demo

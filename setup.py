@@ -40,10 +40,11 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "safetensors>=0.4",
+        "Pillow>=10.1",
     ],
     extras_require={
         "mpi": ["mpi4py>=4,<5"],
-        "dev": ["setuptools>=70.1", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6"],
+        "dev": ["setuptools>=70.1", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "transformers>=5"],
     },
     entry_points={"console_scripts": ["trainyard = pretrain.cli:main"]},
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest, file_sizes, shard_faults
+from data_pipeline.manifest import Manifest, PairsManifest, file_sizes, shard_faults
 
 # A problem as every facts room reports it: where, what was asked, what is possible, what to change.
 Problem = tuple[str, str, str, str]
@@ -31,9 +31,17 @@ class DataConfig(BaseModel):
         le=64,
         description="Loader processes per rank; 0 reads in the rank itself. The batches are the same for any number.",
     )
+    max_bad_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Largest part of the samples that may be unusable (a damaged image, an empty caption) before the "
+        "run stops. Each is replaced by the next good one.",
+    )
 
 
-def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids: int = 0) -> Iterator[Problem]:
+def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids: int = 0,
+             reads: str = "tokens") -> Iterator[Problem]:
     """Yield what keeps `data` from feeding a model, from `dataset.json` and file sizes alone.
 
     Args:
@@ -41,7 +49,9 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
         window_tokens: tokens of the text in one sample (a sample takes one more, the last target).
         vocab_size: number of token ids that the model knows.
         reserved_ids: how many of them, from the top, the objective keeps for itself.
+        reads: the kind of dataset the model is trained on: tokens, or pairs of image and caption.
     """
+    kind = PairsManifest if reads == "pairs" else Manifest
     tokenizers = {}
     for field in ("train", "heldout"):
         folder = getattr(data, field)
@@ -49,7 +59,7 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
             continue
         where = f"data.{field}"
         try:
-            manifest = Manifest.load(folder)
+            manifest = kind.load(folder)
             sizes = file_sizes(Path(folder))
         except (DataError, OSError) as error:
             yield where, folder, str(error), f"point {where} at a finished dataset folder"
@@ -66,7 +76,8 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
         )
 
 
-def _file_problems(where: str, folder: Path, manifest: Manifest, sizes: dict[str, int]) -> Iterator[Problem]:
+def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest, sizes: dict[str, int]
+                   ) -> Iterator[Problem]:
     faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
     for fault in faults[:MAX_FAULTS_NAMED]:
         yield where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`"
@@ -76,7 +87,7 @@ def _file_problems(where: str, folder: Path, manifest: Manifest, sizes: dict[str
 
 
 def _fit_problems(
-    where: str, folder: str, manifest: Manifest, window_tokens: int, vocab_size: int, reserved_ids: int
+    where: str, folder: str, manifest: Manifest | PairsManifest, window_tokens: int, vocab_size: int, reserved_ids: int
 ) -> Iterator[Problem]:
     least = manifest.vocab_size + reserved_ids
     if least > vocab_size:
@@ -87,7 +98,7 @@ def _fit_problems(
             f"model.vocab_size must be at least {least} for {folder}",
             f"set model.vocab_size={least} or larger, or tokenize the data anew",
         )
-    if manifest.num_tokens < window_tokens + 1:
+    if isinstance(manifest, Manifest) and manifest.num_tokens < window_tokens + 1:
         yield (
             where,
             f"samples of {window_tokens} tokens of text (by model.sequence_length and the objective) and the next one",

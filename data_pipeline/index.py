@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardEntry, file_sizes, shard_faults
-from data_pipeline.order import Piece
+from data_pipeline.order import Piece, TokenSamples
 
 TAR_BLOCK_BYTES = 512
 TOKENS_SUFFIX = ".tokens"
@@ -43,8 +43,13 @@ class Shard:
         dtype = np.dtype(dtype)
         return np.frombuffer(self._map, dtype, length_bytes // dtype.itemsize, offset)
 
-    def member_fault(self, offset: int, length_bytes: int) -> str | None:
-        """What is wrong with the tar header before `offset`: None when it names a token file of `length_bytes`."""
+    def content(self, offset: int, length_bytes: int) -> bytes:
+        """The bytes stored at `offset`. Raises DataError when the file shrank while in use."""
+        self._require_whole()
+        return self._map[offset : offset + length_bytes]
+
+    def member_fault(self, offset: int, length_bytes: int, suffixes: tuple[str, ...] = (TOKENS_SUFFIX,)) -> str | None:
+        """What is wrong with the tar header before `offset`: None when it is of a file as expected."""
         if offset < TAR_BLOCK_BYTES or offset % TAR_BLOCK_BYTES or offset + length_bytes > self.size_bytes:
             return "the index points outside the shard"
         self._require_whole()
@@ -52,19 +57,22 @@ class Shard:
             header = tarfile.TarInfo.frombuf(self._map[offset - TAR_BLOCK_BYTES : offset], "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             return f"no tar header in front of it ({error})"
-        if not header.isreg() or not header.name.endswith(TOKENS_SUFFIX):
-            return f"member {header.name!r} is not a regular {TOKENS_SUFFIX} file"
+        if not header.isreg() or not header.name.lower().endswith(suffixes):
+            return f"member {header.name!r} is not a regular {' or '.join(suffixes)} file"
         if header.name.startswith("/") or ".." in header.name.split("/"):
             return f"member name {header.name!r} leads out of the archive"
         if header.size != length_bytes:
             return f"member {header.name!r} has {header.size:,} bytes where the index says {length_bytes:,}"
         return None
 
+    def name(self, offset: int) -> str:
+        """The member's name."""
+        self._require_whole()
+        return tarfile.TarInfo.frombuf(self._map[offset - TAR_BLOCK_BYTES : offset], "utf-8", "replace").name
+
     def key(self, offset: int) -> str:
         """The member's name without its suffix."""
-        self._require_whole()
-        header = tarfile.TarInfo.frombuf(self._map[offset - TAR_BLOCK_BYTES : offset], "utf-8", "replace")
-        return header.name.removesuffix(TOKENS_SUFFIX)
+        return self.name(offset).removesuffix(TOKENS_SUFFIX)
 
     def _require_whole(self) -> None:
         """Touching a mapped page behind the end of its file kills the process, so ask for the size before."""
@@ -113,6 +121,10 @@ class TokenDataset:
     def num_tokens(self) -> int:
         """Tokens of all documents, end-of-text included."""
         return self.manifest.num_tokens
+
+    def samples(self, sequence_length: int, seed: int | None) -> TokenSamples:
+        """The samples by position."""
+        return TokenSamples(self, sequence_length, seed)
 
     def tokens(self, document: int) -> np.ndarray:
         """uint16 or uint32 [num_tokens]: a read-only view of one document's token ids.

@@ -6,12 +6,14 @@ and the loader takes from workers in turn, so the stream is the same for any num
 """
 
 import atexit
+import logging
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,11 +21,15 @@ import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
-from data_pipeline.order import WindowOrder
+
+logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, torch.Tensor]
 
+FAULTS = "faults"
+MAX_FAULTS_NAMED = 10
+# Below this many faults a share of them says nothing.
+MIN_FAULTS = 10
 RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -65,32 +71,40 @@ class Share:
         return range(first, first + self.micro_batch)
 
 
+class Samples(Protocol):
+    """Samples as a pure function of their position; positions go on through all epochs.
+
+    A sample is a dict of arrays; an entry `faults` lists what was found unusable and passed over on the way to it.
+    """
+
+    per_epoch: int
+    weights_shape: tuple[int, ...]  # of what says which targets of a sample count
+
+    def sample(self, position: int) -> dict: ...
+
+
+class Dataset(Protocol):
+    """A finished folder of any kind, open for reading; it pickles, so that a loader process can have its own."""
+
+    def samples(self, sequence_length: int, seed: int | None) -> Samples: ...
+
+
 @dataclass(frozen=True)
 class OrderedSource:
-    """First stage: samples that say what to read, `{"__key__", "position", "pieces"}`, in this process's turn."""
+    """First stage: samples with their `position` and what the dataset reads there, in this process's turn."""
 
-    dataset: TokenDataset
+    dataset: Dataset
     sequence_length: int
     seed: int
     share: Share
 
     def __call__(self) -> Iterator[dict]:
-        order = WindowOrder(self.dataset.token_counts, self.sequence_length, self.seed)
+        samples = self.dataset.samples(self.sequence_length, self.seed)
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(first, stride):
             for position in self.share.positions(number):
-                yield {"__key__": str(position), "position": position, "pieces": order.pieces(position)}
-
-
-@dataclass(frozen=True)
-class ReadTokens:
-    """Stage: replaces the pieces of a sample by its tokens, int64 [sequence_length + 1]."""
-
-    dataset: TokenDataset
-
-    def __call__(self, sample: dict) -> dict:
-        return {"position": sample["position"], "tokens": self.dataset.window(sample["pieces"])}
+                yield {"__key__": str(position), "position": position, **samples.sample(position)}
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,9 @@ def stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
     Still arrays: they come out of a worker several times faster than tensors, which travel as shared memory files.
     """
     fields = [name for name, value in samples[0].items() if isinstance(value, np.ndarray)]
-    return {name: np.stack([sample[name] for sample in samples]) for name in fields}
+    batch = {name: np.stack([sample[name] for sample in samples]) for name in fields}
+    faults = [fault for sample in samples for fault in sample.get(FAULTS, ())]
+    return {**batch, FAULTS: np.array(faults)} if faults else batch
 
 
 def each(transform: Callable[[dict], dict]) -> Callable:
@@ -147,7 +163,7 @@ def unchanged(item: dict[str, np.ndarray] | Failure) -> dict[str, np.ndarray] | 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> MicroBatch:
     """The same memory as tensors."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items() if name != FAULTS}
 
 
 def leave_signals_to_the_rank(worker_id: int) -> None:
@@ -169,8 +185,8 @@ def signals_held() -> Iterator[None]:
 class Loader:
     """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
 
-    Each micro-batch is {"tokens": int64 [micro_batch, sequence_length + 1]}, or what `stages` make of it.
-    `position` is the number of samples that
+    Each micro-batch holds the fields of the dataset's samples, stacked: for text {"tokens": int64 [micro_batch,
+    sequence_length + 1]}; or what `stages` make of them. `position` is the number of samples that
     the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
     costs the same for any position.
 
@@ -183,13 +199,14 @@ class Loader:
         workers: loader processes; they read one step ahead. 0 reads in this process.
         start_position: samples consumed before, as saved in a checkpoint.
         stages: further webdataset stages on single samples, after reading; each gives one sample for one.
+        max_bad_fraction: more unusable samples than this share of those read end the run.
 
     `next` raises DataError when the data is damaged. Close it, or use it in a `with`, to end its workers.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Dataset,
         sequence_length: int,
         seed: int,
         global_batch: int,
@@ -199,14 +216,16 @@ class Loader:
         workers: int = 0,
         start_position: int = 0,
         stages: Sequence[Callable] = (),
+        max_bad_fraction: float = 0.01,
     ) -> None:
         self.share = Share(global_batch, micro_batch, data_rank, data_size, start_position)
         self.position = start_position
         # Built here as well so that a dataset that is too small is reported before any worker starts.
-        self.windows_per_epoch = WindowOrder(dataset.token_counts, sequence_length, seed).windows_per_epoch
+        self.samples_per_epoch = dataset.samples(sequence_length, seed).per_epoch
+        self.max_bad_fraction = max_bad_fraction
+        self.num_read = self.num_bad = 0  # by this rank, in this process
         pipeline = webdataset.DataPipeline(
             OrderedSource(dataset, sequence_length, seed, self.share),
-            webdataset.map(ReadTokens(dataset)),
             *stages,
             Batch(micro_batch),
             failures_as_items,
@@ -240,6 +259,7 @@ class Loader:
             item = next(self._stream)
             if isinstance(item, Failure):
                 raise DataError(item.message)
+            self._count(item)
             micro_batches.append(as_tensors(item))
         self.position += self.share.global_batch
         return micro_batches
@@ -247,7 +267,20 @@ class Loader:
     @property
     def epoch(self) -> float:
         """Epochs consumed so far; 1.5 is half-way through the second."""
-        return self.position / self.windows_per_epoch
+        return self.position / self.samples_per_epoch
+
+    def _count(self, batch: dict[str, np.ndarray]) -> None:
+        """Count unusable samples and name the first ones. Raises DataError when there are too many of them."""
+        faults = batch.get(FAULTS, ())
+        self.num_read += self.share.micro_batch + len(faults)
+        for fault in faults[: max(0, MAX_FAULTS_NAMED - self.num_bad)]:
+            logger.warning("passed over a sample that cannot be used: %s", fault)
+        self.num_bad += len(faults)
+        if self.num_bad > max(MIN_FAULTS, self.max_bad_fraction * self.num_read):
+            raise DataError(
+                f"{self.num_bad:,} of {self.num_read:,} samples cannot be used, more than the part "
+                f"{self.max_bad_fraction:g} that data.max_bad_fraction allows; the last one: {faults[-1]}"
+            )
 
     def close(self) -> None:
         """End the workers. The loader gives nothing afterwards."""
@@ -264,7 +297,7 @@ class Loader:
 
 
 def heldout_batches(
-    dataset: TokenDataset,
+    dataset: Dataset,
     sequence_length: int,
     micro_batch: int,
     num_samples: int | None = None,
@@ -272,32 +305,32 @@ def heldout_batches(
     data_size: int = 1,
     stages: Sequence[Callable] = (),
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's micro-batches of the held-out set: its first `num_samples` windows (None: all), never shuffled.
+    """Yield this rank's micro-batches of the held-out set: its first `num_samples` samples (None: all), never shuffled.
 
-    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]}, or
-    what `stages` make of it: further webdataset stages on single samples, as in the Loader. Every rank yields the same
-    number of them. Where samples do not divide, the last ones are filled up with the first window, its weights being 0,
-    so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any layout. Raises DataError when the set
-    holds less than one window, or is damaged.
+    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]} for
+    text, or what the dataset's samples and `stages` make of it: further webdataset stages on single samples, as in the
+    Loader. Every rank yields the same number of them. Where samples do not divide, the last ones are filled up with the
+    first sample, its weights being 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any
+    layout. Raises DataError when the set holds less than one sample, or is damaged.
     """
-    order = WindowOrder(dataset.token_counts, sequence_length, seed=None)
-    num_real = order.windows_per_epoch if num_samples is None else min(num_samples, order.windows_per_epoch)
+    source = dataset.samples(sequence_length, seed=None)
+    num_real = source.per_epoch if num_samples is None else min(num_samples, source.per_epoch)
     per_round = micro_batch * data_size
 
-    def windows() -> Iterator[dict]:
+    def samples() -> Iterator[dict]:
         for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
-            for position in range(first, first + micro_batch):
-                real = position if position < num_real else 0
-                yield {"position": real, "tokens": dataset.window(order.pieces(real))}
+            for number in range(first, first + micro_batch):
+                position = number if number < num_real else 0
+                yield {"position": position, **source.sample(position)}
 
-    def with_weights(source: Iterator[dict]) -> Iterator[dict]:
-        for number, sample in enumerate(source):
+    def with_weights(made: Iterator[dict]) -> Iterator[dict]:
+        for number, sample in enumerate(made):
             turn, within = divmod(number, micro_batch)
             is_real = turn * per_round + data_rank * micro_batch + within < num_real
-            weights = sample.get("weights", np.ones(sequence_length, dtype=np.float32))
-            yield {**sample, "weights": weights * np.float32(is_real)}
+            weights = sample.get("weights", np.ones(source.weights_shape, dtype=np.float32))
+            yield {**sample, "weights": np.asarray(weights * np.float32(is_real))}
 
-    pipeline = webdataset.DataPipeline(windows, *stages, with_weights, Batch(micro_batch))
+    pipeline = webdataset.DataPipeline(samples, *stages, with_weights, Batch(micro_batch))
     yield from map(as_tensors, pipeline)
 
 

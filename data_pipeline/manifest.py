@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -12,6 +12,7 @@ from data_pipeline.errors import DataError
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
 FORMAT_VERSION = 1
+KINDS = {"tokens": "tokenized documents", "pairs": "images with captions"}
 BYTES_PER_INDEX_ROW = 24
 # Room for about 200,000 shards; anything larger is not a manifest of ours.
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -25,7 +26,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ShardEntry(_Facts):
+class ShardFile(_Facts):
     """One tar file and the index beside it."""
 
     name: str = FileName
@@ -34,8 +35,19 @@ class ShardEntry(_Facts):
     index: str = FileName
     index_bytes: int = Field(ge=0)
     index_sha256: str = Sha256
+
+
+class ShardEntry(ShardFile):
+    """A shard of tokenized documents."""
+
     num_documents: int = Field(ge=1)
     num_tokens: int = Field(ge=1)
+
+
+class PairsEntry(ShardFile):
+    """A shard of images with their captions."""
+
+    num_pairs: int = Field(ge=1)
 
 
 class TokenizerEntry(_Facts):
@@ -45,27 +57,16 @@ class TokenizerEntry(_Facts):
     sha256: str = Sha256
 
 
-class Manifest(_Facts):
-    """What a dataset folder holds: counts, number format, tokenizer, shards in reading order."""
+class _Manifest(_Facts):
+    """What every kind of dataset folder says of itself; shards are in reading order."""
 
     format_version: Literal[1] = FORMAT_VERSION
-    kind: Literal["tokens"] = "tokens"
     split: str
-    num_documents: int = Field(ge=1)
-    num_tokens: int = Field(ge=1)
-    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the text before it was tokenized")
-    dtype: Literal["<u2", "<u4"]
     vocab_size: int = Field(ge=1)
     end_of_text: int = Field(ge=0)
     tokenizer: TokenizerEntry
     tool_version: str
     inputs_sha256: str = Sha256
-    shards: tuple[ShardEntry, ...] = Field(min_length=1)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one stored token id."""
-        return int(self.dtype[-1])
 
     @property
     def size_bytes(self) -> int:
@@ -73,8 +74,8 @@ class Manifest(_Facts):
         return sum(shard.size_bytes for shard in self.shards)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "Manifest":
-        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong."""
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong, or of another kind."""
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         try:
@@ -86,14 +87,19 @@ class Manifest(_Facts):
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path}: {error}") from None
         try:
-            manifest = cls.model_validate(json.loads(text, object_pairs_hook=_without_repeats))
+            content = json.loads(text, object_pairs_hook=_without_repeats)
+            kind = content.get("kind") if isinstance(content, dict) else None
+            if kind in KINDS and kind != cls.model_fields["kind"].default:
+                needed = KINDS[cls.model_fields["kind"].default]
+                raise DataError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
+            manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise DataError(f"{path} is not a valid dataset manifest: {where}: {first['msg']}") from None
         except ValueError as error:
             raise DataError(f"{path} is not valid JSON: {error}") from None
-        for name in ("num_documents", "num_tokens"):
+        for name in cls.summed:
             if sum(getattr(shard, name) for shard in manifest.shards) != getattr(manifest, name):
                 raise DataError(f"{path}: {name} is not the sum over the shards; the manifest was changed by hand")
         return manifest
@@ -103,7 +109,35 @@ class Manifest(_Facts):
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
 
 
-def shard_faults(folder: Path, entry: ShardEntry, sizes: dict[str, int]) -> list[str]:
+class Manifest(_Manifest):
+    """Tokenized documents: counts and number format."""
+
+    summed: ClassVar = ("num_documents", "num_tokens")
+
+    kind: Literal["tokens"] = "tokens"
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the text before it was tokenized")
+    dtype: Literal["<u2", "<u4"]
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one stored token id."""
+        return int(self.dtype[-1])
+
+
+class PairsManifest(_Manifest):
+    """Images with captions; captions are text and meet the tokenizer when they are read."""
+
+    summed: ClassVar = ("num_pairs",)
+
+    kind: Literal["pairs"] = "pairs"
+    num_pairs: int = Field(ge=1)
+    shards: tuple[PairsEntry, ...] = Field(min_length=1)
+
+
+def shard_faults(folder: Path, entry: ShardFile, sizes: dict[str, int]) -> list[str]:
     """Faults of one shard and its index visible in `sizes` (name -> bytes of the files in `folder`), files named."""
     faults = []
     for name, expected in ((entry.name, entry.size_bytes), (entry.index, entry.index_bytes)):

@@ -8,7 +8,7 @@ of that epoch. The number of windows is the same in every epoch, so a position m
 
 import hashlib
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,6 +92,22 @@ class WindowOrder:
         while len(self._epochs) > MAX_CACHED_EPOCHS:
             self._epochs.popitem(last=False)
         return made
+
+
+class TokenSamples:
+    """Samples by position: windows of a dataset's tokens in a shuffled order; seed None: in their stored order.
+
+    A sample is {"tokens": int64 [sequence_length + 1]}. Raises DataError when the dataset holds less than one.
+    """
+
+    def __init__(self, dataset: Any, sequence_length: int, seed: int | None) -> None:
+        self.dataset = dataset
+        self.order = WindowOrder(dataset.token_counts, sequence_length, seed)
+        self.per_epoch = self.order.windows_per_epoch
+        self.weights_shape = (sequence_length,)
+
+    def sample(self, position: int) -> dict:
+        return {"tokens": self.dataset.window(self.order.pieces(position))}
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:

@@ -10,7 +10,7 @@ import importlib.metadata
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -81,10 +81,10 @@ def write_dataset(
     if shard_bytes < 1:
         raise DataError(f"shard_bytes={shard_bytes} must be at least 1")
     settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}"
-    if folder.exists() and not _is_empty_folder(folder):
+    if folder.exists() and not is_empty_folder(folder):
         return Written(_existing(folder, documents, settings), is_reused=True)
     try:
-        with _aside(folder) as aside:
+        with written_aside(folder) as aside:
             writer = _DatasetWriter(aside, tokenizer, shard_bytes)
             for batch in _batches(documents):
                 writer.write(batch, tokenizer.encode_many([document.text for document in batch], num_threads))
@@ -92,7 +92,7 @@ def write_dataset(
                     progress(writer.progress)
             manifest = writer.finish(split, settings)
     except OSError as error:
-        raise DataError(f"cannot write {folder}: {_advice(error)}") from None
+        raise DataError(f"cannot write {folder}: {advice(error)}") from None
     return Written(manifest, is_reused=False)
 
 
@@ -106,15 +106,16 @@ class _DatasetWriter:
         self.dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
         self.progress = Progress(0, 0, 0)
         self.entries: list[ShardEntry] = []
-        self.shard: _ShardWriter | None = None
+        self.shard: ShardWriter | None = None
         self.inputs = _InputsDigest()
 
     def write(self, documents: list[Document], encoded: list[list[int]]) -> None:
         for document, ids in zip(documents, encoded, strict=True):
             if self.shard is None:
-                self.shard = _ShardWriter(self.folder, len(self.entries))
+                self.shard = ShardWriter(self.folder, len(self.entries))
             tokens = np.array([*ids, self.tokenizer.end_of_text], dtype=self.dtype)
-            self.shard.write(member_key(self.progress.num_documents, document.key), tokens)
+            key = member_key(self.progress.num_documents, document.key)
+            self.shard.write(key, {TOKENS_SUFFIX.removeprefix("."): tokens.tobytes()}, len(tokens))
             before = self.progress
             self.progress = Progress(
                 before.num_documents + 1, before.text_bytes + self.inputs.add(document), before.num_tokens + len(tokens)
@@ -129,7 +130,7 @@ class _DatasetWriter:
             raise DataError(
                 f"no document is left for split {split!r}; give more input or another share of held-out documents"
             )
-        _write_file(self.folder / TOKENIZER_FILE, self.tokenizer.model)
+        write_file(self.folder / TOKENIZER_FILE, self.tokenizer.model)
         manifest = Manifest(
             split=split,
             num_documents=self.progress.num_documents,
@@ -139,15 +140,17 @@ class _DatasetWriter:
             vocab_size=self.tokenizer.vocab_size,
             end_of_text=self.tokenizer.end_of_text,
             tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=self.tokenizer.sha256),
-            tool_version=_tool_version(),
+            tool_version=tool_version(),
             inputs_sha256=self.inputs.hexdigest(settings),
             shards=tuple(self.entries),
         )
-        _write_file(self.folder / MANIFEST_NAME, manifest.to_json().encode())
+        write_file(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         return manifest
 
     def _finish_shard(self) -> None:
-        self.entries.append(self.shard.finish())
+        num_tokens = sum(row[-1] for row in self.shard.rows)
+        entry = ShardEntry(**self.shard.finish(), num_documents=len(self.shard.rows), num_tokens=num_tokens)
+        self.entries.append(entry)
         self.shard = None
 
 
@@ -163,28 +166,33 @@ class _HashingFile:
         return self.file.write(content)
 
 
-class _ShardWriter:
+class ShardWriter:
     """One tar file, written by webdataset, and the index of its members."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.path = folder / f"shard-{number:06d}.tar"
         self.index_path = folder / f"shard-{number:06d}.index.npy"
         self.payload_bytes = 0
-        self.rows: list[tuple[int, int, int]] = []
+        self.rows: list[tuple[int, ...]] = []
         self._end = 0
         self._file = open(self.path, "xb")  # noqa: SIM115 - closed by finish(), or with the process when it failed
         self._hashing = _HashingFile(self._file)
         # One owner, one mode, one time for every member: the bytes then depend on the documents only.
         self._tar = TarWriter(self._hashing, user="trainyard", group="trainyard", mtime=0, encoder=False)
 
-    def write(self, key: str, tokens: np.ndarray) -> None:
-        content = tokens.tobytes()
-        self._tar.write({"__key__": key, TOKENS_SUFFIX.removeprefix("."): content})
-        self.rows.append((self._end + TAR_BLOCK_BYTES, len(content), len(tokens)))
-        self._end += TAR_BLOCK_BYTES + -(-len(content) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
-        self.payload_bytes += len(content)
+    def write(self, key: str, members: Mapping[str, bytes], *numbers: int) -> None:
+        """One sample: its files by suffix, in alphabetical order (webdataset's). Its row of the index holds offset and
+        length of each, and then `numbers`."""
+        self._tar.write({"__key__": key, **members})
+        row = []
+        for _, content in sorted(members.items()):
+            row += [self._end + TAR_BLOCK_BYTES, len(content)]
+            self._end += TAR_BLOCK_BYTES + -(-len(content) // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+            self.payload_bytes += len(content)
+        self.rows.append((*row, *numbers))
 
-    def finish(self) -> ShardEntry:
+    def finish(self) -> dict:
+        """Close the shard and write its index; what a manifest says of the two files."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -192,16 +200,14 @@ class _ShardWriter:
         rows = np.array(self.rows, dtype="<i8")
         np.save(self.index_path, rows, allow_pickle=False)
         index = self.index_path.read_bytes()
-        return ShardEntry(
-            name=self.path.name,
-            size_bytes=self.path.stat().st_size,
-            sha256=self._hashing.sha256.hexdigest(),
-            index=self.index_path.name,
-            index_bytes=len(index),
-            index_sha256=hashlib.sha256(index).hexdigest(),
-            num_documents=len(rows),
-            num_tokens=int(rows[:, 2].sum()),
-        )
+        return {
+            "name": self.path.name,
+            "size_bytes": self.path.stat().st_size,
+            "sha256": self._hashing.sha256.hexdigest(),
+            "index": self.index_path.name,
+            "index_bytes": len(index),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
+        }
 
 
 class _InputsDigest:
@@ -246,7 +252,7 @@ def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Man
 
 
 @contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
+def written_aside(folder: Path) -> Iterator[Path]:
     """A fresh folder beside `folder`, renamed to it when the block ends well and removed when it does not.
 
     What a killed writer left is removed, but only when it has our lock file and no living writer holds that.
@@ -258,7 +264,7 @@ def _aside(folder: Path) -> Iterator[Path]:
         with open(lock, "rb") as left:
             _lock(left, aside)
             shutil.rmtree(aside)
-    elif aside.is_dir() and _is_empty_folder(aside):
+    elif aside.is_dir() and is_empty_folder(aside):
         aside.rmdir()
     try:
         aside.mkdir()
@@ -287,7 +293,7 @@ def _lock(file: BinaryIO, aside: Path) -> None:
         raise DataError(f"another process is writing {aside}; wait for it, or choose another folder") from None
 
 
-def _is_empty_folder(folder: Path) -> bool:
+def is_empty_folder(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
@@ -297,7 +303,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     with open(path, "xb") as file:
         file.write(content)
         file.flush()
@@ -313,8 +319,8 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _advice(error: OSError) -> str:
-    advice = {
+def advice(error: OSError) -> str:
+    known = {
         errno.ENOSPC: "no space left on the device; free some, or write elsewhere",
         errno.EDQUOT: "the disk quota is used up; free some, or write elsewhere",
         errno.EACCES: "permission denied; choose a folder that you may write to",
@@ -323,10 +329,10 @@ def _advice(error: OSError) -> str:
         errno.ENOTDIR: "a file stands where a folder is needed; choose another folder",
         errno.EROFS: "the file system is read-only; choose a folder that you may write to",
     }
-    return advice.get(error.errno, str(error))
+    return known.get(error.errno, str(error))
 
 
-def _tool_version() -> str:
+def tool_version() -> str:
     try:
         return f"trainyard {importlib.metadata.version('trainyard')}"
     except importlib.metadata.PackageNotFoundError:

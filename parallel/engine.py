@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -25,6 +26,7 @@ from parallel.precision import DTYPES, CastOnUse
 from parallel.recompute import recomputed
 from parallel.seeds import seed_step
 from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
+from parallel.two_pass import DataRows, GradientCache, concatenated, surrogate
 
 
 class NotFinite(Exception):
@@ -32,7 +34,10 @@ class NotFinite(Exception):
 
 
 class Objective(Protocol):
-    """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim."""
+    """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim.
+
+    One that couples all samples of the global batch says `two_pass = True`, see parallel/two_pass.py.
+    """
 
     def inputs(self, batch: dict[str, Tensor]): ...
     def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]: ...
@@ -63,6 +68,7 @@ class Engine:
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
         self.clip_norm, self.seed = clip_norm, seed
+        self.two_pass = getattr(objective, "two_pass", False)
         self.stage_zero = parallel.zero_stage == 0
         self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
         at = groups.coordinates
@@ -82,6 +88,7 @@ class Engine:
         self.state = open_state(self.deepspeed, list(self.slots.values()), parallel.zero_stage, at.dp)
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
+        self._hold_bounds()
         self.fill(lambda name, kind, shape: draw(name, shape, self._plan(name), seed) if kind == "weight" else None)
 
     # -- construction -------------------------------------------------------------------------------------------------
@@ -109,7 +116,9 @@ class Engine:
     def _plan(self, name: str):
         return self.slots[name].parameter.plan
 
-    def _weighted_loss(self, outputs, targets: tuple[Tensor, ...]) -> Tensor:
+    def _weighted_loss(self, outputs, targets: tuple[Tensor, ...] | Callable) -> Tensor:
+        if self.two_pass:  # what is to be done with the outputs differs between the passes
+            return targets(outputs)
         # The last target is the weight that turns a sum over this micro-batch's targets into its share of the mean.
         return self.objective.loss_sum(outputs, targets[:-1]) * targets[-1]
 
@@ -135,15 +144,47 @@ class Engine:
         else:
             loss = torch.zeros((), device=self.device)
             self.deepspeed.train()
-            for inputs, targets in items:
+            for inputs, targets in self._passes(items, loss) if self.two_pass else items:
                 micro_loss = self.deepspeed(inputs, targets)
                 self.deepspeed.backward(micro_loss)
                 self.deepspeed.step()
-                loss += micro_loss.detach() / (self.accumulation * self.layout.data)
+                if not self.two_pass:
+                    loss += micro_loss.detach() / (self.accumulation * self.layout.data)
             if self.layout.data > 1:
                 dist.all_reduce(loss, group=self.groups.data)  # data group: each rank saw its share of the batch
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(float(loss), float(self._grad_norm), skipped)
+
+    def _passes(self, items: list, loss: Tensor) -> Iterator[tuple]:
+        """(inputs, what to do with the outputs) of each micro-batch's pass with gradient; adds to `loss`, as a mean.
+
+        With one micro-batch that is the loss itself; with more of them a first pass without gradient comes before.
+        """
+        share = self.accumulation * self.layout.data
+
+        def of_all(outputs):
+            whole = self._whole_batch_loss(outputs, items)
+            loss.add_(whole.detach() / share)
+            return whole
+
+        if len(items) == 1:
+            yield items[0][0], of_all
+            return
+        states, parts = [], []
+        for inputs, _ in items:
+            states.append(torch.get_rng_state())  # dropout must drop the same in the second pass
+            with torch.no_grad():
+                parts.append(self.deepspeed(inputs, tuple))
+        cache = GradientCache(parts)
+        of_all(cache.outputs).backward()
+        for (inputs, _), state, gradients in zip(items, states, cache.gradients(), strict=True):
+            torch.set_rng_state(state)
+            yield inputs, partial(surrogate, gradients=gradients)
+
+    def _whole_batch_loss(self, outputs, items: list) -> Tensor:
+        """The weighted loss of this rank's samples among those of all data ranks."""
+        targets = concatenated([targets[:-1] for _, targets in items])
+        return self.objective.loss_sum(outputs, targets, DataRows(self.groups)) * items[0][1][-1]
 
     def _items(self, batches, weight: float | None) -> list:
         """(inputs, targets + weight) per micro-batch; with no weight given, the one that makes the mean exact.
@@ -181,7 +222,9 @@ class Engine:
             return float(mean) * int(num) * self.layout.data, float(count)
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
-        for inputs, targets in items:
+        if self.two_pass and items:
+            total += self._whole_batch_loss(concatenated([self.deepspeed(inputs, tuple) for inputs, _ in items]), items)
+        for inputs, targets in items if not self.two_pass else ():
             total += self.deepspeed(inputs, targets)
         if self.layout.data > 1:
             dist.all_reduce(total, group=self.groups.data)  # data group: each rank evaluated its share
@@ -198,6 +241,22 @@ class Engine:
             return inner(*args, **kwargs)
 
         self.deepspeed.optimizer.step = step
+
+    def _hold_bounds(self) -> None:
+        """Hold planned upper bounds in the fp32 weights, before DeepSpeed copies them out: right after Adam's step."""
+        bounded = [(fragment.tensor, self._plan(fragment.name).most) for fragment in self.state.fragments("weight")
+                   if self._plan(fragment.name).most is not None]
+        inner = self.state.base.step
+
+        def step(*args, **kwargs):
+            result = inner(*args, **kwargs)
+            with torch.no_grad():
+                for weights, most in bounded:
+                    weights.clamp_(max=most)
+            return result
+
+        if bounded:
+            self.state.base.step = step
 
     @torch.no_grad()
     def _clip(self) -> None:

@@ -21,12 +21,13 @@ class ParameterPlan:
     mean: float
     std: Std
     slice_dim: int | None
+    most: float | None = None  # each element is held at or below this after every step
 
 
 def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0, slice_dim: int | None = None,
-                   no_decay: bool | None = None) -> None:
+                   no_decay: bool | None = None, most: float | None = None) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim)
+    parameter.plan = ParameterPlan(mean, std, slice_dim, most)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
     dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens a parameter as soon as it exists

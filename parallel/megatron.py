@@ -193,6 +193,13 @@ class TensorShard:
         """[s, b, h] equal on all tensor ranks -> [s/t, b, h] under sequence parallelism, else unchanged."""
         return tensor_parallel.scatter_to_sequence_parallel_region(x, group=self.group) if self.sequence else x
 
+    def leave(self, x: Tensor) -> Tensor:
+        """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes alike; backward takes this rank's part."""
+        if not self.sequence:
+            return x
+        return tensor_parallel.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False,
+                                                                    group=self.group)
+
     def leave_for_columns(self, x: Tensor) -> Tensor:
         """[s(/t), b, h] -> [s, b, h] as input of a column-sliced product; backward sums over the tensor axis."""
         if self.sequence:

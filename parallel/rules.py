@@ -4,8 +4,8 @@ A rule looks at a `Case` and speaks only when it is broken. Most of the limits o
 seen running; the message says what the engine would do.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from math import gcd
 
 from parallel.config import ParallelConfig, PrecisionConfig
@@ -28,6 +28,8 @@ class ModelFacts:
     target_length: int | None = None  # of the decoder, where it has a length of its own
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
+    pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
+    keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def problems(parallel: ParallelConfig, precision: PrecisionConfig, world_size: i
     case = Case(parallel, precision, model, world_size)
     for rule in RULES:
         if rule.broken(case):
-            yield rule.where, rule.asked(case), rule.possible(case), rule.change(case)
+            yield model.keys.get(rule.where, rule.where), rule.asked(case), rule.possible(case), rule.change(case)
 
 
 def nearest_multiples(number: int, unit: int) -> list[int]:
@@ -161,7 +163,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="sequence-divides",
         where="model.sequence_length",
-        broken=lambda c: c.parallel.sequence and c.model.sequence_length % c.parallel.tensor != 0,
+        broken=lambda c: c.parallel.sequence and not c.model.pads_sequence
+        and c.model.sequence_length % c.parallel.tensor != 0,
         asked=lambda c: f"{c.model.sequence_length} tokens split over tensor={c.parallel.tensor} ranks by "
         "parallel.sequence",
         possible=lambda c: f"a multiple of {c.parallel.tensor} tokens",

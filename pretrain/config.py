@@ -295,11 +295,11 @@ def _objective_problems(objective: ObjectiveConfig, model: FamilyConfig, world_s
 
 def _data_problems(data: DataConfig, objective: ObjectiveConfig, model: FamilyConfig, world_size: int | None
                    ) -> Iterator[rules.Found]:
-    if objective.name not in family_spec(model.family).objectives:
+    family, spec = family_spec(model.family), OBJECTIVES[objective.name]
+    if objective.name not in family.objectives:
         return iter(())
-    spec = OBJECTIVES[objective.name]
     return iter(data_problems(data, spec.window_tokens(objective, model), model.vocab_size,
-                              spec.reserved_ids(objective, model)))
+                              spec.reserved_ids(objective, model), family.reads))
 
 
 def _evaluation_problems(log: LogSection, data: DataConfig, world_size: int | None) -> Iterator[rules.Found]:

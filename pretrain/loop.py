@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
 from data_pipeline.loader import Loader, heldout_batches
 from data_pipeline.manifest import TOKENIZER_FILE
 from parallel.engine import Engine, NotFinite
@@ -26,6 +25,7 @@ from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
 from pretrain.config import RunConfig
+from pretrain.datasets import open_dataset
 from pretrain.errors import ExitCode, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
@@ -62,7 +62,13 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.config.parallel.global_batch * self.config.window_tokens
+        samples = self.config.parallel.global_batch
+        return samples * self.config.window_tokens if self.unit == "tokens" else samples
+
+    @property
+    def unit(self) -> str:
+        """What progress is counted in: tokens, or samples."""
+        return self.config.spec.unit
 
     @property
     def checkpoints(self) -> Path:
@@ -197,11 +203,11 @@ def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loa
     if not engine.needs_data:
         return None
     config, at = run.config, engine.groups.coordinates
-    dataset = TokenDataset.open(config.data.train)
+    dataset = open_dataset(config, config.data.train)
     return Loader(dataset, config.window_tokens, config.run.seed, config.parallel.global_batch,
                   config.parallel.micro_batch, at.dp, run.layout.data, config.data.workers,
                   checkpoint.manifest["position_samples"] if checkpoint else 0,
-                  make_stages(config.objective, config.model, dataset, config.run.seed))
+                  make_stages(config.objective, config.model, dataset, config.run.seed), config.data.max_bad_fraction)
 
 
 def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[str, Any]:
@@ -218,13 +224,13 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
     seconds = time.perf_counter() - started
     record = {
         "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate,
-        "tokens": step * run.tokens_per_step, "step_seconds": seconds,
-        "tokens_per_second": throughput(run.tokens_per_step, seconds),
+        run.unit: step * run.tokens_per_step, "step_seconds": seconds,
+        f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
     if result.skipped:
         record["skipped"] = True
     flops = config.spec.flops_per_token(config.model, config.window_tokens)
-    used = mfu(flops, record["tokens_per_second"], run.device_name, run.world_size, config.precision.compute)
+    used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
     return record if used is None else {**record, "mfu": used}
 
 
@@ -235,13 +241,13 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
         return
     batches = None
     if engine.needs_data:
-        dataset = TokenDataset.open(config.data.heldout)
+        dataset = open_dataset(config, config.data.heldout)
         stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))
     total, count = engine.evaluate(batches)
-    hooks.on_evaluation(run, {"step": step, "tokens": step * run.tokens_per_step, "heldout_loss": total / count})
+    hooks.on_evaluation(run, {"step": step, run.unit: step * run.tokens_per_step, "heldout_loss": total / count})
 
 
 def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:

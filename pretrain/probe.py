@@ -16,7 +16,7 @@ from parallel.pipeline import Stage
 from parallel.precision import DTYPES
 from pretrain.config import RunConfig, load_config
 from pretrain.models import FAMILIES
-from pretrain.objectives import OBJECTIVES
+from pretrain.objectives import make_loss
 from pretrain.trained import single_rank
 
 WARM_UP, TIMED = 2, 4
@@ -32,7 +32,7 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
         for parameter in stage.parameters():
             parameter.data.normal_(0.0, 0.02)
         stage.to(DTYPES[compute])
-        objective = OBJECTIVES[config.objective.name](shard)
+        objective = make_loss(config.objective.name, config.model.family, shard)
         size = (config.parallel.micro_batch, config.model.sequence_length + 1)
         batch = {"tokens": torch.randint(config.model.vocab_size, size)}
         times = []

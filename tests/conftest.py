@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.corpus import documents
+from data_pipeline.shapes import write_shapes
 from data_pipeline.shards import write_dataset
 from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
 from tests.helpers.recipes import VOCAB_SIZE, write_recipe
@@ -53,3 +54,11 @@ def dataset(tmp_path_factory) -> Path:
 def recipe(dataset, tmp_path_factory) -> Path:
     """A config of a GPT that steps in milliseconds and divides by 4 everywhere."""
     return write_recipe(tmp_path_factory.mktemp("recipe") / "gpt.yaml", dataset)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A folder with `train`, `heldout` and `zero-shot`: drawn scenes with captions."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shapes(folder, num_train=200, num_test=32, seed=3, size=24)
+    return folder

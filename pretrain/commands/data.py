@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from data_pipeline.errors import DataError
+from pretrain.commands import data_pairs
 from pretrain.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -56,12 +57,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     stats = verbs.add_parser("stats", help="what a dataset holds")
     stats.add_argument("folder", type=Path, metavar="DIR")
     stats.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample to count with (1024)")
+    data_pairs.add_verbs(verbs)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb that was parsed; returns the exit code. Raises DataError on what the user must change."""
-    verbs = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard, "verify": _verify, "stats": _stats}
+    verbs = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard, "verify": _verify, "stats": _stats,
+             "shapes": data_pairs.shapes, "images": data_pairs.images}
     return verbs[args.data_verb](args, Console(soft_wrap=True, highlight=False))
 
 

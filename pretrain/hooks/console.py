@@ -176,7 +176,9 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         words.append(f"recompute {parallel.recompute}")
     words.append(f"{run.world_size} rank{'s' if run.world_size > 1 else ''}")
     accumulation = parallel.global_batch // (parallel.micro_batch * layout.data)
-    batch = f"{run.tokens_per_step:,} tokens: {parallel.global_batch} samples, micro-batches of {parallel.micro_batch}"
+    batch = f"{parallel.global_batch} samples, micro-batches of {parallel.micro_batch}"
+    if run.tokens_per_step != parallel.global_batch:
+        batch = f"{run.tokens_per_step:,} tokens: {batch}"
     if accumulation > 1:
         batch += f", {accumulation} accumulated"
     facts = [

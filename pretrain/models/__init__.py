@@ -9,6 +9,7 @@ FAMILIES = {
     "t5": "pretrain.models.t5",
     "bart": "pretrain.models.bart",
     "bert": "pretrain.models.bert",
+    "clip": "pretrain.models.clip",
 }
 
 

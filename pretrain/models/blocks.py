@@ -40,6 +40,7 @@ class BlockShape:
     head_width: int | None = None  # None: hidden / heads
     attention_scale: float | None = None  # None: 1 / sqrt(width of a head)
     query_std: float | None = None  # None: std
+    up_std: float | None = None  # of the feed-forward part's first matrix; None: std
     down_std: float | None = None  # of the matrix back from the feed-forward part; None: residual_std
 
     @property
@@ -128,9 +129,10 @@ class SelfAttention(nn.Module):
     holds whole groups on any tensor degree.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool):
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
+        """num_keys: only the first this many tokens are seen; the rest is padding. None: all of them."""
         super().__init__()
-        self.shape, self.shard, self.name, self.causal = shape, shard, name, causal
+        self.shape, self.shard, self.name, self.causal, self.num_keys = shape, shard, name, causal, num_keys
         self.width = shape.width
         self.per_group = shape.heads // shape.kv_heads
         size = (shape.heads + 2 * shape.kv_heads) * self.width
@@ -152,6 +154,8 @@ class SelfAttention(nn.Module):
             q, k = self.rotary(q, offset), self.rotary(k, offset)
         if cache:
             k, v = cache.extend(self.name, k, v)
+        if self.num_keys and self.num_keys < k.shape[2]:
+            k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
                       shard=self.shard, mask=mask, scale=self.shape.attention_scale)
@@ -200,6 +204,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
 }
 GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
 
@@ -210,7 +215,7 @@ class FeedForward(nn.Module):
     def __init__(self, shape: BlockShape, shard: TensorShard):
         super().__init__()
         self.activation = GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
-        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
         self.gate = None
         if shape.activation in GATES:
             self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
@@ -229,11 +234,12 @@ class Block(nn.Module):
     With `cross`, attention to an encoder's output stands between the two.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, cross: bool = False):
+    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, cross: bool = False,
+                 num_keys: int | None = None):
         super().__init__()
         self.pre, self.probability, self.shard = shape.norm_position == "pre", shape.dropout, shard
         self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-        self.attention = SelfAttention(shape, shard, name, causal)
+        self.attention = SelfAttention(shape, shard, name, causal, num_keys)
         if cross:
             self.cross_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
             self.cross_attention = CrossAttention(shape, shard)

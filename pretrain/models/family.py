@@ -50,10 +50,22 @@ class FamilySpec:
     """What is known of a family's models from their config alone. The functions take a `config_class`."""
 
     config_class: type[FamilyConfig]
-    form: str  # what it takes and gives, by which an objective chooses its loss: decoder, encoder or encoder_decoder
+    # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
+    form: str
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
     problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
     facts: Callable[[FamilyConfig], ModelFacts]
     parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
-    flops_per_token: Callable[[FamilyConfig, int], int]  # forward and backward, for samples of so many tokens of text
+    # forward and backward for one `unit`, for samples of so many tokens of text
+    flops_per_token: Callable[[FamilyConfig, int], int]
+
+    @property
+    def reads(self) -> str:
+        """What its data is made of: `tokens` of documents, or `pairs` of image and caption."""
+        return "pairs" if self.form == "dual_encoder" else "tokens"
+
+    @property
+    def unit(self) -> str:
+        """What progress and speed are counted in."""
+        return "tokens" if self.reads == "tokens" else "samples"

@@ -4,10 +4,10 @@ from importlib import import_module
 
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives import text_spec
+from pretrain.objectives import pairs_spec, text_spec
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
-OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS}
+OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS, **pairs_spec.SPECS}
 
 
 def make_loss(name: str, family: str, shard: object) -> object:

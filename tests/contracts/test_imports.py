@@ -49,7 +49,8 @@ TABLE = {
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.trained", "pretrain.generation"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
+                   "pretrain.generation"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),

@@ -31,6 +31,12 @@ PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BE
     "bert/large": 336_226_108,
     "bert/roberta-base": 124_697_433,
 }
+PUBLISHED_CLIP = {  # of the released checkpoints
+    "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
+    "vit-h-14": 986_109_441,
+}  # fmt: skip
+# Forward of one pair, multiply and add counted as two, of OpenCLIP's model profile.
+CLIP_GFLOPS = {"vit-b-32": 14.78, "vit-b-16": 41.09, "vit-l-14": 175.33, "vit-l-14-336": 395.22, "vit-h-14": 381.68}
 GPT3_SHAPES = {  # Brown et al. 2020, table 2.1: name, layers, width, tokens in a step; two widths as in the recipes
     "125m": (12, 768, 0.5e6), "350m": (24, 1024, 0.5e6), "760m": (24, 1536, 0.5e6), "1.3b": (24, 2048, 1e6),
     "2.7b": (32, 2560, 1e6), "6.7b": (32, 4096, 2e6), "13b": (40, 5120, 2e6), "175b": (96, 12288, 3.2e6),
@@ -69,6 +75,14 @@ def test_run_folders_are_different():
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
 def test_parameters_are_the_published_ones(name, count):
     assert parameters(name) == count
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED_CLIP.items())
+def test_clip_is_the_published_one(name, count):
+    config = load_config(CONFIGS / "clip" / f"{name}.yaml")
+    assert parameters(f"clip/{name}") == count
+    flops = config.spec.flops_per_token(config.model, config.model.sequence_length) / 3e9
+    assert flops == pytest.approx(CLIP_GFLOPS.get(name, flops), rel=5e-3)
 
 
 @pytest.mark.parametrize(("size", "shape"), GPT3_SHAPES.items())

@@ -19,6 +19,18 @@ GPT = {
     "log": {"every": 100, "tensorboard": False},
 }
 
+CLIP = {
+    "run": {"dir": "unused", "steps": 24, "seed": 11},
+    "model": {"family": "clip", "image_size": 16, "patch_size": 4, "image_layers": 2, "image_hidden": 64,
+              "image_heads": 4, "text_layers": 2, "text_hidden": 32, "text_heads": 4, "vocab_size": VOCAB_SIZE,
+              "sequence_length": 15, "embedding": 32, "logit_bias": -10.0},
+    "objective": {"name": "contrastive"},
+    "parallel": {"micro_batch": 4, "global_batch": 16},
+    "optimizer": {"lr": 1e-3, "clip_norm": 1.0},
+    "schedule": {"name": "cosine", "warmup_steps": 6},
+    "log": {"every": 100, "tensorboard": False},
+}
+
 
 def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:
     """Write a recipe that trains on `dataset`/train; returns its path."""

@@ -47,7 +47,7 @@ def test_shape_type_and_position(dataset):
     assert step[0].keys() == {"tokens"}
     assert step[0]["tokens"].dtype == torch.int64
     assert loader.position == 36
-    assert loader.epoch == 36 / loader.windows_per_epoch
+    assert loader.epoch == 36 / loader.samples_per_epoch
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 200))
@@ -80,7 +80,7 @@ def test_damage_reaches_the_rank_from_a_worker(copied_folder):
     for workers in (0, 1):
         with Loader(TokenDataset.open(copied_folder), LENGTH, SEED, 4, 2, workers=workers) as loader:
             with pytest.raises(DataError, match="holds token id 65535") as raised:
-                for _ in range(loader.windows_per_epoch):
+                for _ in range(loader.samples_per_epoch):
                     next(loader)
             outcomes.append((loader.position, raised.value.message))
     assert outcomes[0] == outcomes[1]

@@ -1,0 +1,103 @@
+"""From the bytes of an image to the pixels a model sees: decoding within limits, the crops of training and evaluation.
+
+Pixels leave as uint8 [3, size, size] in red, green, blue; the model normalises them on its device.
+"""
+
+import hashlib
+import io
+import warnings
+from math import exp, log, sqrt
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+MAX_PIXELS = 50_000_000
+# Radford et al. 2021, section 2.4: a random square crop is the only augmentation. Area and shape as OpenCLIP sets them.
+CROP_AREA = (0.9, 1.0)
+CROP_ASPECT = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+
+
+class BadImage(Exception):
+    """Bytes that are no usable image; the message says why."""
+
+
+def decode(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in RGB, upright. Its size is read from the header and refused before anything is decoded.
+
+    16-bit grey keeps its upper bits; transparency is dropped. Raises BadImage.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a large image: we refuse it ourselves
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImage(f"{width} x {height} pixels, where {max_pixels:,} are the most")
+        return _rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {max_pixels:,} pixels") from None
+    except Exception as error:  # decoders fail in many ways on damaged bytes, and each means the same here
+        raise BadImage(f"cannot be decoded ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would cut off at 255
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("real-valued pixels, of which nobody says the range")
+    image.load()
+    return image.convert("RGB")
+
+
+def training_crop(image: Image.Image, size: int, seed: str) -> np.ndarray:
+    """A random part of the image, resized: uint8 [3, size, size]. The same `seed` gives the same crop.
+
+    Area and log of the aspect ratio are uniform (Szegedy et al. 2015, section 6, as torchvision's RandomResizedCrop
+    does it), bicubic.
+    """
+    draws = _uniform(seed, 4 * CROP_ATTEMPTS)
+    left, top, width, height = _random_box(image.width, image.height, draws)
+    return _pixels(image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _random_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    low, high = (log(bound) for bound in CROP_ASPECT)
+    for area_draw, aspect_draw, left_draw, top_draw in draws.reshape(-1, 4).tolist():
+        area = width * height * (CROP_AREA[0] + area_draw * (CROP_AREA[1] - CROP_AREA[0]))
+        aspect = exp(low + aspect_draw * (high - low))
+        crop_width, crop_height = round(sqrt(area * aspect)), round(sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            return (int(left_draw * (width - crop_width + 1)), int(top_draw * (height - crop_height + 1)),
+                    crop_width, crop_height)
+    # No part of that area fits: the largest one of an allowed shape, from the middle.
+    crop_width = min(width, max(1, round(height * CROP_ASPECT[1])))
+    crop_height = min(height, max(1, round(width / CROP_ASPECT[0])))
+    return (width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height
+
+
+def evaluation_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The shorter side resized to `size` (bicubic), and the square in the middle: uint8 [3, size, size]."""
+    shorter = min(image.size)
+    width, height = (max(size, int(size * side / shorter)) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    # Resizing only what is kept: a panorama would otherwise grow by its aspect ratio first.
+    scale_x, scale_y = image.width / width, image.height / height
+    box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+    return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _uniform(seed: str, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1) from the raw output of a bit generator, which NumPy keeps stable across versions."""
+    digest = hashlib.sha256(seed.encode()).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,0 +1,117 @@
+"""Images: what is decoded, what is refused and how early, and crops that depend on their seed alone."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.images import CROP_AREA, BadImage, _random_box, _uniform, decode, evaluation_crop, training_crop
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    written = io.BytesIO()
+    image.save(written, kind, **options)
+    return written.getvalue()
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (24, 16)) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", size, (250, 0, 0))
+    image.paste((0, 0, 250), (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def bomb_header(width: int, height: int) -> bytes:
+    """A PNG that says it is huge and holds next to nothing."""
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + content
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("CMYK", "JPEG"),
+                                            ("P", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP")])  # fmt: skip
+def test_every_mode_becomes_rgb(mode, kind):
+    image = decode(encoded(picture(mode), kind))
+    assert image.mode == "RGB"
+    assert image.size == (24, 16)
+    left, right = np.asarray(image)[8, 3].astype(int), np.asarray(image)[8, 20].astype(int)
+    assert left[0] > 200 > left[2]
+    assert right[2] > 180 > right[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_grey_becomes_rgb(mode):
+    image = decode(encoded(Image.new("L", (9, 9), 255).convert(mode)))
+    assert image.mode == "RGB"
+    assert np.asarray(image).min() == 255
+
+
+def test_16_bit_grey_keeps_its_upper_bits():
+    values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    pixels = np.asarray(decode(encoded(Image.fromarray(values))))[..., 0]
+    assert np.array_equal(pixels, (values >> 8).astype(np.uint8))
+
+
+def test_exif_rotation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left side is the top
+    image = decode(encoded(picture(), "JPEG", exif=exif, quality=95))
+    assert image.size == (16, 24)
+    assert np.asarray(image)[3, 8][0] > 200
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"not an image", encoded(picture())[:60], encoded(picture(size=(300, 200)), "JPEG")[:-600],
+    encoded(picture(), "GIF"), encoded(picture(), "BMP"), encoded(picture(), "TIFF"),
+    encoded(picture())[:40] + b"\xff" * 40 + encoded(picture())[80:],
+], ids=["empty", "text", "cut png", "cut jpeg", "gif", "bmp", "tiff", "overwritten"])  # fmt: skip
+def test_what_cannot_be_used_is_refused(content):
+    with pytest.raises(BadImage):
+        decode(content)
+
+
+@pytest.mark.parametrize("size", [(10_000, 6_000), (60_000, 60_000)])
+def test_a_bomb_is_refused_by_its_header(size):
+    with pytest.raises(BadImage, match="pixels"):
+        decode(bomb_header(*size))
+
+
+def test_the_limit_is_50_million_pixels():
+    with pytest.raises(BadImage, match="cannot be decoded"):  # allowed by its size, and then found to hold too little
+        decode(bomb_header(7_000, 7_000))
+
+
+def test_random_boxes_have_the_area_and_lie_inside():
+    for number in range(300):
+        left, top, width, height = _random_box(200, 160, _uniform(str(number), 40))
+        assert left >= 0 and top >= 0 and left + width <= 200 and top + height <= 160  # noqa: PT018
+        assert CROP_AREA[0] - 0.02 <= width * height / (200 * 160) <= 1
+
+
+def test_a_panorama_is_cropped_in_the_middle():
+    assert _random_box(2000, 10, _uniform("x", 40)) == (993, 0, 13, 10)
+
+
+def test_training_crops_depend_on_the_seed_alone():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), dtype=np.uint8))
+    one, same, other = (training_crop(noise, 32, seed) for seed in ("7/0/crop", "7/0/crop", "7/1/crop"))
+    assert one.shape == (3, 32, 32)
+    assert one.dtype == np.uint8
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (640, 64), (33, 500), (5, 5)])
+def test_evaluation_takes_the_middle(size):
+    image = Image.new("RGB", size, (10, 10, 10))
+    shorter = min(size)
+    middle = [(side - shorter) // 2 for side in size]
+    image.paste((250, 250, 250), (*middle, middle[0] + shorter, middle[1] + shorter))
+    pixels = evaluation_crop(image, 32)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[:, 2:-2, 2:-2].min() > 240

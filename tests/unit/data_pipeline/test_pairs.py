@@ -1,0 +1,202 @@
+"""Image-text shards: what is written is read, bad pairs are replaced and counted, order comes from position."""
+
+import io
+import json
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.images import decode, evaluation_crop
+from data_pipeline.index import TokenDataset
+from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.pairs import PairsDataset, caption_of, caption_tokens
+from data_pipeline.pairs_writer import RawPair, raw_pairs, write_pairs
+from tests.unit.data_pipeline.test_images import bomb_header, encoded
+
+LENGTH, SIZE = 8, 16
+BAD = {3: b"not an image", 4: bomb_header(60_000, 60_000), 11: None}  # None: an empty caption
+
+
+def good(number: int) -> RawPair:
+    suffix, kind = ((".png", "PNG"), (".jpg", "JPEG"), (".webp", "WEBP"), (".jpeg", "JPEG"))[number % 4]
+    image = Image.new("RGB", (20, 24), (number * 5 % 256, 100, 200))
+    return RawPair(f"photo {number}", suffix, encoded(image, kind), f"return {number} of the class")
+
+
+def pair(number: int) -> RawPair:
+    if number not in BAD:
+        return good(number)
+    content = BAD[number]
+    return RawPair(f"bad {number}", ".png", good(0).image, "  \n") if content is None else \
+        RawPair(f"bad {number}", ".png", content, "a caption")
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs") / "train"
+    manifest, is_reused = write_pairs(map(pair, range(40)), tokenizer, folder, "train", "40 pairs", shard_bytes=3000)
+    assert len(manifest.shards) > 2
+    assert (manifest.num_pairs, is_reused) == (40, False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(folder):
+    return PairsDataset.open(folder, SIZE)
+
+
+def steps(dataset, count, workers=0, rank=0, ranks=1, start=0, micro=4):
+    with Loader(dataset, LENGTH, 5, 8, micro, rank, ranks, workers, start, max_bad_fraction=0.5) as loader:
+        return [next(loader) for _ in range(count)], loader
+
+
+def joined(found):
+    return {name: np.concatenate([np.asarray(batch[name]) for step in found for batch in step]) for name in found[0][0]}
+
+
+def test_what_is_written_is_read(dataset):
+    assert len(dataset) == 40
+    for number in (0, 1, 2, 7, 39):
+        stored, caption = dataset.pair(number)
+        assert stored == good(number).image
+        assert caption == good(number).caption
+
+
+def test_shards_are_plain_webdataset(folder):
+    with tarfile.open(folder / "shard-000000.tar") as archive:
+        suffixes = {name.partition(".")[2] for name in archive.getnames()}
+    assert suffixes <= {"png", "jpg", "image.webp", "txt"}
+
+
+def test_batches(dataset):
+    found, loader = steps(dataset, 1)
+    assert [sorted(batch) for batch in found[0]] == [["ends", "pixels", "tokens"]] * 2
+    batch = found[0][0]
+    assert batch["pixels"].shape == (4, 3, SIZE, SIZE)
+    assert batch["tokens"].shape == (4, LENGTH)
+    assert (batch["tokens"].gather(1, batch["ends"][:, None]) == dataset.tokenizer.end_of_text).all()
+    assert loader.position == 8
+
+
+def test_order_is_a_function_of_position(dataset):
+    whole = joined(steps(dataset, 7)[0])  # crosses an epoch
+    for kwargs in ({"workers": 2}, {"micro": 2}):
+        other = joined(steps(dataset, 7, **kwargs)[0])
+        assert all(np.array_equal(whole[name], other[name]) for name in whole)
+    late = joined(steps(dataset, 4, start=24)[0])
+    assert all(np.array_equal(whole[name][24:], late[name]) for name in whole)
+    parts = [joined(steps(dataset, 7, rank=rank, ranks=2)[0]) for rank in (0, 1)]
+    shared = np.stack([part["tokens"].reshape(7, 4, LENGTH) for part in parts], axis=1).reshape(-1, LENGTH)
+    assert np.array_equal(shared, whole["tokens"])
+
+
+def test_an_epoch_holds_every_good_pair(dataset):
+    samples = dataset.samples(LENGTH, 5)
+    captions = {tuple(samples.sample(position)["tokens"]) for position in range(40)}
+    assert captions == {tuple(caption_tokens(dataset.tokenizer, good(n).caption, LENGTH)[0])
+                        for n in range(40) if n not in BAD}
+
+
+def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
+    samples = dataset.samples(LENGTH, 5)
+    order = list(samples._order(0))
+    place = order.index(11)
+    assert np.array_equal(samples.sample(place)["tokens"], samples.sample(place + 1)["tokens"])
+    assert "empty" in samples.sample(place)["faults"][0]
+    with caplog.at_level(logging.WARNING):
+        _, loader = steps(dataset, 5)
+    assert (loader.num_bad, loader.num_read) == (3, 43)
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert all(words in told for words in ("cannot be decoded", "pixels", "empty"))
+    assert "shard-" in told
+
+
+def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
+    pairs = [RawPair(str(n), ".png", good(n).image if n % 3 else b"broken", "some words") for n in range(90)]
+    write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
+    with Loader(PairsDataset.open(tmp_path / "bad", SIZE), LENGTH, 5, 8, 8) as loader, \
+            pytest.raises(DataError, match="max_bad_fraction"):
+        for _ in range(10):
+            next(loader)
+
+
+def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
+    pairs = [RawPair(str(n), ".png", b"broken", "words") for n in range(6)]
+    write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
+    with pytest.raises(DataError, match="6 pairs in a row"):
+        PairsDataset.open(tmp_path / "bad", SIZE).samples(LENGTH, 5).sample(0)
+
+
+def test_heldout_is_in_order_and_weighted(dataset):
+    found = [list(heldout_batches(dataset, LENGTH, 2, 5, rank, 2)) for rank in (0, 1)]
+    assert [len(batches) for batches in found] == [2, 2]
+    weights = [np.asarray(batch["weights"]).tolist() for turn in zip(*found, strict=True) for batch in turn]
+    assert weights == [[1, 1], [1, 1], [1, 0], [0, 0]]
+    first = np.asarray(found[0][0]["pixels"][0])
+    assert np.array_equal(first, evaluation_crop(decode(good(0).image), SIZE))
+
+
+def test_end_of_text_is_kept_in_a_long_caption(tokenizer):
+    tokens, end = caption_tokens(tokenizer, "return the class of token " * 20, LENGTH)
+    assert (end, tokens[-1]) == (LENGTH - 1, tokenizer.end_of_text)
+    assert tokens[0] != tokenizer.end_of_text
+
+
+@pytest.mark.parametrize(("content", "is_json", "expected"), [
+    (b" words \n", False, "words"), (b"\xff\xfe", False, ""), (b'{"caption": "words"}', True, "words"),
+    (b'{"text": "words", "url": "x"}', True, "words"), (b'{"caption": 3}', True, ""),
+    (b"[1]", True, ""), (b"{", True, ""),
+])  # fmt: skip
+def test_captions(content, is_json, expected):
+    assert caption_of(content, is_json) == expected
+
+
+def test_reused_or_in_the_way(folder, tokenizer, dataset_folder):
+    assert write_pairs([], tokenizer, folder, "train", "40 pairs", shard_bytes=3000)[1]
+    with pytest.raises(DataError, match="other input"):
+        write_pairs([], tokenizer, folder, "train", "41 pairs")
+    with pytest.raises(DataError, match="images with captions"):
+        TokenDataset.open(folder)
+    with pytest.raises(DataError, match="tokenized documents"):
+        PairsDataset.open(dataset_folder)
+
+
+def test_nothing_to_write(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="no pair"):
+        write_pairs([], tokenizer, tmp_path / "none", "train", "x")
+    assert not (tmp_path / "none").exists()
+
+
+def test_damaged_shard_is_named(folder, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "shard-000001.tar"
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(DataError, match=r"shard-000001\.tar"):
+        PairsDataset.open(copy)
+
+
+def test_pairs_from_folders_and_tars(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name, caption in (("a", "first"), ("b", None), ("c", "third")):
+        (tmp_path / "photos" / f"{name}.png").write_bytes(good(0).image)
+        if caption:
+            (tmp_path / "photos" / f"{name}.json").write_text(json.dumps({"caption": caption}))
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("k1.jpg", good(1).image), ("k1.txt", b"from a tar"), ("k2.txt", b"no image")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    lonely: list[str] = []
+    found = list(raw_pairs([tmp_path / "photos", tmp_path / "x.tar"], lonely.append))
+    assert [(pair.suffix, pair.caption) for pair in found] == [
+        (".png", "first"), (".png", "third"), (".jpg", "from a tar")]
+    assert found[2].image == good(1).image
+    assert [name.rpartition("/")[2] for name in lonely] == ["b"]
+    with pytest.raises(DataError, match="tar file"):
+        list(raw_pairs([tmp_path / "photos" / "a.png"]))

@@ -1,0 +1,243 @@
+"""CLIP: its towers beside another implementation, its losses by hand, its facts, what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallel.initialise import draw
+from parallel.megatron import TensorShard
+from parallel.pipeline import Stage
+from parallel.two_pass import DataRows, GradientCache, surrogate
+from pretrain.config import config_from
+from pretrain.models import family_spec
+from pretrain.models.clip.modules import layers
+from pretrain.models.clip.spec import CLIPConfig
+from pretrain.objectives.contrastive import Contrastive, SigLIP
+from tests.helpers.ranks import run_ranks
+from tests.helpers.recipes import CLIP
+
+SHARD = TensorShard(None, torch.device("cpu"))
+ROWS = DataRows()
+
+
+def small(**changes) -> CLIPConfig:
+    return CLIPConfig(**{**CLIP["model"], "logit_bias": None, **changes})
+
+
+def in_one_process(info, work: str):
+    """Megatron-core's embedding asks for its groups, so even a single rank needs a world."""
+    from parallel.layout import Layout
+    from parallel.megatron import build_groups
+    from parallel.rendezvous import join
+
+    join(info)
+    build_groups(Layout())
+    return globals()[work]()
+
+
+def built(config: CLIPConfig) -> Stage:
+    specs = layers(config, SHARD)
+    stage = Stage(specs, 0, len(specs))
+    with torch.no_grad():
+        for name, parameter in stage.named_global_parameters():
+            parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
+    return stage
+
+
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
+    """Separate projections in the order of the fused one: by head, [q k v]."""
+    parts = [part.view(heads, -1, *part.shape[1:]) for part in (q, k, v)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def taken_from(theirs, config: CLIPConfig) -> dict[str, torch.Tensor]:
+    """The weights of transformers' CLIPModel under our names."""
+    weights = theirs.state_dict()
+    ours = {
+        "image.embedding.patches": weights["vision_model.embeddings.patch_embedding.weight"],
+        "image.embedding.class_token": weights["vision_model.embeddings.class_embedding"],
+        "image.embedding.positions": weights["vision_model.embeddings.position_embedding.weight"],
+        "text.embedding.table.weight": weights["text_model.embeddings.token_embedding.weight"],
+        "text.embedding.positions": weights["text_model.embeddings.position_embedding.weight"],
+        "image.head.projection": weights["visual_projection.weight"],
+        "text.head.projection": weights["text_projection.weight"],
+        "scale.logit_scale": weights["logit_scale"].view(1),
+    }
+    norms = {"image.embedding.norm": "vision_model.pre_layrnorm", "image.head.norm": "vision_model.post_layernorm",
+             "text.head.norm": "text_model.final_layer_norm"}
+    for tower, prefix in (("image", "vision_model"), ("text", "text_model")):
+        for index in range(getattr(config, f"{tower}_layers")):
+            block, layer = f"{tower}.blocks.{index}", f"{prefix}.encoder.layers.{index}"
+            norms |= {f"{block}.attention_norm": f"{layer}.layer_norm1",
+                      f"{block}.feed_forward_norm": f"{layer}.layer_norm2",
+                      f"{block}.attention.out": f"{layer}.self_attn.out_proj",
+                      f"{block}.feed_forward.up": f"{layer}.mlp.fc1",
+                      f"{block}.feed_forward.down": f"{layer}.mlp.fc2"}
+            for part in ("weight", "bias"):
+                separate = [weights[f"{layer}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+                ours[f"{block}.attention.qkv.{part}"] = fused(*separate, getattr(config, f"{tower}_heads"))
+    for our_name, their_name in norms.items():
+        for part in ("weight", "bias"):
+            ours[f"{our_name}.{part}"] = weights[f"{their_name}.{part}"]
+    return ours
+
+
+def beside_transformers() -> dict[str, float]:
+    """Largest differences of the logits, by activation."""
+    from transformers import CLIPConfig as TheirConfig
+    from transformers import CLIPModel
+
+    found = {}
+    for activation in ("quick_gelu", "gelu"):
+        config = small(activation=activation)
+        common = {"hidden_act": activation, "layer_norm_eps": config.norm_epsilon}
+        theirs = CLIPModel(TheirConfig(
+            text_config={"vocab_size": config.vocab_size, "hidden_size": config.text_hidden, "eos_token_id": 1,
+                         "intermediate_size": config.text_ffn_hidden, "num_hidden_layers": config.text_layers,
+                         "num_attention_heads": config.text_heads, "max_position_embeddings": config.sequence_length,
+                         **common},
+            vision_config={"hidden_size": config.image_hidden, "intermediate_size": config.image_ffn_hidden,
+                           "num_hidden_layers": config.image_layers, "num_attention_heads": config.image_heads,
+                           "image_size": config.image_size, "patch_size": config.patch_size, **common},
+            projection_dim=config.embedding)).eval()
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if "bias" in name:
+                    parameter.normal_(0, 0.1)
+        stage = built(config)
+        weights = taken_from(theirs, config)
+        parameters = dict(stage.named_global_parameters())
+        assert parameters.keys() == weights.keys()
+        pixels = torch.randn(5, 3, config.image_size, config.image_size)
+        ids = torch.randint(2, config.vocab_size, (5, config.sequence_length))
+        ends = torch.tensor([3, 14, 0, 7, 9])
+        ids[torch.arange(5), ends] = 1
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+            image, text = stage.run((pixels, ids, ends))
+            expected = theirs(input_ids=ids, pixel_values=pixels).logits_per_image
+        found[activation] = float((image @ text.t() - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def test_logits_are_those_of_transformers():
+    pytest.importorskip("transformers")
+    found = run_ranks(in_one_process, 1, "beside_transformers")[0]
+    assert all(difference < 1e-5 for difference in found.values()), found
+
+
+def of_pixels() -> tuple[bool, int, int, int]:
+    config = small(logit_bias=-10.0)
+    stage = built(config)
+    whole = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    normalised = (whole.permute(0, 2, 3, 1) / 255 - mean) / std
+    rest = (torch.zeros(3, 15, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+    real = normalised.permute(0, 3, 1, 2)
+    same = torch.allclose(stage.run((whole, *rest))[0], stage.run((real, *rest))[0], atol=1e-5)
+    count = sum(parameter.numel() for parameter in stage.parameters())
+    return same, count, family_spec("clip").parameter_count(config), len(stage.run((whole, *rest)))
+
+
+def test_pixels_are_normalised_and_parameters_counted():
+    same, built_count, said, num_outputs = run_ranks(in_one_process, 1, "of_pixels")[0]
+    assert same
+    assert built_count == said
+    assert num_outputs == 3
+
+
+def unit_vectors(count: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_contrastive_by_hand():
+    image, text = 10 * unit_vectors(6, 0), unit_vectors(6, 1)
+    logits = image @ text.t()
+    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
+    found = Contrastive(SHARD).loss_sum((image, text), (torch.ones(6),), ROWS) / 6
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_siglip_by_hand():
+    image, text = 10 * unit_vectors(5, 0), unit_vectors(5, 1)
+    expected = 0.0
+    for i in range(5):
+        for j in range(5):
+            logit = float(image[i] @ text[j]) - 10.0
+            expected += math.log1p(math.exp(-logit if i == j else logit))
+    found = SigLIP(SHARD).loss_sum((image, text, torch.full((5,), -10.0)), (torch.ones(5),), ROWS)
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [Contrastive, SigLIP])
+def test_fillers_are_nobody(objective):
+    image, text = 10 * unit_vectors(6, 0), unit_vectors(6, 1)
+    weights = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    found = objective(SHARD).loss_sum((image, text), (weights,), ROWS)
+    expected = objective(SHARD).loss_sum((image[:4], text[:4]), (weights[:4],), ROWS)
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_surrogate_has_the_cached_gradient():
+    parts = [(torch.randn(2, 3), torch.randn(2)), (torch.randn(4, 3), torch.randn(4))]
+    cache = GradientCache(parts)
+    (cache.outputs[0].square().sum() * cache.outputs[0].mean()).backward()
+    first, second = cache.gradients()
+    assert torch.equal(second[1], torch.zeros(4))
+    outputs = tuple(tensor.clone().requires_grad_() for tensor in parts[1])
+    surrogate(outputs, second).backward()
+    assert torch.equal(outputs[0].grad, cache.outputs[0].grad[2:])
+    assert torch.equal(first[0], cache.outputs[0].grad[:2])
+
+
+def largest_scale(info, stage: int) -> list[float]:
+    """The log of the scale after each of three steps that pull it upwards, from a start just below its bound."""
+    from parallel.layout import Layout
+    from parallel.megatron import build_groups
+    from parallel.rendezvous import join
+    from pretrain.loop import build_engine
+
+    values = {**CLIP, "model": {**CLIP["model"], "init_temperature": 0.0101}, "data": {"train": "unused"},
+              "parallel": {"micro_batch": 4, "global_batch": 8, "zero_stage": stage}}
+    config = config_from(values, "test")
+    join(info)
+    groups = build_groups(Layout.of(config.parallel, info.world_size))
+    engine = build_engine(config, groups, torch.device("cpu"))
+    batches = [{"pixels": torch.zeros(4, 3, 16, 16, dtype=torch.uint8), "ends": torch.tensor([3, 3, 3, 3]),
+                "tokens": torch.arange(4)[:, None].repeat(1, 15)}] * (2 // info.world_size)
+    found = []
+    for step in range(1, 4):
+        for name, _, mean in engine.state.fragments("exp_avg"):
+            if name == "scale.logit_scale":
+                mean.fill_(-1.0)  # a strong pull upwards
+        engine.train_step(batches, step, 1e-3)
+        found += [float(tensor) for name, _, tensor in engine.state.fragments("weight") if name == "scale.logit_scale"]
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
+def test_the_scale_stays_at_most_100(ranks, stage):
+    values = [value for found in run_ranks(largest_scale, ranks, stage) for value in found]
+    assert len(values) >= 3
+    assert values == pytest.approx([math.log(100)] * len(values), rel=1e-6)
+
+
+@pytest.mark.parametrize(("changes", "where"), [
+    ({"patch_size": 5}, "model.patch_size"), ({"image_heads": 3}, "model.image_heads"),
+    ({"text_heads": 5}, "model.text_heads"),
+])  # fmt: skip
+def test_shapes_that_cannot_be(changes, where):
+    assert [problem[0] for problem in family_spec("clip").problems(small(**changes))] == [where]
+
+
+def test_a_tensor_degree_that_does_not_divide_names_both_towers():
+    parallel = {"micro_batch": 4, "global_batch": 8, "tensor": 3}
+    config = config_from({**CLIP, "data": {"train": "unused"}, "parallel": parallel}, "test")
+    wheres = [problem.where for problem in config.problems(3)]
+    assert "model.image_heads, model.text_heads" in wheres
