@@ -75,7 +75,8 @@ def test_every_parameter_is_planned(family, alone, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_grow_with_the_model(family, tmp_path):
     config = config_of(family, tmp_path)
-    larger = config_of(family, tmp_path, layers=2 * config.model.layers)
+    depth = "image_layers" if family == "clip" else "layers"
+    larger = config_of(family, tmp_path, **{depth: 2 * getattr(config.model, depth)})
     found = [c.spec.flops_per_token(c.model, c.window_tokens) for c in (config, larger)]
     assert 6 * 10**4 < found[0] < found[1]
 

@@ -49,6 +49,7 @@ MODELS = {
              "sequence_length": 32},
     "bert": {"family": "bert", "layers": 4, "hidden": 64, "heads": 4, "vocab_size": TEXT_VOCAB_SIZE,
              "sequence_length": 32},
+    "clip": CLIP["model"],
 }
 
 
