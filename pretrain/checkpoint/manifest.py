@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import ExitCode
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIX = "step-"
@@ -24,6 +26,8 @@ PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "trai
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+    exit_code = ExitCode.DATA
 
 
 def folder_name(step: int) -> str:

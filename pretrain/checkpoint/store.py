@@ -27,10 +27,13 @@ from pretrain.checkpoint.manifest import (
     sha256_of,
     write_manifest,
 )
+from pretrain.errors import ExitCode
 
 
 class StorageError(Exception):
     """A checkpoint could not be written; earlier ones are untouched."""
+
+    exit_code = ExitCode.STORAGE
 
 
 def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int,
