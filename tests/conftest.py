@@ -17,6 +17,18 @@ from tests.helpers.recipes import VOCAB_SIZE, write_recipe
 REPOSITORY = Path(__file__).parents[1]
 
 
+# What `make quick` takes of the suites that start many ranks; the rest of them is marked slow.
+QUICK = ("[tied-tp2-pp1-dp2-zero1-sp1]", "[tied-tp1-pp2-dp2-zero1-sp0]", "[tied-tp1-pp1-dp2-zero3-sp0]",
+         "test_a_finished_run_started_again", "test_killed_at_a_random_step[one-rank]", "test_several_at_once")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        starts_ranks = item.path.parent.name in ("parity", "e2e")
+        if starts_ranks and not any(name in item.nodeid for name in QUICK):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _environment_stays():
     """What a test exports for libraries (RANK and its like) is not there for the next one."""
