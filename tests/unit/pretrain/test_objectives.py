@@ -104,6 +104,24 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
             assert abs(mean - np.log(TEXT_VOCAB_SIZE)) < 3, "about as good as a guess"
 
 
+@pytest.mark.parametrize(("family", "name"), [("bert", "masked_lm"), ("bart", "denoising")])
+def test_noise_is_the_same_for_any_ranks_workers_and_place_of_resumption(family, name, config_of):
+    """Stages travel to worker processes, and a sample is noised by its position alone."""
+    config = load_config(config_of(family, {"name": name}))
+    dataset = TokenDataset.open(config.data.train)
+
+    def take(num_steps, **options):
+        stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+        with Loader(dataset, config.window_tokens, 1, 4, 2, stages=stages, **options) as loader:
+            return [batch for _ in range(num_steps) for batch in next(loader)]
+
+    whole = take(3)
+    ranks = [take(3, data_rank=rank, data_size=2) for rank in range(2)]
+    for found, expected in [(take(2, workers=1, start_position=4), whole[2:]),
+                            ([batch for pair in zip(*ranks, strict=True) for batch in pair], whole)]:
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(found, expected, strict=True) for key in b)
+
+
 def test_segment_pairs(config_of):
     """Half of the second segments come from elsewhere, and the frame is where it should be."""
     config = load_config(config_of("bert", {"name": "masked_lm", "mask_ratio": 0.05}))
