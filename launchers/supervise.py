@@ -27,6 +27,8 @@ POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
 FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 60.0, 8.0
 STOP_REQUEST = "STOP.requeue"
+# scontrol: asking again would not help, or Slurm has requeued the job already.
+FINAL_ANSWERS = ("Invalid", "not permitted", "pending execution")
 
 
 @dataclass
@@ -131,7 +133,7 @@ def _scontrol(*words: str) -> None:
         if done.returncode == 0:
             return
         _say(f"scontrol {words[0]}: {done.stderr.strip()}")
-        if "Invalid" in done.stderr or "not permitted" in done.stderr:
+        if any(text in done.stderr for text in FINAL_ANSWERS):
             return
         time.sleep(pause)
 

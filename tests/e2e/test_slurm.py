@@ -16,9 +16,9 @@ from tests.helpers.slurm import LocalSlurm, local_slurm, wait_until, why_not
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 60
 JOB = ("--launcher", "slurm", "--nodes", "2", "--ranks-per-node", "2", "--time", "30")
-RUN = (f"run.steps={STEPS}", "checkpoint.every=20", "checkpoint.keep=9")
+RUN = (f"run.steps={STEPS}", "checkpoint.every=15", "checkpoint.keep=9")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def wait_for_step(cluster: LocalSlurm, job_id: str, folder: Path, step: int) -> 
         assert cluster.job(job_id)["JobState"] in ("PENDING", "CONFIGURING", "RUNNING"), log(folder)
         return any(record["step"] >= step for record in records(folder))
 
-    wait_until(reached, 300, f"step {step}")
+    wait_until(reached, 900, f"step {step}")
 
 
 def log(folder: Path) -> str:
@@ -89,7 +89,7 @@ def test_two_nodes_give_the_losses_of_one_machine(cluster, recipe, tmp_path, exp
 def test_the_warning_before_the_time_limit(cluster, recipe, tmp_path, expected):
     """The warning itself is Slurm's; it is given by hand here, and at its own time in `make faults`."""
     job_id = submit(cluster, recipe, tmp_path)
-    wait_for_step(cluster, job_id, tmp_path, 25)
+    wait_for_step(cluster, job_id, tmp_path, 18)
     cluster.run("scancel", "--batch", "--signal=USR1", job_id)
     cluster.start_requeued_now(job_id)
     before = read(tmp_path)
@@ -103,7 +103,7 @@ def test_the_warning_before_the_time_limit(cluster, recipe, tmp_path, expected):
 
 def test_a_lost_node(cluster, recipe, tmp_path, expected):
     job_id = submit(cluster, recipe, tmp_path)
-    wait_for_step(cluster, job_id, tmp_path, 25)
+    wait_for_step(cluster, job_id, tmp_path, 18)
     first, lost = (node for node in ("n1", "n2", "n3") if node in read(tmp_path).nodes)
     cluster.kill_node(lost)
     cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")

@@ -137,7 +137,7 @@ class LocalSlurm:
         fields = self.run("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(field.partition("=")[::2] for field in fields if "=" in field)
 
-    def wait_for_state(self, job_id: str, *states: str, seconds: float = 300) -> str:
+    def wait_for_state(self, job_id: str, *states: str, seconds: float = 900) -> str:
         """Waits for one of the states (default: any end); returns the state reached."""
         wanted = states or OVER
         wait_until(lambda: self.job(job_id)["JobState"] in wanted, seconds, f"job {job_id} {'/'.join(wanted)}")
