@@ -12,7 +12,7 @@ from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from parallel.rank_info import process_environment
 
-JOB = Job(name="tiny", config=Path("/data/tiny.yaml"), folder=Path("/runs/tiny"), work_dir=Path("/work"),
+JOB = Job(name="tiny", config=Path("/data/tiny.yaml"), folder=Path("/runs/tiny"), work_dir=Path("/srv"),
           python="/venv/bin/python", overrides=("run.seed=7",), ranks_per_node=2)
 MARKER = "touch {marker}"
 HOSTILE = [
@@ -129,8 +129,8 @@ def test_an_array_has_a_folder_for_each_element():
     job = replace(JOB, array=(("run.seed=1", "run.dir=runs/a b"), ("run.seed=2", "run.dir=runs/$x")))
     script = with_slurm.script(job)
     assert "#SBATCH --array=0-1\n" in script
-    assert "0) folder='/work/runs/a b'; overrides=(run.seed=1 'run.dir=runs/a b') ;;" in script
-    assert "1) folder='/work/runs/$x'; overrides=(run.seed=2 'run.dir=runs/$x') ;;" in script
+    assert "0) folder='/srv/runs/a b'; overrides=(run.seed=1 'run.dir=runs/a b') ;;" in script
+    assert "1) folder='/srv/runs/$x'; overrides=(run.seed=2 'run.dir=runs/$x') ;;" in script
 
 
 def test_links_of_a_chain_are_not_requeued():
