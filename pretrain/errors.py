@@ -43,10 +43,13 @@ class ConfigError(Exception):
 
 
 class UserError(Exception):
-    """The user must change something that is not in the config. The message says what, and how."""
+    """The user must change something that is not in the config. The message says what, and how.
 
-    def __init__(self, message: str, exit_code: int = ExitCode.USER):
-        self.exit_code = ExitCode(exit_code)
+    ``node`` is the node that is to blame, where that is another one than the node of the rank that says it.
+    """
+
+    def __init__(self, message: str, exit_code: int = ExitCode.USER, node: str | None = None):
+        self.exit_code, self.node = ExitCode(exit_code), node
         super().__init__(message)
 
 

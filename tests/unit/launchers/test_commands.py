@@ -11,6 +11,7 @@ import pytest
 from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from parallel.rank_info import process_environment
+from pretrain.shipped import shipped_folder
 
 JOB = Job(name="tiny", config=Path("/data/tiny.yaml"), folder=Path("/runs/tiny"), work_dir=Path("/srv"),
           python="/venv/bin/python", overrides=("run.seed=7",), ranks_per_node=2)
@@ -28,6 +29,10 @@ HOSTILE = [
     "a b\tc $(touch {marker})",
     "EOF\ntouch {marker}\nEOF", "$0 $@ $* $(touch {marker})",
 ]
+
+
+def script_of(job):
+    return with_slurm.script(job, (shipped_folder("slurm") / with_slurm.TEMPLATE).read_text())
 
 
 def test_hostile_values_are_forty():
@@ -76,7 +81,7 @@ def test_hostile_values_run_nothing(bench, tmp_path, field):
         if [*job.problems(), *slurm_problems(job)]:
             continue
         (bench / "words").unlink(missing_ok=True)
-        script = with_slurm.script(job)
+        script = script_of(job)
         done = subprocess.run(["bash"], input=script, text=True, capture_output=True, timeout=30, check=False,
                               env=process_environment() | {"PATH": f"{bench}:/usr/bin:/bin", "SLURM_JOB_ID": "1",
                                                            "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"})
@@ -112,7 +117,7 @@ def test_secrets_stay_out(name):
 def test_the_batch_script():
     job = replace(JOB, nodes=2, slurm=Slurm(partition="gpu", time="1-0", account="lab", gpus_per_node="8",
                                             cpus_per_task=4, exclude="n[7-8]", signal_seconds=600))
-    script = with_slurm.script(job)
+    script = script_of(job)
     assert script.startswith("#!/bin/bash\n")
     assert "\r" not in script
     for line in ("--job-name=tiny", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--partition=gpu", "--time=1-0",
@@ -127,20 +132,20 @@ def test_the_batch_script():
 
 def test_an_array_has_a_folder_for_each_element():
     job = replace(JOB, array=(("run.seed=1", "run.dir=runs/a b"), ("run.seed=2", "run.dir=runs/$x")))
-    script = with_slurm.script(job)
+    script = script_of(job)
     assert "#SBATCH --array=0-1\n" in script
     assert "0) folder='/srv/runs/a b'; overrides=(run.seed=1 'run.dir=runs/a b') ;;" in script
     assert "1) folder='/srv/runs/$x'; overrides=(run.seed=2 'run.dir=runs/$x') ;;" in script
 
 
 def test_links_of_a_chain_are_not_requeued():
-    assert "--slurm --check-nodes" in with_slurm.script(replace(JOB, slurm=Slurm(chain=5)))
+    assert "--slurm --check-nodes" in script_of(replace(JOB, slurm=Slurm(chain=5)))
     assert with_slurm.submit_argv("x", "12") == ["sbatch", "--parsable", "--dependency=afterany:12",
                                                  "--kill-on-invalid-dep=yes", "x"]
 
 
 def test_torchrun_inside_has_one_task_a_node():
-    script = with_slurm.script(replace(JOB, nodes=2, ranks_per_node=4, slurm=Slurm(torchrun_inside=True)))
+    script = script_of(replace(JOB, nodes=2, ranks_per_node=4, slurm=Slurm(torchrun_inside=True)))
     assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 " in script
     assert "--nproc-per-node=4" in script
 
