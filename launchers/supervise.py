@@ -168,7 +168,8 @@ def _scontrol(*words: str) -> None:
         done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=120, check=False)
         if done.returncode == 0:
             return
-        _say(f"scontrol {words[0]}: {done.stderr.strip()}")
+        if done.stderr.strip():  # else Slurm, that ends this job for the requeue, has ended scontrol too
+            _say(f"scontrol {words[0]}: {done.stderr.strip()}")
         if any(text in done.stderr for text in FINAL_ANSWERS):
             return
         time.sleep(pause)
