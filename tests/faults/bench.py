@@ -58,7 +58,7 @@ class Bench:
         base = self.cluster.environ if self.cluster else os.environ
         kept = {name: text for name, text in base.items()
                 if not name.startswith(("SLURM_", "SBATCH", "OMPI_", "MASTER_", "FAULT_", "TRAINYARD_"))
-                and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+                and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or name == "SLURM_CONF"}
         return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
     def trainyard(self, *words: str, timeout_seconds: float = START_SECONDS,

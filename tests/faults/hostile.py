@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,8 +44,7 @@ def with_value(job: Job, field: str, value: str) -> Job:
 def stand_ins(folder: Path) -> Path:
     """A folder with a python and an mpirun that only write down their words, and a scontrol that knows one node."""
     folder.mkdir(parents=True, exist_ok=True)
-    recorder = (f"#!{sys.executable}\nimport os, sys\nopen({str(folder / 'words')!r}, 'wb').write("
-                "b'\\0'.join(map(os.fsencode, [*sys.argv[1:], os.environ.get('NOTE', '')])))\n")
+    recorder = f"#!/bin/sh\nprintf '%s\\0' \"$@\" \"$NOTE\" > '{folder}/words'\n"
     programs = {
         "python": recorder, "mpirun": recorder, "squeue": "#!/bin/sh\nexit 0\n",
         "scontrol": "#!/bin/sh\n[ \"$2\" = hostnames ] && echo n1 || echo NodeName=n1 NodeAddr=127.0.0.1\n",
@@ -56,14 +55,14 @@ def stand_ins(folder: Path) -> Path:
     return folder
 
 
-def run_hostile(launcher: str, field: str, folder: Path) -> int:
-    """Gives all values to one place of a job and runs what is rendered; returns how many were not refused.
+def run_hostile(launcher: str, field: str, folder: Path, values: Sequence[str] = HOSTILE) -> int:
+    """Gives the values to one place of a job and runs what is rendered; returns how many were not refused.
 
     Raises AssertionError when a value ran something, or did not arrive as it was.
     """
     bench, marker = stand_ins(folder / "bench"), folder / "ran"
     accepted = 0
-    for text in HOSTILE:
+    for text in values:
         value = text.format(marker=marker)
         job = with_value(Job(name="tiny", config=Path("/data/tiny.yaml"), folder=folder / "runs", work_dir=folder,
                              python=str(bench / "python"), overrides=("run.seed=7",), ranks_per_node=2), field, value)

@@ -262,15 +262,15 @@ def kill_switch(bench: Bench, trial: Trial) -> None:
 
 SHIPPED = ROOT / "slurm" / "train.sbatch"
 F14 = {
-    "nodes": ("--nodes", "9"),
-    "gpus": ("--gpus-per-node", "8"),
-    "time": ("--time", "99-0"),
-    "partition": ("--partition", "nowhere"),
-    "constraint": ("--constraint", "imaginary"),
-    "cpus": ("--cpus-per-task", "64"),
-    "excluded node": ("--exclude", "no-such-node"),
-    "crlf": ("--template", lambda text: text.replace("\n", "\r\n")),
-    "no shebang": ("--template", lambda text: text.partition("\n")[2]),
+    "nodes": ("--nodes", "9", "Node count specification invalid"),
+    "gpus": ("--gpus-per-node", "8", "generic resource"),
+    "time": ("--time", "99-0", "time limit"),
+    "partition": ("--partition", "nowhere", "invalid partition"),
+    "constraint": ("--constraint", "imaginary", "feature"),
+    "cpus": ("--cpus-per-task", "64", "CPU count"),
+    "excluded node": ("--exclude", "no-such-node", "Invalid node name"),
+    "crlf": ("--template", lambda text: text.replace("\n", "\r\n"), "DOS line breaks"),
+    "no shebang": ("--template", lambda text: text.partition("\n")[2], "does not look like a batch script"),
 }
 
 
@@ -278,7 +278,7 @@ def impossible_request(bench: Bench, trial: Trial) -> None:
     """F14: what Slurm would refuse, or let wait for ever, ends with code 2 and Slurm's own words."""
     case = list(F14)[trial.number % len(F14)]
     trial.facts["case"] = case
-    option, value = F14[case]
+    option, value, words = F14[case]
     if callable(value):
         template = trial.folder / "template"
         template.write_text(value(SHIPPED.read_text()), newline="")
@@ -289,6 +289,7 @@ def impossible_request(bench: Bench, trial: Trial) -> None:
                                                run=(*RUN, *batch)))
     assert done.returncode == 2, done.stdout + done.stderr
     assert "sbatch: error" in done.stderr, done.stderr
+    assert words.lower() in done.stderr.lower(), done.stderr
     assert "nothing was submitted" in done.stderr
     assert bench.cluster.run("squeue", "-h", "-o", "%i") == queued
 
