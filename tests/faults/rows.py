@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.faults import hostile, launched, on_slurm, signals_local
 from tests.faults.bench import Bench, Trial
@@ -59,3 +61,13 @@ ROWS = (
     Row("J8", "open ports during a run", "loopback only", len(launched.J8), launched.open_ports, slurm=True),
     Row("X1", "elastic torchrun, a rank killed", "restarted by torchrun, exact", 1, launched.elastic_restart),
 )
+
+
+def run_one(bench: Bench, name: str, number: int, folder: Path) -> None:
+    """One trial of a row with a seed of its own. Raises AssertionError that names the seed."""
+    row = next(row for row in ROWS if row.name == name)
+    seed = random.SystemRandom().randrange(10**9)
+    try:
+        row.run(bench, Trial(number, seed, folder))
+    except AssertionError as error:
+        raise AssertionError(f"row {name}, trial {number}, seed of the trial {seed}: {error}") from error
