@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -21,6 +22,7 @@ from tests.helpers.recipes import recipe_of
 
 transformers = pytest.importorskip("transformers")
 
+REPOSITORY = Path(__file__).parents[3]
 MODEL_TYPES = {"gpt": "gpt2", "t5": "t5", "bart": "bart", "bert": "bert", "clip": "clip"}
 AWKWARD = ("\t", "\n", "\r\n", "  ", " " * 7, "\u2581", "\ufeff", "\ufffd", "\0", "<unk>", "<0x41>", "<|endoftext|>",
            "😀", "👩‍👩‍👧", "漢字", "かな", "한", "é", "e\u0301", "<pad>", "[MASK]", "<extra_id_0>")
@@ -126,7 +128,7 @@ def test_a_piece_with_the_name_of_a_special_token(tokenizer, tmp_path):
 
 def test_what_is_not_exported(tokenizer, tmp_path):
     config = config_of("gpt", tmp_path)
-    unigram = train_tokenizer(["some words to cut into pieces\n" * 50], TokenizerOptions(300, "unigram"))
+    unigram = train_tokenizer([(REPOSITORY / "README.md").read_text()], TokenizerOptions(400, "unigram"))
     with pytest.raises(UserError, match="unigram.*--algorithm bpe"):
         export_tokenizer(unigram, config, tmp_path)
     proto = ModelProto.FromString(tokenizer.model)
