@@ -11,7 +11,8 @@ from pretrain.hooks.tensorboard import TensorBoardHook
 from pretrain.quiet import Quiet
 
 __all__ = [
-    "ConsoleHook", "CurveHook", "HealthHook", "Hook", "Hooks", "MetricsFileHook", "RunView", "TensorBoardHook", "standard_hooks",
+    "ConsoleHook", "CurveHook", "HealthHook", "Hook", "Hooks", "MetricsFileHook", "RunView",
+    "TensorBoardHook", "standard_hooks",
 ]  # fmt: skip
 
 
