@@ -150,6 +150,7 @@ class Engine:
         items = self._items(batches, weight=None)
         if self.layout.pipeline > 1:
             loss = self.deepspeed.train_batch(iter(items))
+            zero.settle_tied(self.deepspeed)
         else:
             loss = torch.zeros((), device=self.device)
             self.deepspeed.train()

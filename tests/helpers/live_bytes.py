@@ -10,47 +10,43 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """`current_bytes` and `peak_bytes` of all storages made by operations inside the context, forward and backward.
+    """The bytes of all storages that operations inside the context made, forward and backward.
 
-    What was there before does not count; a view counts with its storage; a storage that is resized counts as it is at
-    the time of the last operation that touched it.
+    What was there before does not count. A view counts with its storage, and a storage that is resized with the size
+    that it has.
     """
 
     def __init__(self):
         super().__init__()
-        self.current_bytes = self.peak_bytes = 0
-        self._held: dict[int, int] = {}
-        self._known: set[int] = set()
+        self.peak_bytes = 0
+        self._made: dict[int, weakref.ref] = {}
+        self._foreign: set[int] = set()
+
+    @property
+    def current_bytes(self) -> int:
+        """What is alive now."""
+        return sum(storage.nbytes() for storage in (reference() for reference in self._made.values()) if storage)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in _tensors((args, kwargs)):
-            self._meet(tensor, is_new=False)
+        for storage in _storages((args, kwargs)):
+            self._meet(storage, is_new=False)
         result = function(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            self._meet(tensor, is_new=True)
+        for storage in _storages(result):
+            self._meet(storage, is_new=True)
+        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
         return result
 
-    def _meet(self, tensor: torch.Tensor, is_new: bool) -> None:
-        storage = tensor.untyped_storage()
+    def _meet(self, storage: torch.UntypedStorage, is_new: bool) -> None:
         key = storage._cdata
-        if key not in self._held and key not in self._known:
-            if not is_new:
-                self._known.add(key)  # from before; it stays out of the count
-                weakref.finalize(storage, self._known.discard, key)
-                return
-            self._held[key] = 0
-            weakref.finalize(storage, self._forget, key)
-        if key in self._held:
-            self._change(storage.nbytes() - self._held[key])
-            self._held[key] = storage.nbytes()
-
-    def _forget(self, key: int) -> None:
-        self._change(-self._held.pop(key, 0))
-
-    def _change(self, num_bytes: int) -> None:
-        self.current_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.current_bytes)
+        if key in self._made or key in self._foreign:
+            return
+        if is_new:
+            self._made[key] = weakref.ref(storage)
+            weakref.finalize(storage, self._made.pop, key, None)
+        else:
+            self._foreign.add(key)
+            weakref.finalize(storage, self._foreign.discard, key)
 
 
-def _tensors(values) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+def _storages(values) -> list[torch.UntypedStorage]:
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
