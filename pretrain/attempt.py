@@ -8,7 +8,7 @@ from types import TracebackType
 
 from parallel.rank_info import RankInfo
 from parallel.rendezvous import highest
-from pretrain.errors import ExitCode
+from pretrain.errors import ExitCode, NodeSuspected
 from pretrain.grace import Grace
 from pretrain.hooks.signals import StopSignals, exit_code_of, request_name
 from pretrain.run_lock import RunLock
@@ -97,8 +97,10 @@ class Attempt:
         # Before the ranks have met another run may own the folder; a token then tells its notes from ours.
         if error is not None and (self._begun or self.info.attempt_token):
             reason, code = reason_of(error)
-            note_failure(self.folder, self.info, self.last_step, code, reason, getattr(error, "node", None))
-            self._write(reason=reason, exit_code=code, rank=self.info.rank, node=self.info.node)
+            suspect = error if isinstance(error, NodeSuspected) else None  # all ranks may tell of the same one
+            note_failure(self.folder, self.info, self.last_step, code, reason, suspect)
+            who = suspect or self.info
+            self._write(reason=reason, exit_code=code, rank=who.rank, node=who.node)
         if self._lock is not None:
             self._lock.release()
         self._grace.stop()

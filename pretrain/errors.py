@@ -43,14 +43,19 @@ class ConfigError(Exception):
 
 
 class UserError(Exception):
-    """The user must change something that is not in the config. The message says what, and how.
+    """The user must change something that is not in the config. The message says what, and how."""
 
-    ``node`` is the node that is to blame, where that is another one than the node of the rank that says it.
-    """
-
-    def __init__(self, message: str, exit_code: int = ExitCode.USER, node: str | None = None):
-        self.exit_code, self.node = ExitCode(exit_code), node
+    def __init__(self, message: str, exit_code: int = ExitCode.USER):
+        self.exit_code = ExitCode(exit_code)
         super().__init__(message)
+
+
+class NodeSuspected(UserError):
+    """A node computes, stores or communicates wrongly. `rank` and `node` are None where several may be meant."""
+
+    def __init__(self, message: str, rank: int | None, node: str | None):
+        super().__init__(message, ExitCode.NODE)
+        self.rank, self.node = rank, node
 
 
 def render(problems: Sequence[Problem], source: str) -> str:

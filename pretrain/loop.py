@@ -26,12 +26,12 @@ from pretrain.checkpoint.resume import check_same_run, facts_of
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -46,7 +46,9 @@ class Run:
     world_size: int
     folder: Path
     device_name: str
+    node: str
     start_step: int = 0
+    engine: Engine | None = None  # built after the run folder has been looked at
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +88,7 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
     try:
         with Attempt(folder, info) as attempt, _world(info):
             groups = build_groups(Layout.of(config.parallel, info.world_size))
-            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name)
+            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
             hooks = standard_hooks(config, quiet)
             try:
                 return _run(run, groups, device, hooks, attempt, quiet)
@@ -105,8 +107,9 @@ def _world(info: RankInfo) -> Iterator[None]:
     try:
         join(info)
     except RendezvousError as error:
-        code = ExitCode.USER if error.is_mistake else ExitCode.NODE if error.node else ExitCode.INTERNAL
-        raise UserError(str(error), code, error.node) from None
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -155,7 +158,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if run.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         config.save(run.folder / "config.yaml")
-    engine = build_engine(config, groups, device)
+    engine = run.engine = build_engine(config, groups, device)
     adam_step = 0
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
@@ -249,7 +252,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     batches = None
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))
