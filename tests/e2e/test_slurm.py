@@ -144,6 +144,16 @@ def test_a_node_that_failed_twice_is_kept_out(cluster, recipe, tmp_path):
     cluster.run("scancel", job_id)
 
 
+def test_limits_that_the_cluster_does_not_enforce_at_submission(recipe, tmp_path):
+    """Slurm's default: such a job would wait for ever. It is cancelled, and the reason is told."""
+    with local_slurm(nodes=2, cpus=2, enforce=False) as cluster:
+        for words in (("--time", "99-0"), ("--cpus-per-task", "64")):
+            done = trainyard(cluster, "submit", str(recipe), *JOB, *words, f"run.dir={tmp_path}")
+            assert done.returncode == 2, done.stdout
+            assert "would never start it: PartitionConfig. It was cancelled" in done.stderr
+            assert cluster.run("squeue", "-h", "-o", "%i") == ""
+
+
 def test_without_sbatch(recipe, tmp_path):
     environ = {"PATH": str(Path(shutil.which("true")).parent / "nothing"), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "pretrain", "submit", str(recipe), *JOB, f"run.dir={tmp_path}"],
