@@ -267,12 +267,12 @@ def kill_switch(bench: Bench, trial: Trial) -> None:
 
 SHIPPED = ROOT / "slurm" / "train.sbatch"
 F14 = {
-    "nodes": ("--nodes", "9", "Node count specification invalid"),
+    "nodes": ("--nodes", "9", "More processors requested than permitted"),
     "gpus": ("--gpus-per-node", "8", "generic resource"),
     "time": ("--time", "99-0", "time limit"),
     "partition": ("--partition", "nowhere", "invalid partition"),
     "constraint": ("--constraint", "imaginary", "feature"),
-    "cpus": ("--cpus-per-task", "64", "CPU count"),
+    "cpus": ("--cpus-per-task", "64", "More processors requested than permitted"),
     "excluded node": ("--exclude", "no-such-node", "Invalid node name"),
     "crlf": ("--template", lambda text: text.replace("\n", "\r\n"), "DOS line breaks"),
     "no shebang": ("--template", lambda text: text.partition("\n")[2], "does not look like a batch script"),
