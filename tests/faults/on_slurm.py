@@ -62,7 +62,7 @@ def finish(bench: Bench, trial: Trial, job_id: str, restarts: int = 1) -> None:
 def before_the_time_limit(bench: Bench, trial: Trial) -> None:
     """F1: Slurm's own warning. The save is complete 10 s before the limit, and the job goes on by itself."""
     endless = ("checkpoint.every=0", "schedule.decay_steps=240", "parallel.global_batch=32")
-    job_id = submit(bench, trial, "--time", "3", "--signal-seconds", "60", num_ranks=2,
+    job_id = submit(bench, trial, "--time", "2", "--signal-seconds", "60", num_ranks=2,
                     run=(*endless, "run.steps=1000000"))
     cluster = bench.cluster
     wait_until(lambda: cluster.job(job_id)["JobState"] == "RUNNING", 1800, "the job runs")
