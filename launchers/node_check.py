@@ -1,10 +1,11 @@
 """Whether this node can train at all, looked at before the first step: run folder, disc, devices, Python packages.
 
 ``python -m launchers.node_check RUN_FOLDER DEVICES``, one task a node. Exit code 71 when something is wrong, with a
-note that names the node.
+note on standard output that names the node: the run folder may be just what cannot be written.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from parallel.rank_info import RankInfoError, alone, read_rank_info
 from pretrain.errors import ExitCode
-from pretrain.status import NOTES_FOLDER, write_note
+from pretrain.status import NOTES_FOLDER
 
 FREE_BYTES = 1 << 30
 
@@ -33,13 +34,9 @@ def main(argv: Sequence[str]) -> int:
     if not found:
         return 0
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
-    sys.stderr.write(f"{reason}\n")
     note = {"rank": None, "node": info.node, "exit_code": int(ExitCode.NODE), "reason": reason,
             "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
-    try:
-        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{info.node}.json", note)
-    except OSError as error:
-        sys.stderr.write(f"{error}\n")
+    sys.stdout.write(json.dumps(note) + "\n")
     return ExitCode.NODE
 
 

@@ -240,13 +240,10 @@ def refused(bench: Bench, trial: Trial) -> None:
 
 
 def taken_over(bench: Bench, trial: Trial) -> None:
-    first = submit(bench, trial, *TWO_NODES)
+    first = submit(bench, trial, *TWO_NODES, "--no-requeue")
     wait_for_step(bench, trial, first, 60)
-    for pid in ranks_of(trial.run).values():
-        os.kill(pid, signal.SIGKILL)
-    bench.cluster.run("scancel", "--full", "--signal=KILL", first)
-    bench.cluster.run("scancel", first)
-    bench.cluster.wait_for_state(first)
+    os.kill(ranks_of(trial.run)[0], signal.SIGKILL)
+    assert bench.cluster.wait_for_state(first) == "FAILED"
     assert (trial.run / "run.lock").exists()
     job_id = submit(bench, trial, *TWO_NODES)
     assert bench.cluster.wait_for_state(job_id) == "COMPLETED", log(trial.run)
@@ -313,3 +310,22 @@ def step_daemon_killed(bench: Bench, trial: Trial) -> None:
     wait_until(lambda: not processes_of(trial.run), 60, "no rank is left")
     finish(bench, trial, job_id)
 
+
+def bad_node(bench: Bench, trial: Trial) -> None:
+    """Beside the rows: a node that cannot write the run folder is named and kept out."""
+    cluster = bench.cluster
+    (trial.run / "logs").mkdir(parents=True)
+    cluster.on_node("n2", "mount", "--bind", "-o", "ro", str(trial.run), str(trial.run))
+    try:
+        job_id = submit(bench, trial, *TWO_NODES, run=("run.steps=12",))
+        wait_until(lambda: "nodes kept out" in log(trial.run), 300, "the check of the nodes fails")
+        status = read(trial.run)
+        assert (status.exit_code, status.node) == (71, "n2"), status
+        assert "node n2 cannot train" in status.reason, status
+        assert "Read-only file system" in status.reason, status
+        assert cluster.job(job_id)["ExcNodeList"] == "n2"
+        cluster.start_requeued_now(job_id)
+        assert cluster.wait_for_state(job_id) == "COMPLETED", log(trial.run)
+    finally:
+        cluster.on_node("n2", "umount", str(trial.run))
+    assert read(trial.run).nodes == ("n1", "n3")

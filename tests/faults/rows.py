@@ -61,6 +61,8 @@ ROWS = (
     Row("J7", "secrets in the environment of a crash", "in no file", len(hostile.J7), hostile.secrets_stay_out,
         slurm=True),
     Row("J8", "open ports during a run", "loopback only", len(launched.J8), launched.open_ports, slurm=True),
+    Row("X2", "a node cannot write the run folder", "named, kept out, the job goes on elsewhere", 1, on_slurm.bad_node,
+        slurm=True),
     Row("X1", "elastic torchrun, a rank killed", "restarted by torchrun, exact", 1, launched.elastic_restart),
 )
 

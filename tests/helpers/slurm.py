@@ -98,6 +98,10 @@ class LocalSlurm:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
 
+    def on_node(self, name: str, *words: str) -> None:
+        """Runs a command where the node's processes run, among its own mounts."""
+        subprocess.run(["nsenter", "--mount", "--uts", f"--target={self._started[name].pid}", *words], check=True)
+
     def down(self) -> None:
         """Cancels jobs, stops daemons; raises AssertionError when a process is left."""
         controller = self._started.get("slurmctld")
