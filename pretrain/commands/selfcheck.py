@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launchers.local import run_local
-from launchers.node_check import answering_devices, note_node, problems
+from launchers.node_check import devices_here, note_node, problems
 from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
 from pretrain.commands.train import check_nproc
 from pretrain.config import RunConfig, load_run
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _default_nproc(args: argparse.Namespace) -> int:
     if not args.config:
-        return answering_devices() or 2
+        return devices_here() or 2
     parallel = load_run(args.config, args.overrides).parallel
     return parallel.tensor * parallel.pipeline
 
@@ -98,7 +98,7 @@ def _node_problems(info: RankInfo) -> list[str]:
     """What is wrong with the node as such, told by the first rank on it."""
     if info.local_rank > 0:
         return []
-    return problems(None, info.local_world_size if answering_devices() else 0)
+    return problems(None, info.local_world_size if devices_here() else 0)
 
 
 def _note(report: "Report", config: RunConfig | None) -> None:
