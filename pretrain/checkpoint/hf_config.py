@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_pipeline.noise_facts import SpecialIds
+from pretrain.config import RunConfig
 from pretrain.errors import Problem
 from pretrain.models import FAMILIES, architectures, family_spec
 from pretrain.models.family import FamilyConfig
@@ -213,3 +215,20 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         values = values.setdefault(section, {})
     values[name] = value
+
+
+def token_ids_of(config: RunConfig, end_of_text: int | None) -> dict[str, int]:
+    """The ids that config.json names, as the objective of a run here uses them; empty without a tokenizer."""
+    if end_of_text is None:
+        return {}
+    special, form = SpecialIds(config.model.vocab_size), config.spec.form
+    if form == "decoder":
+        return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    if form == "encoder":
+        return {"bos_token_id": special.start, "eos_token_id": special.separator, "pad_token_id": special.pad}
+    if form == "dual_encoder":
+        return {"eos_token_id": end_of_text}
+    # The decoder's first input: end-of-text where a damaged sample is restored, else padding.
+    first = end_of_text if config.objective.name == "denoising" else special.pad
+    return {"bos_token_id": special.start, "eos_token_id": end_of_text, "pad_token_id": special.pad,
+            "decoder_start_token_id": first}

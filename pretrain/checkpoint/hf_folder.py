@@ -140,8 +140,9 @@ class HFFolder:
         for copy, original in self.architecture.copies(self.model).items():
             place, source = self._places.get(copy), self._places[original]
             if place and place is not source and not torch.equal(_read(place), _read(source)):
-                problems.append(Problem(f"tensor {copy}", f"other numbers than {original}", "the same, since config.json "
-                                        "says that they are tied", "take a model that is tied, or mend config.json"))
+                problems.append(Problem(f"tensor {copy}", f"other numbers than {original}",
+                                        f"the same: {CONFIG} says that they are tied",
+                                        f"take a model that is tied, or mend {CONFIG}"))
         for name in self.architecture.zeros:
             if name in self._places and _read(self._places[name]).any():
                 problems.append(Problem(f"tensor {name}", "numbers other than 0", "0: there is no such part here",
@@ -189,8 +190,9 @@ def _places(folder: Path) -> dict[str, Place]:
             continue
         problems += [Problem(f"tensor {name}", f"nothing in {file.name}, where {INDEX} says it is", "the tensor",
                              "fetch the folder again") for name in sorted(set(listed) - set(here))]
+        twice = here.keys() & found.keys()
         problems += [Problem(f"tensor {name}", f"in {file.name} and in {found[name].file.name}", "one of them",
-                             "remove the file that does not belong to the model") for name in here.keys() & found.keys()]
+                             "remove the file that does not belong to the model") for name in sorted(twice)]
         found |= here
     if problems:
         raise HFError(folder, problems, ExitCode.DATA)

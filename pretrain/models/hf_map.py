@@ -1,8 +1,8 @@
 """The words in which a family says how its models lie in a transformers folder (facts: no torch).
 
-`pretrain/models/<family>/hf.py` holds `ARCHITECTURES`, a tuple of `Architecture`: the fields of config.json beside ours,
-and the names of tensors beside ours, with what happens to a tensor on the way. Nothing here or there runs on a tensor;
-`pretrain/checkpoint/hf_tensors.py` does what the steps say, in both directions.
+`pretrain/models/<family>/hf.py` holds `ARCHITECTURES`, a tuple of `Architecture`: the keys of config.json beside our
+fields, and the names of tensors beside ours, with what happens to a tensor on the way. Nothing here or there runs on a
+tensor; `pretrain/checkpoint/hf_tensors.py` does what the steps say, in both directions.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Free:
 FieldRule = Same | Must | Only | Told | Present | Free
 
 # Of every config.json: who wrote it, labels of other heads, and how texts are generated.
-FREE_EVERYWHERE = frozenset("""
+_NO_BEARING = """
     architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash use_cache
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 chunk_size_feed_forward id2label
     label2id num_labels _num_labels problem_type task_specific_params finetuning_task tokenizer_class prefix
@@ -189,7 +189,8 @@ FREE_EVERYWHERE = frozenset("""
     return_dict_in_generate remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens tf_legacy_loss gradient_checkpointing output_past classifier_dropout attn_implementation
     _attn_implementation_autoset vocab_file
-""".split())
+"""
+FREE_EVERYWHERE = frozenset(_NO_BEARING.split())
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
