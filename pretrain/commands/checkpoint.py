@@ -14,7 +14,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("checkpoint", help="list, verify and convert checkpoints", description=__doc__)
     verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="VERB")
     listed = verbs.add_parser("list", help="what a run folder keeps, newest first")
-    listed.add_argument("run", metavar="RUN", type=Path, help="a run folder")
+    listed.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
     listed.add_argument("--json", action="store_true", help="one JSON list")
     verify = verbs.add_parser("verify", help="hash every file, and see that every tensor is whole")
     verify.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint, or a run folder for all of its")
@@ -38,7 +38,7 @@ def folders_of(path: Path) -> list[Path]:
 
 
 def _list(args: argparse.Namespace) -> int:
-    rows = [_row(folder) for folder in folders_of(args.run)]
+    rows = [_row(folder) for folder in folders_of(args.folder)]
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return ExitCode.DONE

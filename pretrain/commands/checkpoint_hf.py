@@ -139,6 +139,9 @@ def _measured(what: Export, folder: Path, checkpoint: Checkpoint, config: RunCon
         ours = training_outputs(what.model, groups, what.tensor, torch_dtypes[what.dtype], sample)
     try:
         theirs = folder_outputs(folder, what.architecture, what.model, sample)
+    except ImportError:
+        raise UserError("the certificate needs transformers: pip install 'trainyard[hf]', or leave the measurement out "
+                        "with --no-certificate") from None
     except (ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"transformers does not load what was to be exported: {error}. This is a defect in the name "
                         f"map of {what.architecture.model_type}", ExitCode.INTERNAL) from None
