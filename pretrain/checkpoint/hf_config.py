@@ -217,10 +217,8 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
-def token_ids_of(config: RunConfig, end_of_text: int | None) -> dict[str, int]:
-    """The ids that config.json names, as the objective of a run here uses them; empty without a tokenizer."""
-    if end_of_text is None:
-        return {}
+def token_ids_of(config: RunConfig, end_of_text: int) -> dict[str, int]:
+    """The ids that config.json names, as the objective of a run here uses them."""
     special, form = SpecialIds(config.model.vocab_size), config.spec.form
     if form == "decoder":
         return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}

@@ -37,7 +37,7 @@ class Export:
     token_ids: dict[str, Any]
     dtype: str  # a key of DTYPES
     shard_bytes: int
-    companions: tuple[Path, ...] = ()  # files that go along under their own names
+    write_tokenizer: Callable[[Path], None] = lambda folder: None  # its files, into a folder
 
 
 def export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def written_aside(to: Path) -> Iterator[Path]:
 
 
 def write_folder(what: Export, folder: Path) -> None:
-    """config.json, the safetensors files with their index, and what goes along."""
+    """config.json, the safetensors files with their index, and the tokenizer."""
     ways = converted(what.architecture.names(what.model), what.shapes)
     planned = {name: _planned(what, name, way) for name, way in ways.items()}
     names = list(planned)
@@ -108,8 +108,7 @@ def write_folder(what: Export, folder: Path) -> None:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[what.dtype]
     _write_json(folder / CONFIG, write_config(what.architecture, what.model, what.token_ids, dtype))
-    for source in what.companions:
-        flush(Path(shutil.copyfile(source, folder / source.name)))
+    what.write_tokenizer(folder)
 
 
 def _planned(what: Export, name: str, way: Converted) -> list[Planned]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
+import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +41,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     export.add_argument("--to", metavar="DIR", type=Path, required=True, help="the folder to write; it must not exist")
     export.add_argument("--dtype", choices=DTYPES, default="fp32", help="number format of the weights (fp32)")
     export.add_argument("--architecture", metavar="NAME", help="the model_type to write, where several fit (the first)")
+    export.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
     export.add_argument("--no-certificate", action="store_true", help="do not measure: for a model that fits on no "
                         "single machine; certificate.json then says so")
     read = verbs.add_parser("import", help="make a checkpoint of a transformers folder", description="Writes a run "
@@ -88,7 +93,6 @@ def export(args: argparse.Namespace) -> int:
 def _what(args: argparse.Namespace, checkpoint: Checkpoint, config: RunConfig, groups: Groups) -> Export:
     """The export that was asked for. Raises ConfigError with what the architecture cannot say of the model."""
     from pretrain.checkpoint.hf_export import Export
-    from pretrain.checkpoint.hf_import import TOKENIZER_FILES
     from pretrain.models.build import global_shapes
 
     imported = checkpoint.manifest.get("imported", {})
@@ -100,21 +104,30 @@ def _what(args: argparse.Namespace, checkpoint: Checkpoint, config: RunConfig, g
         raise UserError(f"--architecture {asked}: the family {family} can be written as {error}") from None
     if problems:
         raise ConfigError(problems, f"{checkpoint.folder} as {architecture.model_type}")
-    ids = imported.get("token_ids")
-    files = {path.name: path for path in map(checkpoint.folder.joinpath, TOKENIZER_FILES) if path.is_file()}
-    if ids is None:
-        ids = token_ids_of(config, _end_of_text(files))
-        files = {}
-    return Export(config.model, global_shapes(config.model, groups), checkpoint.tensor, architecture, ids, args.dtype,
-                  args.shard_size, tuple(files.values()))
+    write_tokenizer, token_ids = _tokenizer(checkpoint, config)
+    what = Export(config.model, global_shapes(config.model, groups), checkpoint.tensor, architecture, token_ids,
+                  args.dtype, args.shard_size)
+    return what if args.no_tokenizer else replace(what, write_tokenizer=write_tokenizer)
 
 
-def _end_of_text(files: dict[str, Path]) -> int | None:
-    """End-of-text of the tokenizer that travels with the checkpoint."""
-    from data_pipeline.manifest import TOKENIZER_FILE
-    from data_pipeline.tokenizer import Tokenizer
+def _tokenizer(checkpoint: Checkpoint, config: RunConfig) -> tuple[Callable[[Path], None], dict[str, int]]:
+    """What writes the tokenizer's files into a folder, and the ids that config.json names.
 
-    return Tokenizer.load(files[TOKENIZER_FILE]).end_of_text if TOKENIZER_FILE in files else None
+    An imported model's files go out as they came in.
+    """
+    from pretrain.checkpoint.hf_import import TOKENIZER_FILES
+    from pretrain.checkpoint.hf_tokenizer import export_tokenizer
+    from pretrain.trained import load_tokenizer
+
+    def copy_files(folder: Path) -> None:
+        for source in map(checkpoint.folder.joinpath, TOKENIZER_FILES):
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
+
+    if "imported" in checkpoint.manifest:
+        return copy_files, checkpoint.manifest["imported"]["token_ids"]
+    tokenizer = load_tokenizer(checkpoint)
+    return partial(export_tokenizer, tokenizer, config), token_ids_of(config, tokenizer.end_of_text)
 
 
 def _facts(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
