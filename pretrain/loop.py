@@ -32,7 +32,7 @@ from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -258,7 +258,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     batches = None
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))

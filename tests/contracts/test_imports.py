@@ -53,6 +53,8 @@ TABLE = {
     "pretrain/cli.py": (*FACTS, "pretrain.commands.*"),
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
+    "pretrain/evaluation/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
+                              "pretrain.evaluation*", "pretrain.trained", "pretrain.generation"),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
                    "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
                    "pretrain.generation"),
