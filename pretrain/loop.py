@@ -27,7 +27,7 @@ from pretrain.checkpoint.start import start_folder
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
@@ -98,8 +98,6 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
                 raise
     except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    except RendezvousError as error:
-        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
 
@@ -107,7 +105,12 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
 @contextmanager
 def _world(info: RankInfo) -> Iterator[None]:
     """Among the other ranks; left in order, so that the process ends without an abort."""
-    join(info)
+    try:
+        join(info)
+    except RendezvousError as error:
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -177,16 +180,21 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         hooks.on_step_end(run, record)
         request = attempt.step_done(step)
         last = step == run.total_steps
+        if request and not last and attempt.no_time_to_save():
+            break
         if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
         if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+            started = time.perf_counter()
+            path = _save(run, engine, hooks, step, adam_step)
+            attempt.saved(path, step, time.perf_counter() - started)
         if request and not last:
             break
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
-    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
+    saved = "no time was left to save" if attempt.is_too_late else "saved"
+    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
     return attempt.stopped(request) if stopped else attempt.done()
 

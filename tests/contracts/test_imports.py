@@ -21,7 +21,7 @@ SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain
               "pretrain.models.*.hf")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
-                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
+                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped", "pretrain.stop_files")
 CHECKPOINT_FACTS = ("pretrain.checkpoint", "pretrain.checkpoint.manifest", "pretrain.checkpoint.start",
                     "pretrain.checkpoint.hf_config")
 FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS, *CHECKPOINT_FACTS)
@@ -56,8 +56,8 @@ TABLE = {
     "pretrain/evaluation/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
                               "pretrain.evaluation*", "pretrain.trained", "pretrain.generation"),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
-                   "pretrain.generation"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.grace", "pretrain.datasets",
+                   "pretrain.trained", "pretrain.generation"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),
