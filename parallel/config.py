@@ -8,13 +8,17 @@ STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fals
 
 
 class ParallelConfig(BaseModel):
-    """The degrees of every axis and the batch. The data degree follows: ranks / (tensor * pipeline)."""
+    """The degrees of every axis and the batch. The data degree follows: ranks / (tensor x context x pipeline)."""
 
     model_config = STRICT
 
     tensor: int = Field(1, ge=1, description="ranks that share every matrix of a layer (tensor parallel degree)")
     sequence: bool = Field(
         False, description="split activations between the matrices along the sequence over the tensor ranks"
+    )
+    context: int = Field(
+        1, ge=1, description="ranks that share the sequence of the same samples (context parallel degree); attention "
+        "trades its part of the sequence for a part of the heads"
     )
     pipeline: int = Field(1, ge=1, description="stages the layers are cut into (pipeline parallel degree)")
     zero_stage: int = Field(

@@ -1,8 +1,8 @@
 """Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
 
-Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on
-this tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions
-cut dim 0.
+Shapes: s the part of the sequence that this context rank holds (s/t inside a sequence-parallel region), b micro-batch,
+h hidden, a heads and g key-value heads on this tensor rank, d head width, t tensor degree, c context degree.
+Activations between layers are [s, b, h], as megatron-core's regions cut dim 0.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ class SelfAttention(nn.Module):
     """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
 
     The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim
-    holds whole groups on any tensor degree.
+    holds whole groups on any tensor degree. Over context ranks, each attends over the whole sequence with a part of the
+    groups.
     """
 
     def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
@@ -147,8 +148,9 @@ class SelfAttention(nn.Module):
         """x [s(/t), b, h] -> same; `mask` as in `parallel.seeds.attention`."""
         qkv = self.qkv(x)  # [s, b, g * (per_group + 2) * d]
         s, b, _ = qkv.shape
-        qkv = qkv.view(s, b, -1, self.per_group + 2, self.width).permute(1, 2, 3, 0, 4)  # [b, g, per_group + 2, s, d]
-        q, k, v = qkv[:, :, :-2].reshape(b, -1, s, self.width), qkv[:, :, -2], qkv[:, :, -1]
+        qkv = self.shard.context.to_heads(qkv.view(s, b, -1, (self.per_group + 2) * self.width))  # [s * c, b, g/c, ..]
+        qkv = qkv.unflatten(-1, (-1, self.width)).permute(1, 2, 3, 0, 4)  # [b, g/c, per_group + 2, s * c, d]
+        q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1]
         if self.rotary:
             offset = cache.length if cache else 0
             q, k = self.rotary(q, offset), self.rotary(k, offset)
@@ -159,7 +161,7 @@ class SelfAttention(nn.Module):
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
                       shard=self.shard, mask=mask, scale=self.shape.attention_scale)
-        return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+        return self.out(self.shard.context.to_sequence(y.permute(2, 0, 1, 3)).reshape(s, b, -1))
 
 
 class CrossAttention(nn.Module):

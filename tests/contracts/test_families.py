@@ -82,10 +82,12 @@ def test_flops_grow_with_the_model(family, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_objectives_of_a_family_have_its_form(family, name):
+def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
     assert family_spec(family).form in OBJECTIVES[name].losses
     loss = make_loss(name, family, TensorShard(None, torch.device("cpu")))
     assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
+    in_parts = not family_spec(family).facts(config_of(family, tmp_path).model).why_no_context
+    assert callable(getattr(loss, "part", None)) == in_parts
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
