@@ -38,7 +38,13 @@ class PrecisionConfig(BaseModel):
 
     model_config = STRICT
 
-    compute: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of forward and backward")
+    compute: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        "fp32", description="number format of forward and backward; `fp8` is not there yet and refused"
+    )
+    reduce: Literal["fp32", "compute"] = Field(
+        "fp32", description="number format in which gradients travel between data and context ranks and are summed: "
+        "`compute` is that of precision.compute, which halves the bytes of bf16 and fp16"
+    )
     initial_scale_power: int = Field(
         16, ge=0, le=32, description="fp16 only: the loss scale starts at 2 to this power"
     )

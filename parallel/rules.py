@@ -278,6 +278,15 @@ RULES: tuple[Rule, ...] = (
         change=_batch_change,
     ),
     Rule(
+        name="fp8",
+        where="precision.compute",
+        broken=lambda c: c.precision.compute == "fp8",
+        asked=lambda c: "fp8",
+        possible=lambda c: "fp32, bf16 and fp16: fp8 needs scaled matrix products and a history of their scales, which "
+        "no layer here has yet",
+        change=lambda c: "set precision.compute=bf16",
+    ),
+    Rule(
         name="fp16-zero",
         where="parallel.zero_stage",
         broken=lambda c: c.precision.compute == "fp16" and c.parallel.zero_stage == 0,

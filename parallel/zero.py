@@ -39,7 +39,7 @@ def deepspeed_config(
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": False,
-        "communication_data_type": "fp32",
+        "communication_data_type": precision.compute if precision.reduce == "compute" else "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": half == "bf16", "immediate_grad_update": True},
         "fp16": {

@@ -61,6 +61,7 @@ NEGATIVE = [
     ("batch-divides", {"global_batch": 12}, "parallel.global_batch", "to 16", {"global_batch": 16}),
     ("batch-divides", {"global_batch": 31, "world_size": None}, "parallel.global_batch", "30 or 32",
      {"global_batch": 30}),
+    ("fp8", {"compute": "fp8"}, "precision.compute", "set precision.compute=bf16", {"compute": "bf16"}),
     ("fp16-zero", {"compute": "fp16"}, "parallel.zero_stage", "zero_stage=1", {"zero_stage": 1}),
 ]
 
