@@ -33,6 +33,7 @@ setup(
         "megatron-core>=0.16,<0.17",
         "webdataset>=1,<2",
         "sentencepiece>=0.2,<0.3",
+        "protobuf>=4",
         "pydantic>=2.8,<3",
         "PyYAML>=6,<7",
         "numpy>=1.26,<3",

@@ -4,8 +4,8 @@ DeepSpeed-Ulysses (Jacobs et al. 2023, arXiv 2309.14509, section 3.1) as an axis
 before attention and one after it, over the ranks that differ in the context index alone. Every tensor rank exchanges
 the heads it holds, so heads must divide by tensor x context.
 
-Shapes: s the whole sequence, c the context degree, b micro-batch, g groups of heads on this tensor rank, w what a group
-holds of a token.
+Shapes: s the whole sequence, c the context degree, b micro-batch, w what the heads of this tensor rank hold of a token,
+laid out head by head (or group by group), so that w/c is whole ones.
 """
 
 from __future__ import annotations
@@ -48,16 +48,14 @@ class ContextShard:
         return x.narrow(dim, self.first(length), length + overlap)
 
     def to_heads(self, x: Tensor) -> Tensor:
-        """[s/c, b, g, w] of all groups -> [s, b, g/c, w], the whole sequence of this rank's groups."""
+        """[s/c, b, w] of all heads -> [s, b, w/c], the whole sequence of a part of the heads."""
         if self.size == 1:
             return x
-        length, b, groups, width = x.shape
-        blocks = x.view(length, b, self.size, groups // self.size, width).permute(2, 0, 1, 3, 4)
-        return _Exchange.apply(blocks, self.group).flatten(0, 1)
+        return _Exchange.apply(x.unflatten(-1, (self.size, -1)).permute(2, 0, 1, 3), self.group).flatten(0, 1)
 
     def to_sequence(self, x: Tensor) -> Tensor:
-        """[s, b, g/c, w] of this rank's groups -> [s/c, b, g, w], its part of the sequence of all groups."""
+        """[s, b, w/c] of a part of the heads -> [s/c, b, w], this rank's part of the sequence of all heads."""
         if self.size == 1:
             return x
-        received = _Exchange.apply(x.unflatten(0, (self.size, -1)), self.group)  # [c, s/c, b, g/c, w]
-        return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        received = _Exchange.apply(x.unflatten(0, (self.size, -1)), self.group)  # [c, s/c, b, w/c]
+        return received.permute(1, 2, 0, 3).flatten(2)

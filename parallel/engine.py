@@ -23,7 +23,7 @@ from parallel.initialise import draw, slice_of
 from parallel.megatron import Groups, TensorShard
 from parallel.pipeline import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
-from parallel.recompute import recomputed
+from parallel.recompute import recompute_selectively, recomputed
 from parallel.seeds import seed_step
 from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 from parallel.two_pass import DataRows, GradientCache, concatenated, surrogate
@@ -82,7 +82,7 @@ class Engine:
         with zero.sharded_construction(config, groups):
             stage = Stage(specs, self.bounds[at.pp], self.bounds[at.pp + 1])
         self.stage, self.slots, self._borrowed = stage, self._make_slots(stage), stage.borrowed()
-        wrapped = self._wrap(stage, precision, parallel)
+        wrapped = self._wrap(specs, precision, parallel)
         named = [(slot.name, slot.parameter) for slot in self.slots.values()]
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, self.layout,
                                            make_optimizer(named))
@@ -101,14 +101,20 @@ class Engine:
             slots[name] = Slot(name, parameter, shape, parameter.plan.slice_dim)
         return slots
 
-    def _wrap(self, stage: Stage, precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Callable]:
-        cast = self.stage_zero and precision.compute != "fp32"
+    def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
+              ) -> dict[str, Callable]:
+        """How this stage's layers are called, by name, where that is not as they are."""
+        stage, cast = self.stage, self.stage_zero and precision.compute != "fp32"
+        blocks = [spec.name for spec in specs if spec.recompute]
+        chosen = set(blocks[:: parallel.recompute_every])  # counted over the whole model, so no layout changes it
         wrapped: dict[str, Callable] = {}
         for spec in stage.specs:
             layer = stage.by_name[spec.name]
+            if parallel.recompute == "selective" and spec.name in chosen:
+                recompute_selectively(layer)
             if cast:
                 layer = CastOnUse(layer, DTYPES[precision.compute])
-            if parallel.recompute == "full" and spec.recompute:
+            if parallel.recompute == "full" and spec.name in chosen:
                 layer = recomputed(layer)
             if layer is not stage.by_name[spec.name]:
                 wrapped[spec.name] = layer
@@ -142,6 +148,7 @@ class Engine:
         items = self._items(batches, weight=None)
         if self.layout.pipeline > 1:
             loss = self.deepspeed.train_batch(iter(items))
+            zero.settle_tied(self.deepspeed)
         else:
             loss = torch.zeros((), device=self.device)
             self.deepspeed.train()

@@ -88,6 +88,21 @@ def highest(number: int) -> int:
     return int(largest.item())
 
 
+def exchange(text: str) -> list[str]:
+    """What every rank says, by rank. A collective."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [text]
+    data = text.encode()
+    padded = torch.zeros(highest(max(1, len(data))), dtype=torch.uint8)
+    padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+    told = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(told, padded)  # all ranks, on the CPU as above
+    return [bytes(part.tolist()).rstrip(b"\0").decode() for part in told]
+
+
 def _part(store: "torch.distributed.Store", rank: int, world_size: int, seconds: float) -> None:
     limit = timedelta(seconds=seconds)
     if store.add("trainyard/left", 1) == world_size:

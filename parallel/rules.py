@@ -287,6 +287,22 @@ RULES: tuple[Rule, ...] = (
         change=lambda c: "set precision.compute=bf16",
     ),
     Rule(
+        name="recompute-every",
+        where="parallel.recompute_every",
+        broken=lambda c: c.parallel.recompute_every > 1 and c.parallel.recompute == "none",
+        asked=lambda c: f"recompute_every={c.parallel.recompute_every} with recompute=none",
+        possible=lambda c: "recompute_every=1 where nothing is recomputed",
+        change=lambda c: "set parallel.recompute=full or selective, or parallel.recompute_every=1",
+    ),
+    Rule(
+        name="recompute-blocks",
+        where="parallel.recompute_every",
+        broken=lambda c: c.parallel.recompute_every > c.model.layers,
+        asked=lambda c: f"recompute_every={c.parallel.recompute_every} of {c.model.layers} blocks",
+        possible=lambda c: f"1 to {c.model.layers}",
+        change=lambda c: f"set parallel.recompute_every to {c.model.layers} or less",
+    ),
+    Rule(
         name="fp16-zero",
         where="parallel.zero_stage",
         broken=lambda c: c.precision.compute == "fp16" and c.parallel.zero_stage == 0,

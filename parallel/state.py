@@ -50,6 +50,12 @@ class Slot:
     slice_dim: int | None
 
 
+def whole_weights(slots: list[Slot]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(name, None, the weights as the model computes with them) where no rank holds less than its tensor slice."""
+    for slot in slots:
+        yield slot.name, None, slot.parameter.data
+
+
 class WholeState:
     """Stage 0: whole parameters under a torch optimizer."""
 
@@ -61,6 +67,9 @@ class WholeState:
         for slot in self.slots:
             whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
             yield Fragment(slot.name, 0, whole.view(-1))
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        return whole_weights(self.slots)
 
     def gradients(self) -> Iterator[Fragment]:
         for slot in self.slots:
@@ -77,6 +86,7 @@ class PartitionedState:
     def __init__(self, optimizer, slots: list[Slot]):
         self.optimizer = optimizer
         self.base = optimizer.optimizer
+        self.all_slots = slots
         self.slots = [slot for slot in slots if slot.parameter._hp_mapping is not None]
 
     def fragments(self, kind: str) -> Iterator[Fragment]:
@@ -86,6 +96,9 @@ class PartitionedState:
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             address = mapping.get_hp_fragment_address()
             yield Fragment(slot.name, mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        return whole_weights(self.all_slots)
 
     def gradients(self) -> Iterator[Fragment]:
         whole = getattr(self.optimizer, "fp32_groups_gradient_flat_partition", None)  # the bf16 optimizer's
@@ -129,6 +142,17 @@ class FullySharded:
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             if count:
                 yield Fragment(slot.name, start, source.narrow(0, offset, count))
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """This rank's pieces, and whole what DeepSpeed keeps gathered."""
+        for slot in self.by_parameter.values():
+            parameter = slot.parameter
+            if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
+                held = parameter.partition_numel()
+                count = max(0, min(held, parameter.ds_numel - self.replica * held))  # behind it lies padding
+                yield slot.name, self.replica, parameter.ds_tensor.view(-1)[:count]
+            if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
+                yield slot.name, None, parameter.data
 
     def gradients(self) -> Iterator[Fragment]:
         for slot, group, index, _, start, count in self._places():

@@ -136,6 +136,16 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
     return engine
 
 
+@torch.no_grad()
+def settle_tied(engine) -> None:
+    """Give a tied weight the bits of its first stage on the others too (group: the stages that hold it).
+
+    DeepSpeed sums its gradient over the stages and then over the data ranks, there in buckets that lie differently on
+    each stage. From three data ranks on the order of the sum differs, and the copies would drift apart.
+    """
+    engine.module._synchronize_tied_weights()
+
+
 def init_distributed(backend: str) -> None:
     """Let DeepSpeed adopt the process group that parallel/rendezvous.py made."""
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

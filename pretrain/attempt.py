@@ -7,7 +7,7 @@ from types import TracebackType
 
 from parallel.rank_info import RankInfo
 from parallel.rendezvous import highest
-from pretrain.errors import ExitCode
+from pretrain.errors import ExitCode, NodeSuspected
 from pretrain.hooks.signals import StopSignals, exit_code_of, forget_requests, request_name
 from pretrain.run_lock import RunLock
 from pretrain.status import Status, begin, note_failure, reason_of, write
@@ -71,8 +71,10 @@ class Attempt:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if error is not None and self._begun:
             reason, code = reason_of(error)
-            note_failure(self.folder, self.info, self.last_step, code, reason)
-            self._write(reason=reason, exit_code=code, rank=self.info.rank, node=self.info.node)
+            suspect = error if isinstance(error, NodeSuspected) else None  # all ranks may tell of the same one
+            note_failure(self.folder, self.info, self.last_step, code, reason, suspect)
+            who = suspect or self.info
+            self._write(reason=reason, exit_code=code, rank=who.rank, node=who.node)
         if self._lock is not None:
             self._lock.release()
         self.signals.restore()

@@ -32,6 +32,10 @@ class RunSection(Section):
     dir: str = Field(min_length=1, description="the run folder, relative to where the command is started")
     seed: int = Field(1234, ge=0, lt=2**63, description="decides the initial weights and the order of the data")
     steps: int = Field(ge=1, description="optimizer steps in the whole run, resumed parts included")
+    check_every: int = Field(
+        1000, ge=0, description="steps between checks that weights which several ranks hold are the same bit for bit; "
+        "0 never checks"
+    )
 
 
 class OptimizerSection(Section):

@@ -46,7 +46,9 @@ class Run:
     world_size: int
     folder: Path
     device_name: str
+    node: str
     start_step: int = 0
+    engine: Engine | None = None  # built after the run folder has been looked at
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +88,7 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
     try:
         with Attempt(folder, info) as attempt, _world(info):
             groups = build_groups(Layout.of(config.parallel, info.world_size))
-            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name)
+            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
             hooks = standard_hooks(config, quiet)
             try:
                 return _run(run, groups, device, hooks, attempt, quiet)
@@ -153,7 +155,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if run.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         config.save(run.folder / "config.yaml")
-    engine = build_engine(config, groups, device)
+    engine = run.engine = build_engine(config, groups, device)
     adam_step = 0
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]

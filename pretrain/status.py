@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from parallel.rank_info import RankInfo
-from pretrain.errors import ExitCode
+from pretrain.errors import ExitCode, NodeSuspected
 
 STATUS_FILE = "status.json"
 NOTES_FOLDER = Path("logs")
@@ -75,9 +75,11 @@ def write(folder: Path, status: Status) -> Status:
     return status
 
 
-def note_failure(folder: Path, info: RankInfo, step: int, exit_code: int, reason: str) -> None:
-    """Any rank: notes that it failed, and when. Quiet when even that cannot be written."""
-    note = {"rank": info.rank, "node": info.node, "job_id": info.job_id, "last_step": step, "exit_code": int(exit_code),
+def note_failure(folder: Path, info: RankInfo, step: int, exit_code: int, reason: str,
+                 suspect: NodeSuspected | None = None) -> None:
+    """Any rank: notes when it failed, and who did (itself, or a suspect). Quiet when even that cannot be written."""
+    who = suspect or info
+    note = {"rank": who.rank, "node": who.node, "job_id": info.job_id, "last_step": step, "exit_code": int(exit_code),
             "reason": reason[:2000], "unix_seconds": time.time(), "token": info.attempt_token}
     with contextlib.suppress(OSError):
         write_note(folder / NOTES_FOLDER / f"failed-rank{info.rank}.json", note)

@@ -40,6 +40,7 @@ TABLE = {
        for name in ("__init__", "objective", "*_spec")},
     "pretrain/objectives/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models.*", "pretrain.objectives.*"),
     **{f"{module.replace('.', '/')}.py": FACTS for module in CONFIG_FACTS},
+    "pretrain/checkpoint/hf_tokenizer.py": (*FACTS, "data_pipeline.pieces", "data_pipeline.tokenizer"),
     "pretrain/checkpoint/*": (*FACTS, *CORE, "pretrain.checkpoint", "pretrain.checkpoint.*", "pretrain.models.*"),
     "pretrain/hooks/*": (*FACTS, *CORE, "pretrain.hooks", "pretrain.hooks.*", "pretrain.checkpoint.*"),
     "pretrain/optim.py": (*FACTS, *CORE),

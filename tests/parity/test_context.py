@@ -82,3 +82,18 @@ def test_a_checkpoint_goes_on_without_context_ranks(tmp_path, recipe, reference)
     assert loss <= 1e-5
     assert norm <= 1e-4
     assert records[-1]["tokens"] == 24 * 8 * 32, "tokens count once, not once for each context rank"
+
+
+def test_a_long_sequence_over_four_ranks(tmp_path, recipe):
+    """32,768 tokens, of which no rank holds more than 8,192 outside attention."""
+    long = ["model.sequence_length=32768", "model.layers=1", "model.hidden=32", "parallel.micro_batch=1",
+            "parallel.global_batch=1", "run.steps=1", "data.heldout=null"]
+    found = []
+    for ranks in (1, 4):
+        folder = tmp_path / str(ranks)
+        overrides = [f"run.dir={folder}", f"parallel.context={ranks}", *long]
+        assert train_on(ranks, recipe, overrides, timeout_seconds=900) == [0] * ranks
+        found += read_metrics(folder / "metrics.jsonl")
+    alone, together = found
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert together["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-4)

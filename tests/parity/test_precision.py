@@ -38,8 +38,7 @@ def reduced_bytes(info, values: dict) -> dict[str, int]:
 
 
 def formats(info, values: dict) -> dict:
-    """Number formats inside a step, by what they are of; and whether a norm's statistics are those of fp32."""
-    import torch
+    """Number formats inside a step, by what they are of; and how much of a norm's output is that of fp32, rounded."""
     import torch.nn.functional as F
 
     from pretrain.models.blocks import Norm
@@ -55,9 +54,9 @@ def formats(info, values: dict) -> dict:
         note("norm weights on use", module.weight)
         x = inputs[0].float()
         exact = F.layer_norm(x, (x.shape[-1],), module.weight.float(), module.bias.float(), module.epsilon)
-        statistics.append(bool((exact.to(output.dtype) - output).abs().max() <= 2**-7 * exact.abs().max()))
+        statistics.append(float((exact.to(output.dtype) == output).float().mean()))  # one rounding, at the end
 
-    statistics: list[bool] = []
+    statistics: list[float] = []
     for module in engine.stage.modules():
         if isinstance(module, Norm):
             module.register_forward_hook(watch)
@@ -79,7 +78,7 @@ def formats(info, values: dict) -> dict:
     for kind in ("exp_avg", "exp_avg_sq"):
         note("moments", *(fragment.tensor for fragment in engine.state.fragments(kind)))
     note("stored", *(fragment.tensor for fragment in engine.owned_fragments()))
-    return {"seen": seen, "statistics": bool(statistics) and all(statistics)}
+    return {"seen": seen, "statistics": min(statistics)}
 
 
 def prepared(info, values: dict):
@@ -129,4 +128,4 @@ def test_what_stays_fp32_is_what_the_table_says(zero_stage):
         "loss": {"torch.float32"}, "gradients": {"torch.float32"}, "master weights": {"torch.float32"},
         "moments": {"torch.float32"}, "stored": {"torch.float32"},
     }
-    assert first["statistics"] and second["statistics"], "mean and variance of a norm are taken in fp32"
+    assert min(first["statistics"], second["statistics"]) > 0.99, "a norm rounded its mean or variance"

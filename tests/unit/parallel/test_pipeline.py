@@ -37,7 +37,8 @@ def blocks_of_stages(num_stages, **model):
     config = GPTConfig(hidden=64, heads=4, sequence_length=32, **model)
     specs = layers(config, TensorShard(None, torch.device("cpu")))
     bounds = cut([spec.cost for spec in specs], num_stages)
-    return [sum(spec.recompute for spec in specs[begin:end]) for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [sum(spec.recompute for spec in specs[begin:end])
+            for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 @pytest.mark.parametrize(("num_layers", "num_stages", "vocab_size", "expected"), [

@@ -62,6 +62,10 @@ NEGATIVE = [
     ("batch-divides", {"global_batch": 31, "world_size": None}, "parallel.global_batch", "30 or 32",
      {"global_batch": 30}),
     ("fp8", {"compute": "fp8"}, "precision.compute", "set precision.compute=bf16", {"compute": "bf16"}),
+    ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",
+     {"recompute": "selective"}),
+    ("recompute-blocks", {"recompute": "full", "recompute_every": 9}, "parallel.recompute_every", "4 or less",
+     {"recompute_every": 4}),
     ("fp16-zero", {"compute": "fp16"}, "parallel.zero_stage", "zero_stage=1", {"zero_stage": 1}),
 ]
 
