@@ -67,7 +67,8 @@ def test_bf16_curve_is_close(layout, tmp_path, recipe, reference):
 def test_recompute_changes_nothing(tmp_path, recipe):
     layout, short = (1, 2, 1, 1, 0, False), ["run.steps=20", "model.attention_dropout=0.1", "model.dropout=0.1"]
     plain = context_curve(tmp_path / "plain", layout, recipe, short)
-    assert context_curve(tmp_path / "recompute", layout, recipe, [*short, "parallel.recompute=full"]) == plain
+    for kind in ("full", "selective"):
+        assert context_curve(tmp_path / kind, layout, recipe, [*short, f"parallel.recompute={kind}"]) == plain
 
 
 def test_a_checkpoint_goes_on_without_context_ranks(tmp_path, recipe, reference):
