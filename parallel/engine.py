@@ -27,6 +27,7 @@ from parallel.recompute import recompute_selectively, recomputed
 from parallel.seeds import seed_step
 from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 from parallel.two_pass import DataRows, GradientCache, concatenated, surrogate
+from parallel.vocabulary_loss import waiting
 
 
 class NotFinite(Exception):
@@ -114,6 +115,8 @@ class Engine:
                 recompute_selectively(layer)
             if cast:
                 layer = CastOnUse(layer, DTYPES[precision.compute])
+            if parallel.loss_chunk_tokens and spec.vocabulary:
+                layer = waiting(layer, zero.chunked_cross_entropy(self.shard, parallel.loss_chunk_tokens))
             if parallel.recompute == "full" and spec.name in chosen:
                 layer = recomputed(layer)
             if layer is not stage.by_name[spec.name]:

@@ -29,6 +29,7 @@ class ModelFacts:
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
     why_no_context: str = ""  # empty: its layers and its losses can be cut along the sequence
+    predicts_tokens: bool = True  # its loss is one over the vocabulary
     pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
     keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
 
@@ -285,6 +286,14 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: "fp32, bf16 and fp16: fp8 needs scaled matrix products and a history of their scales, which "
         "no layer here has yet",
         change=lambda c: "set precision.compute=bf16",
+    ),
+    Rule(
+        name="loss-chunks",
+        where="parallel.loss_chunk_tokens",
+        broken=lambda c: c.parallel.loss_chunk_tokens > 0 and not c.model.predicts_tokens,
+        asked=lambda c: f"loss_chunk_tokens={c.parallel.loss_chunk_tokens} for a model without logits of a vocabulary",
+        possible=lambda c: "loss_chunk_tokens=0: its loss compares samples and has no logits to cut",
+        change=lambda c: "set parallel.loss_chunk_tokens=0",
     ),
     Rule(
         name="recompute-every",

@@ -26,12 +26,12 @@ from pretrain.checkpoint.resume import check_same_run, facts_of
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -97,8 +97,6 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
                 raise
     except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    except RendezvousError as error:
-        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
 
@@ -106,7 +104,12 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
 @contextmanager
 def _world(info: RankInfo) -> Iterator[None]:
     """Among the other ranks; left in order, so that the process ends without an abort."""
-    join(info)
+    try:
+        join(info)
+    except RendezvousError as error:
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -174,16 +177,21 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         hooks.on_step_end(run, record)
         request = attempt.step_done(step)
         last = step == run.total_steps
+        if request and not last and attempt.no_time_to_save():
+            break
         if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
         if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+            started = time.perf_counter()
+            path = _save(run, engine, hooks, step, adam_step)
+            attempt.saved(path, step, time.perf_counter() - started)
         if request and not last:
             break
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
-    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
+    saved = "no time was left to save" if attempt.is_too_late else "saved"
+    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
     return attempt.stopped(request) if stopped else attempt.done()
 
@@ -244,7 +252,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     batches = None
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))

@@ -20,7 +20,7 @@ SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain
               "pretrain.models.encoder_decoder", "pretrain.models.*.spec")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
-                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
+                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped", "pretrain.stop_files")
 FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS)
 CORE = ("parallel", "parallel.*", "pretrain.optim", "pretrain.metrics", "pretrain.quiet")
 
@@ -49,9 +49,11 @@ TABLE = {
     "pretrain/cli.py": (*FACTS, "pretrain.commands.*"),
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
+    "pretrain/evaluation/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
+                              "pretrain.evaluation*", "pretrain.trained", "pretrain.generation"),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
-                   "pretrain.generation"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.grace", "pretrain.datasets",
+                   "pretrain.trained", "pretrain.generation"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),

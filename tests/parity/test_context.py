@@ -15,7 +15,7 @@ PREFIXED = [f"model.vocab_size={VOCAB_SIZE + 32}", "objective.name=prefix_lm"]
 CASES = [  # tensor, context, pipeline, data, ZeRO stage, sequence; what makes the model another
     ((1, 2, 1, 1, 0, False), []), ((1, 4, 1, 1, 1, False), UNTIED), ((1, 2, 1, 2, 3, False), []),
     ((2, 2, 1, 1, 1, False), []), ((2, 2, 1, 1, 1, True), LLAMA), ((2, 2, 1, 1, 3, True), []),
-    ((1, 2, 2, 1, 1, False), []), ((2, 2, 1, 1, 0, True), PREFIXED),
+    ((1, 2, 2, 1, 1, False), ["parallel.loss_chunk_tokens=12"]), ((2, 2, 1, 1, 0, True), PREFIXED),
 ]  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def reference(tmp_path_factory, recipe):
 
 @pytest.mark.parametrize(("layout", "extra"), CASES, ids=str)
 def test_fp32_curve_is_the_same(layout, extra, tmp_path, recipe, reference):
-    expected, expected_heldout = reference(extra)
+    expected, expected_heldout = reference([option for option in extra if not option.startswith("parallel.")])
     assert expected[-1][0] < expected[0][0] - 0.4, "the reference did not learn, so equality would prove little"
     assert any(norm > 1.0 for _, norm in expected), "clipping never acted"
     loss, norm = largest_differences(context_curve(tmp_path, layout, recipe, [*EVALUATED, *extra]), expected)

@@ -62,6 +62,8 @@ NEGATIVE = [
     ("batch-divides", {"global_batch": 31, "world_size": None}, "parallel.global_batch", "30 or 32",
      {"global_batch": 30}),
     ("fp8", {"compute": "fp8"}, "precision.compute", "set precision.compute=bf16", {"compute": "bf16"}),
+    ("loss-chunks", {"loss_chunk_tokens": 256, "model": {"predicts_tokens": False}}, "parallel.loss_chunk_tokens",
+     "compares samples", {"loss_chunk_tokens": 0}),
     ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",
      {"recompute": "selective"}),
     ("recompute-blocks", {"recompute": "full", "recompute_every": 9}, "parallel.recompute_every", "4 or less",
