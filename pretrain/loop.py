@@ -23,7 +23,8 @@ from parallel.rendezvous import RendezvousError, join, leave
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.checkpoint.start import start_folder
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
 from pretrain.errors import ExitCode, NodeSuspected, UserError
@@ -163,6 +164,8 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
         engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    elif config.checkpoint.start_from:
+        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
@@ -205,7 +208,18 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)
+    if checkpoint and checkpoint.manifest.get("weights_only"):
+        raise UserError(f"{checkpoint.folder} holds weights and no state of an optimizer, so no run goes on there: "
+                        f"choose another run.dir, and set checkpoint.start_from={run.folder}")
     return checkpoint
+
+
+def _start(path: str) -> Checkpoint:
+    """The checkpoint that a new run starts with; called by every rank together."""
+    folder = start_folder(path)
+    if folder is None:
+        raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
+    return open_whole(folder)
 
 
 def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
