@@ -32,7 +32,9 @@ class Groups:
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
-    model: dist.ProcessGroup  # tp x pp: everybody who holds a part of one model replica
+    expert: dist.ProcessGroup  # ep: data ranks that together hold every expert of a layer once
+    expert_data: dist.ProcessGroup  # edp: data ranks that hold the same experts
+    model: dist.ProcessGroup  # tp x ep x pp: everybody who holds a part of one model replica
 
     @property
     def coordinates(self):
@@ -60,6 +62,7 @@ def build_groups(layout: Layout) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        expert_model_parallel_size=layout.expert,
         create_gloo_process_groups=False,
     )
     groups = Groups(
@@ -68,9 +71,12 @@ def build_groups(layout: Layout) -> Groups:
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
+        model=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
     )
-    for axis, group in (("tp", groups.tensor), ("pp", groups.pipeline), ("dp", groups.data), ("model", groups.model)):
+    for axis, group in (("tp", groups.tensor), ("pp", groups.pipeline), ("dp", groups.data), ("ep", groups.expert),
+                        ("edp", groups.expert_data), ("model", groups.model)):
         expected, found = layout.group(axis, rank), dist.get_process_group_ranks(group)
         if sorted(expected) != sorted(found):
             raise RuntimeError(f"rank {rank}: axis {axis} should hold ranks {expected}, megatron-core built {found}")
@@ -144,6 +150,7 @@ class TensorShard:
 
     def __init__(self, groups: Groups | None, device: torch.device, dtype: torch.dtype = torch.float32):
         """With `groups` None the layers are those of a single rank (counting, generation before a group exists)."""
+        self.groups = groups
         self.group = groups.tensor if groups else None
         self.size = groups.layout.tensor if groups else 1
         self.rank = groups.coordinates.tp if groups else 0
@@ -218,6 +225,12 @@ class TensorShard:
     def whole_for_columns(self, x: Tensor) -> Tensor:
         """x equal on all tensor ranks, as input of a column-sliced product; backward sums over the tensor axis."""
         return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
+
+    def reduce_rows(self, x: Tensor) -> Tensor:
+        """Partial sums [s, b, h] of row-sliced products -> their sum over the tensor axis, [s(/t), b, h]."""
+        if self.sequence:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
 
     def full_length(self, x: Tensor) -> int:
         """Length of the whole sequence of which x [s(/t), b, h] is here."""

@@ -6,7 +6,8 @@
 | bf16 | fp32 weights and gradients; cast on use below | DeepSpeed: bf16 weights, fp32 master weights and gradients |
 | fp16 | refused | DeepSpeed: fp16 weights, fp32 master weights, dynamic loss scale |
 
-Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables.
+Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables, and the products and
+probabilities of a router of experts (its weight stays fp32 at ZeRO 0; above that DeepSpeed keeps an fp32 master of it).
 """
 
 from __future__ import annotations
@@ -31,5 +32,5 @@ class CastOnUse(nn.Module):
         self.dtype = dtype
 
     def forward(self, *state):
-        low = {name: p.to(self.dtype) for name, p in self.layer.named_parameters()}
+        low = {name: p if p.plan.keep_fp32 else p.to(self.dtype) for name, p in self.layer.named_parameters()}
         return functional_call(self.layer, low, state)

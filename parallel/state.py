@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -42,12 +43,23 @@ class OwnedFragment:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned."""
+    """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned.
 
-    name: str
+    It holds one global tensor, or a stack of several of this shape, one behind the other.
+    """
+
+    names: tuple[str, ...]
     parameter: nn.Parameter
     shape: tuple[int, ...]
     slice_dim: int | None
+
+    def fragments(self, start: int, tensor: Tensor) -> Iterator[Fragment]:
+        """Elements [start, start + len) of the flattened parameter as fragments of the global tensors in it."""
+        size, end = prod(self.shape), start + tensor.numel()
+        for index, name in enumerate(self.names):
+            begin, stop = max(start, index * size), min(end, (index + 1) * size)
+            if begin < stop:
+                yield Fragment(name, begin - index * size, tensor[begin - start : stop - start])
 
 
 class WholeState:
@@ -60,12 +72,12 @@ class WholeState:
     def fragments(self, kind: str) -> Iterator[Fragment]:
         for slot in self.slots:
             whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
-            yield Fragment(slot.name, 0, whole.view(-1))
+            yield from slot.fragments(0, whole.view(-1))
 
     def gradients(self) -> Iterator[Fragment]:
         for slot in self.slots:
             if slot.parameter.grad is not None:
-                yield Fragment(slot.name, 0, slot.parameter.grad.view(-1))
+                yield from slot.fragments(0, slot.parameter.grad.view(-1))
 
     def refresh(self) -> None:
         """Nothing to do: the weights are the fragments."""
@@ -85,7 +97,8 @@ class PartitionedState:
             flat = self.base.param_groups[mapping.param_group_index]["params"][0]
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             address = mapping.get_hp_fragment_address()
-            yield Fragment(slot.name, mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+            piece = source.narrow(0, address.start, address.numel)
+            yield from slot.fragments(mapping.lp_fragment_address.start, piece)
 
     def gradients(self) -> Iterator[Fragment]:
         whole = getattr(self.optimizer, "fp32_groups_gradient_flat_partition", None)  # the bf16 optimizer's
@@ -96,7 +109,7 @@ class PartitionedState:
                 gradient = whole[mapping.param_group_index].narrow(0, address.start, address.numel)
             else:
                 gradient = mapping.get_lp_grad_fragment(slot.parameter._index_in_param_group).view(-1)
-            yield Fragment(slot.name, mapping.lp_fragment_address.start, gradient)
+            yield from slot.fragments(mapping.lp_fragment_address.start, gradient)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's weights and gather the others' (data group)."""
@@ -128,12 +141,13 @@ class FullySharded:
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             if count:
-                yield Fragment(slot.name, start, source.narrow(0, offset, count))
+                yield from slot.fragments(start, source.narrow(0, offset, count))
 
     def gradients(self) -> Iterator[Fragment]:
         for slot, group, index, _, start, count in self._places():
             if count:
-                yield Fragment(slot.name, start, self.optimizer.averaged_gradients[group][index].view(-1)[:count])
+                gradient = self.optimizer.averaged_gradients[group][index].view(-1)[:count]
+                yield from slot.fragments(start, gradient)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""

@@ -61,8 +61,8 @@ def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage
     specs = modules.layers(config.model, TensorShard(groups, device))
     stage = Stage(specs, 0, len(specs))
     with torch.no_grad():
-        for name, parameter in stage.named_global_parameters():
-            parameter.copy_(slice_of(checkpoint.tensor(name), parameter.plan.slice_dim, 0, 1))
+        for name, tensor, slice_dim in stage.named_global_tensors():
+            tensor.copy_(slice_of(checkpoint.tensor(name), slice_dim, 0, 1))
     return config, stage.eval()
 
 
