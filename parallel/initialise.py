@@ -51,7 +51,8 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
     parameter.plan = ParameterPlan(mean, std, slice_dim, most, stack, keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
-    dims = len(getattr(parameter, "ds_shape", parameter.shape)) - (stack is not None)  # ds_shape: ZeRO-3 has flattened it
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
+    dims = len(shape) - (stack is not None)
     parameter.no_decay = dims < 2 if no_decay is None else no_decay
 
 

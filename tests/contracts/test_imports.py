@@ -17,7 +17,7 @@ PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.ru
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
               "data_pipeline.noise_facts")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",
-              "pretrain.models.encoder_decoder", "pretrain.models.*.spec")
+              "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.*.spec")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
                 "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
@@ -34,7 +34,7 @@ TABLE = {
     "launchers/*": ("launchers", "launchers.*", *FACTS),
     "pretrain/models/*/spec.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
     **{f"pretrain/models/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS)
-       for name in ("__init__", "family", "counting", "encoder_decoder")},
+       for name in ("__init__", "family", "counting", "encoder_decoder", "mixture")},
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
     **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
        for name in ("__init__", "objective", "*_spec")},
