@@ -125,7 +125,8 @@ class Dispatch:
         if self.spread:
             y = _Put.apply(y, self.by_expert, len(self.by_expert))
             y = _AllToAll.apply(y, self.received, self.sent, self.group)
-        return _Put.apply(y, self.order, self.num_choices * self.num_tokens).view(self.num_choices, self.num_tokens, -1)
+        y = _Put.apply(y, self.order, self.num_choices * self.num_tokens)
+        return y.view(self.num_choices, self.num_tokens, y.shape[1])
 
 
 class _Take(torch.autograd.Function):
@@ -140,7 +141,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         (places,) = ctx.saved_tensors
-        return _put(gradient, places, ctx.copies * ctx.length).view(ctx.copies, ctx.length, -1).sum(0), None, None
+        whole = _put(gradient, places, ctx.copies * ctx.length)
+        return whole.view(ctx.copies, ctx.length, gradient.shape[1]).sum(0), None, None
 
 
 class _Put(torch.autograd.Function):

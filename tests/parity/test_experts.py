@@ -37,6 +37,9 @@ class Case(NamedTuple):
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    def __str__(self) -> str:
+        return "tp{}-pp{}-dp{}-zero{}-ep{}-sp{:d}".format(*self)
+
 
 @pytest.fixture(scope="module")
 def run(dataset, tmp_path_factory):
@@ -73,7 +76,7 @@ def check(found: list[dict], expected: list[dict], bound: float = 1e-5) -> None:
     (TOP_1, Case(tensor=2, data=2, zero=0, expert=2)),
     (TOP_1, Case(data=2, zero=2, expert=2)),
     (TOP_1, Case(tensor=2, pipeline=2, zero=0, sequence=True)),
-], ids=str)  # fmt: skip
+], ids=lambda value: str(value) if isinstance(value, Case) else value[1][6:])  # fmt: skip
 def test_fp32_curve_is_the_same(options, case, run):
     check(run("gpt", case, options), run("gpt", Case(), options))
 
