@@ -211,9 +211,7 @@ class TensorShard:
         """[s(/t), b, h] -> [s, b, h] as input of a column-sliced product; backward sums over the tensor axis."""
         if self.sequence:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
-        if self.size > 1:
-            return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
-        return x
+        return self.whole_for_columns(x)
 
     def leave_whole(self, x: Tensor) -> Tensor:
         """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; its gradient is not summed."""
@@ -224,7 +222,8 @@ class TensorShard:
 
     def whole_for_columns(self, x: Tensor) -> Tensor:
         """x equal on all tensor ranks, as input of a column-sliced product; backward sums over the tensor axis."""
-        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
+        # megatron-core's own region sums a copy of a gradient that is not contiguous, and hands on what came in
+        return _SumGradientOverTensorAxis.apply(x, self.group) if self.size > 1 else x
 
     def reduce_rows(self, x: Tensor) -> Tensor:
         """Partial sums [s, b, h] of row-sliced products -> their sum over the tensor axis, [s(/t), b, h]."""
