@@ -134,7 +134,7 @@ class _SpreadExperts(MoE):
 
     def __init__(self, groups: Groups):
         nn.Module.__init__(self)
-        self.num_experts = groups.layout.expert
+        self.num_experts = groups.layout.expert  # DeepSpeed keeps it for its own checkpoints
         self.groups = groups
 
     def set_deepspeed_parallelism(self, *_) -> None:
