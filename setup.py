@@ -33,6 +33,7 @@ setup(
         "megatron-core>=0.16,<0.17",
         "webdataset>=1,<2",
         "sentencepiece>=0.2,<0.3",
+        "protobuf>=4",
         "pydantic>=2.8,<3",
         "PyYAML>=6,<7",
         "numpy>=1.26,<3",
@@ -44,6 +45,7 @@ setup(
     ],
     extras_require={
         "mpi": ["mpi4py>=4,<5"],
+        "hf": ["transformers>=5"],
         "dev": ["setuptools>=70.1", "pytest>=8", "pytest-timeout>=2", "hypothesis>=6", "ruff>=0.6", "transformers>=5"],
     },
     entry_points={"console_scripts": ["trainyard = pretrain.cli:main"]},

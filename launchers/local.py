@@ -18,10 +18,10 @@ from launchers.children import loopback_listener, rank_environment, signal_group
 from launchers.rank_logs import failure_text, open_log
 from parallel.rank_info import STORE_FD, process_environment
 
-USER_ERROR, REQUEUE = 2, 75
+USER_ERROR, SUSPECTED_NODE, REQUEUE = 2, 71, 75
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-# All ranks meet a mistake of the user, or the request to stop, at about the same time, each on its own.
-AGREED_CODES = (USER_ERROR, 3, 65, 74, REQUEUE)
+# All ranks meet a mistake of the user, a check that failed, or the request to stop at about the same time.
+AGREED_CODES = (USER_ERROR, 3, 65, SUSPECTED_NODE, 74, REQUEUE)
 
 
 @dataclass(frozen=True)
@@ -203,9 +203,10 @@ def _report(ranks: Sequence[Rank], failed: Rank | None, received: Received, fold
     if failed is None:
         return 0
     code = failed.exit_code
-    if code == USER_ERROR:
-        if ranks[0].exit_code != USER_ERROR:  # else rank 0 has said it on the console
-            _say(failure_text(failed.log, failed.log_start))
+    if code in (USER_ERROR, SUSPECTED_NODE) and ranks[0].exit_code == code:
+        pass  # rank 0 has said it on the console
+    elif code == USER_ERROR:
+        _say(failure_text(failed.log, failed.log_start))
     elif code != REQUEUE:
         _say_failure(ranks, failed, folder)
     return code

@@ -28,8 +28,16 @@ class ParallelConfig(BaseModel):
     global_batch: int = Field(
         ge=1, description="sequences in one step over all ranks; gradient accumulation follows from it"
     )
-    recompute: Literal["none", "full"] = Field(
-        "none", description="`full`: keep only each block's input and compute the rest again in the backward"
+    loss_chunk_tokens: int = Field(
+        0, ge=0, description="tokens whose logits are made at a time, and again in the backward, so that a large "
+        "vocabulary never has all of its logits in memory; 0: all at once"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="what a block computes again in the backward instead of keeping it: `selective` attention "
+        "and activation functions, `full` everything from its input"
+    )
+    recompute_every: int = Field(
+        1, ge=1, description="recompute every n-th block of the model, beginning with the first; the others keep all"
     )
 
 

@@ -24,10 +24,11 @@ from parallel.initialise import draw, slice_of
 from parallel.megatron import Groups, TensorShard
 from parallel.pipeline import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
-from parallel.recompute import recomputed
+from parallel.recompute import recompute_selectively, recomputed
 from parallel.seeds import seed_step
 from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 from parallel.two_pass import DataRows, GradientCache, concatenated, surrogate
+from parallel.vocabulary_loss import waiting
 
 
 class NotFinite(Exception):
@@ -88,7 +89,7 @@ class Engine:
         slots = self._make_slots(stage)
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
-        wrapped = self._wrap(stage, precision, parallel)
+        wrapped = self._wrap(specs, precision, parallel)
         optimizer = make_optimizer(list(stage.named_global_parameters()))
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
@@ -113,14 +114,22 @@ class Engine:
         """The tensor that a new run starts with; moments and buffers start at zero."""
         return draw(name, shape, self._plan(name), self.seed) if kind == "weight" and name in self.slots else None
 
-    def _wrap(self, stage: Stage, precision: PrecisionConfig, parallel: ParallelConfig) -> dict[str, Callable]:
-        cast = self.stage_zero and precision.compute != "fp32"
+    def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
+              ) -> dict[str, Callable]:
+        """How this stage's layers are called, by name, where that is not as they are."""
+        stage, cast = self.stage, self.stage_zero and precision.compute != "fp32"
+        blocks = [spec.name for spec in specs if spec.recompute]
+        chosen = set(blocks[:: parallel.recompute_every])  # counted over the whole model, so no layout changes it
         wrapped: dict[str, Callable] = {}
         for spec in stage.specs:
             layer = stage.by_name[spec.name]
+            if parallel.recompute == "selective" and spec.name in chosen:
+                recompute_selectively(layer)
             if cast:
                 layer = CastOnUse(layer, DTYPES[precision.compute])
-            if parallel.recompute == "full" and spec.recompute:
+            if parallel.loss_chunk_tokens and spec.vocabulary:
+                layer = waiting(layer, zero.chunked_cross_entropy(self.shard, parallel.loss_chunk_tokens))
+            if parallel.recompute == "full" and spec.name in chosen:
                 layer = recomputed(layer)
             if layer is not stage.by_name[spec.name]:
                 wrapped[spec.name] = layer
@@ -155,6 +164,7 @@ class Engine:
         items = self._items(batches, weight=None)
         if self.layout.pipeline > 1:
             loss = self.deepspeed.train_batch(iter(items))
+            zero.settle_tied(self.deepspeed)
         else:
             loss = torch.zeros((), device=self.device)
             self.deepspeed.train()

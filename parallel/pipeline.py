@@ -18,8 +18,10 @@ class LayerSpec:
         cost: relative time of forward and backward, for the balanced cut.
         tied_to: name of an earlier layer whose module is handed to this one's forward as second argument
             (a head that multiplies with the embedding table); that layer then also lives on this one's stage.
-        recompute: whether full recompute may wrap this layer (transformer blocks; not embeddings and heads).
+        recompute: whether recompute may take this layer (transformer blocks; not embeddings and heads).
         cached: whether its forward takes `cache=`, what generation remembers of earlier tokens.
+        vocabulary: whether it makes logits from its input, and losses when handed a cross entropy as
+            `cross_entropy=`, see parallel/vocabulary_loss.py.
         with_next: whether the next layer is on the same stage (a table that only later layers use must have a user).
     """
 
@@ -29,6 +31,7 @@ class LayerSpec:
     tied_to: str | None = None
     recompute: bool = False
     cached: bool = False
+    vocabulary: bool = False
     with_next: bool = False
 
 

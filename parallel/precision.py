@@ -31,6 +31,6 @@ class CastOnUse(nn.Module):
         self.layer = layer
         self.dtype = dtype
 
-    def forward(self, *state):
+    def forward(self, *state, **options):
         low = {name: p if p.plan.keep_fp32 else p.to(self.dtype) for name, p in self.layer.named_parameters()}
-        return functional_call(self.layer, low, state)
+        return functional_call(self.layer, low, state, options)

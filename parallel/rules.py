@@ -31,6 +31,7 @@ class ModelFacts:
     shared_expert_ffn: int = 0  # of the expert that every token meets; 0: there is none
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
+    predicts_tokens: bool = True  # its loss is one over the vocabulary
     pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
     keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
 
@@ -267,6 +268,30 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: f"a multiple of {c.batch_unit}"
         + (" (micro_batch x data ranks)" if c.data else " (micro_batch), times the data ranks"),
         change=_batch_change,
+    ),
+    Rule(
+        name="loss-chunks",
+        where="parallel.loss_chunk_tokens",
+        broken=lambda c: c.parallel.loss_chunk_tokens > 0 and not c.model.predicts_tokens,
+        asked=lambda c: f"loss_chunk_tokens={c.parallel.loss_chunk_tokens} for a model without logits of a vocabulary",
+        possible=lambda c: "loss_chunk_tokens=0: its loss compares samples and has no logits to cut",
+        change=lambda c: "set parallel.loss_chunk_tokens=0",
+    ),
+    Rule(
+        name="recompute-every",
+        where="parallel.recompute_every",
+        broken=lambda c: c.parallel.recompute_every > 1 and c.parallel.recompute == "none",
+        asked=lambda c: f"recompute_every={c.parallel.recompute_every} with recompute=none",
+        possible=lambda c: "recompute_every=1 where nothing is recomputed",
+        change=lambda c: "set parallel.recompute=full or selective, or parallel.recompute_every=1",
+    ),
+    Rule(
+        name="recompute-blocks",
+        where="parallel.recompute_every",
+        broken=lambda c: c.parallel.recompute_every > c.model.layers,
+        asked=lambda c: f"recompute_every={c.parallel.recompute_every} of {c.model.layers} blocks",
+        possible=lambda c: f"1 to {c.model.layers}",
+        change=lambda c: f"set parallel.recompute_every to {c.model.layers} or less",
     ),
     Rule(
         name="fp16-zero",

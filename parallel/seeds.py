@@ -35,7 +35,7 @@ def dropout(x: Tensor, probability: float, shard: TensorShard, *, sliced: bool) 
     """
     base = int(torch.randint(2**62, ()))
     generator = torch.Generator(device=x.device).manual_seed(derive(base, shard.rank if sliced else 0))
-    keep = torch.empty_like(x).bernoulli_(1 - probability, generator=generator)
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - probability, generator=generator)  # kept: a byte each
     return x * keep / (1 - probability)
 
 

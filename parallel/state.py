@@ -62,6 +62,12 @@ class Slot:
                 yield Fragment(name, begin - index * size, tensor[begin - start : stop - start])
 
 
+def whole_weights(slots: list[Slot]) -> Iterator[tuple[str, int | None, Tensor]]:
+    """(name, None, the weights as the model computes with them) where no rank holds less than its tensor slice."""
+    for slot in slots:
+        yield from ((name, None, weights) for name, _, weights in slot.fragments(0, slot.parameter.data.view(-1)))
+
+
 class WholeState:
     """Stage 0: whole parameters under a torch optimizer."""
 
@@ -73,6 +79,9 @@ class WholeState:
         for slot in self.slots:
             whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
             yield from slot.fragments(0, whole.view(-1))
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        return whole_weights(self.slots)
 
     def gradients(self) -> Iterator[Fragment]:
         for slot in self.slots:
@@ -89,6 +98,7 @@ class PartitionedState:
     def __init__(self, optimizer, slots: list[Slot]):
         self.optimizer = optimizer
         self.base = optimizer.optimizer
+        self.all_slots = slots
         self.slots = [slot for slot in slots if slot.parameter._hp_mapping is not None]
 
     def fragments(self, kind: str) -> Iterator[Fragment]:
@@ -99,6 +109,9 @@ class PartitionedState:
             address = mapping.get_hp_fragment_address()
             piece = source.narrow(0, address.start, address.numel)
             yield from slot.fragments(mapping.lp_fragment_address.start, piece)
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        return whole_weights(self.all_slots)
 
     def gradients(self) -> Iterator[Fragment]:
         whole = getattr(self.optimizer, "fp32_groups_gradient_flat_partition", None)  # the bf16 optimizer's
@@ -142,6 +155,18 @@ class FullySharded:
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             if count:
                 yield from slot.fragments(start, source.narrow(0, offset, count))
+
+    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+        """This rank's pieces, and whole what DeepSpeed keeps gathered."""
+        for slot in self.by_parameter.values():
+            parameter = slot.parameter
+            if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
+                held = parameter.partition_numel()
+                count = max(0, min(held, parameter.ds_numel - self.data_rank * held))  # behind it lies padding
+                start, piece = self.data_rank * held, parameter.ds_tensor.view(-1)[:count]
+                yield from ((name, self.data_rank, weights) for name, _, weights in slot.fragments(start, piece))
+            if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
+                yield from whole_weights([slot])
 
     def gradients(self) -> Iterator[Fragment]:
         for slot, group, index, _, start, count in self._places():

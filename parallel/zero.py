@@ -16,13 +16,15 @@ from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups as expert_groups
 from torch import Tensor, nn
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
-from parallel.megatron import Groups, Units
+from parallel.megatron import Groups, TensorShard, Units
 from parallel.pipeline import LayerSpec, Stage, WholeModel
+from parallel.vocabulary_loss import ChunkedCrossEntropy
 
 
 def deepspeed_config(
@@ -182,6 +184,32 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
     else:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
     return engine
+
+
+def chunked_cross_entropy(shard: TensorShard, chunk_tokens: int) -> ChunkedCrossEntropy:
+    """DeepSpeed's cross entropy fused with the head: logits of `chunk_tokens` tokens at a time, over the tensor group.
+
+    Its backward makes them again in blocks of the vocabulary of the same size, so that each row of the weight's
+    gradient is one product over all tokens, and sums the gradient of `hidden` over blocks and tensor ranks in fp32.
+    """
+
+    def losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        first = shard.rank * weight.shape[0]
+        return vocab_parallel_linear_cross_entropy(
+            hidden, weight, labels, bias, tp_group=shard.group if shard.size > 1 else None, vocab_start_index=first,
+            vocab_end_index=first + weight.shape[0], reduction="none", chunk_size=chunk_tokens)
+
+    return losses
+
+
+@torch.no_grad()
+def settle_tied(engine) -> None:
+    """Give a tied weight the bits of its first stage on the others too (group: the stages that hold it).
+
+    DeepSpeed sums its gradient over the stages and then over the data ranks, there in buckets that lie differently on
+    each stage. From three data ranks on the order of the sum differs, and the copies would drift apart.
+    """
+    engine.module._synchronize_tied_weights()
 
 
 def init_distributed(backend: str) -> None:

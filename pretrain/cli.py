@@ -54,6 +54,9 @@ def report(work: Callable[[], int]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The arguments. Overrides may stand before and after options, which argparse alone does not read."""
     parser = _parser(argv[0] if argv else None)
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(ExitCode.USER)
     args, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(args, "overrides") or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -50,6 +50,14 @@ class UserError(Exception):
         super().__init__(message)
 
 
+class NodeSuspected(UserError):
+    """A node computes, stores or communicates wrongly. `rank` and `node` are None where several may be meant."""
+
+    def __init__(self, message: str, rank: int | None, node: str | None):
+        super().__init__(message, ExitCode.NODE)
+        self.rank, self.node = rank, node
+
+
 def render(problems: Sequence[Problem], source: str) -> str:
     """The problems as a numbered list for a person, under a line that names their source."""
     lines = [f"{source}: {len(problems)} {'problem' if len(problems) == 1 else 'problems'}"]

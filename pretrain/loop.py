@@ -23,15 +23,16 @@ from parallel.rendezvous import RendezvousError, join, leave
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.checkpoint.start import start_folder
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -46,7 +47,9 @@ class Run:
     world_size: int
     folder: Path
     device_name: str
+    node: str
     start_step: int = 0
+    engine: Engine | None = None  # built after the run folder has been looked at
 
     @property
     def is_main(self) -> bool:
@@ -86,7 +89,7 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
     try:
         with Attempt(folder, info) as attempt, _world(info):
             groups = build_groups(Layout.of(config.parallel, info.world_size))
-            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name)
+            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
             hooks = standard_hooks(config, quiet)
             try:
                 return _run(run, groups, device, hooks, attempt, quiet)
@@ -95,8 +98,6 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
                 raise
     except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    except RendezvousError as error:
-        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
 
@@ -104,7 +105,12 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
 @contextmanager
 def _world(info: RankInfo) -> Iterator[None]:
     """Among the other ranks; left in order, so that the process ends without an abort."""
-    join(info)
+    try:
+        join(info)
+    except RendezvousError as error:
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -153,11 +159,13 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if run.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         config.save(run.folder / "config.yaml")
-    engine = build_engine(config, groups, device)
+    engine = run.engine = build_engine(config, groups, device)
     adam_step = 0
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
         engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    elif config.checkpoint.start_from:
+        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
@@ -172,16 +180,21 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         hooks.on_step_end(run, record)
         request = attempt.step_done(step)
         last = step == run.total_steps
+        if request and not last and attempt.no_time_to_save():
+            break
         if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
         if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+            started = time.perf_counter()
+            path = _save(run, engine, hooks, step, adam_step)
+            attempt.saved(path, step, time.perf_counter() - started)
         if request and not last:
             break
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
-    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
+    saved = "no time was left to save" if attempt.is_too_late else "saved"
+    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
     return attempt.stopped(request) if stopped else attempt.done()
 
@@ -195,7 +208,18 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)
+    if checkpoint and checkpoint.manifest.get("weights_only"):
+        raise UserError(f"{checkpoint.folder} holds weights and no state of an optimizer, so no run goes on there: "
+                        f"choose another run.dir, and set checkpoint.start_from={run.folder}")
     return checkpoint
+
+
+def _start(path: str) -> Checkpoint:
+    """The checkpoint that a new run starts with; called by every rank together."""
+    folder = start_folder(path)
+    if folder is None:
+        raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
+    return open_whole(folder)
 
 
 def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
@@ -244,7 +268,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     batches = None
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))

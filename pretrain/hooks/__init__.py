@@ -4,21 +4,28 @@ from typing import Any
 
 from pretrain.hooks.console import ConsoleHook
 from pretrain.hooks.curve import CurveHook
+from pretrain.hooks.health import HealthHook
 from pretrain.hooks.hook import Hook, Hooks, RunView
 from pretrain.hooks.metrics_file import MetricsFileHook
 from pretrain.hooks.tensorboard import TensorBoardHook
 from pretrain.quiet import Quiet
 
 __all__ = [
-    "ConsoleHook", "CurveHook", "Hook", "Hooks", "MetricsFileHook", "RunView", "TensorBoardHook", "standard_hooks",
+    "ConsoleHook", "CurveHook", "HealthHook", "Hook", "Hooks", "MetricsFileHook", "RunView",
+    "TensorBoardHook", "standard_hooks",
 ]  # fmt: skip
 
 
 def standard_hooks(config: Any, quiet: Quiet | None = None) -> Hooks:
-    """The hooks of every run, in their order: the record first, the curve from it, then the word to the person."""
+    """The hooks of every run, in their order: the record first, the curve from it, then the word to the person.
+
+    The check of the weights comes last: it may end the run, and the step that it ends at is told all the same.
+    """
     hooks: list[Hook] = [MetricsFileHook()]
     if config.log.tensorboard:
         hooks.append(TensorBoardHook())
     hooks.append(CurveHook())
     hooks.append(ConsoleHook(quiet))
+    if config.run.check_every:
+        hooks.append(HealthHook(config.run.check_every))
     return Hooks(hooks)

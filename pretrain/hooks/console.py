@@ -173,7 +173,8 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")
     if parallel.recompute != "none":
-        words.append(f"recompute {parallel.recompute}")
+        every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
+        words.append(f"recompute {parallel.recompute}{every}")
     words.append(f"{run.world_size} rank{'s' if run.world_size > 1 else ''}")
     accumulation = parallel.global_batch // (parallel.micro_batch * layout.data)
     batch = f"{parallel.global_batch} samples, micro-batches of {parallel.micro_batch}"

@@ -19,6 +19,8 @@ class RunView(Protocol):
     num_parameters: int  # of the whole model, tied ones once
     tokens_per_step: int  # over the whole global batch; samples for a family without tokens
     device_name: str
+    node: str  # name of this rank's node
+    engine: Any  # from on_start on
 
 
 class Hook:

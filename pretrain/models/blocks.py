@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
+from parallel.recompute import Recomputable
 from parallel.seeds import attention, dropout
 from pretrain.models.feed_forward import FeedForward, Mixture, MixtureShape
 
@@ -124,7 +125,7 @@ class Rotary:
         return x * cos + torch.cat((-high, low), dim=-1) * sin
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Recomputable):
     """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
 
     The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim
@@ -147,7 +148,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """x [s(/t), b, h] -> same; `mask` as in `parallel.seeds.attention`."""
-        qkv = self.qkv(x)  # [s, b, g * (per_group + 2) * d]
+        return self.out(self.cheap(self._attend, self.qkv(x), cache, mask))
+
+    def _attend(self, qkv: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
+        """All between the products: [s, b, g * (per_group + 2) * d] -> [s, b, heads * d]."""
         s, b, _ = qkv.shape
         qkv = qkv.view(s, b, -1, self.per_group + 2, self.width).permute(1, 2, 3, 0, 4)  # [b, g, per_group + 2, s, d]
         q, k, v = qkv[:, :, :-2].reshape(b, -1, s, self.width), qkv[:, :, -2], qkv[:, :, -1]
@@ -161,10 +165,10 @@ class SelfAttention(nn.Module):
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
                       shard=self.shard, mask=mask, scale=self.shape.attention_scale)
-        return self.out(y.permute(2, 0, 1, 3).reshape(s, b, -1))
+        return y.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Recomputable):
     """Attention from the decoder's tokens to the encoder's output (Vaswani et al. 2017, section 3.2.3), heads over tp.
 
     Keys and values are fused by head, [k v], for the same reason as in SelfAttention.
@@ -181,15 +185,17 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [t(/tp), b, h] and the encoder's output [s(/tp), b, h] -> as x."""
-        q = self.q(x)
+        return self.out(self.cheap(self._attend, self.q(x), self.kv(memory), mask))
+
+    def _attend(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
+        """What stands between the products: [t, b, heads * d] and [s, b, heads * 2 d] -> [t, b, heads * d]."""
         t, b, _ = q.shape
         q = q.view(t, b, -1, self.width).permute(1, 2, 0, 3)
-        kv = self.kv(memory)
         kv = kv.view(kv.shape[0], b, -1, 2, self.width).permute(1, 2, 3, 0, 4)  # [b, heads, 2, s, d]
         y = attention(q, kv[:, :, 0], kv[:, :, 1], causal=False, shard=self.shard, mask=mask,
                       probability=self.shape.attention_dropout if self.training else 0.0,
                       scale=self.shape.attention_scale)
-        return self.out(y.permute(2, 0, 1, 3).reshape(t, b, -1))
+        return y.permute(2, 0, 1, 3).reshape(t, b, -1)
 
 
 def seen(mask: Tensor) -> Tensor:

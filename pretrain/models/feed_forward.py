@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from parallel.balance import Balance
 from parallel.experts import Dispatch, ExpertShard
 from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
+from parallel.recompute import Recomputable
 from pretrain.models.mixture import MixtureFields, added_active_parameters
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def activation_of(shape: BlockShape) -> Callable[[Tensor], Tensor]:
     return GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recomputable):
     """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, shape: BlockShape, shard: TensorShard):
@@ -51,9 +53,12 @@ class FeedForward(nn.Module):
         self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
 
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
-        y = self.up(x)
-        y = self.activation(self.gate(x)) * y if self.gate is not None else self.activation(y)
-        return self.down(y)
+        if self.gate is None:
+            return self.cheap_before(self.down, self.activation, self.up(x))
+        return self.cheap_before(self.down, self._gated, self.up(x), self.gate(x))
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.activation(gate) * y
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def within_capacity(chosen: Tensor, num_experts: int, capacity_factor: float) ->
     return kept.view(count, top_k, length).permute(2, 0, 1)
 
 
-class Experts(nn.Module):
+class Experts(Recomputable):
     """The feed-forward parts of this rank's experts; shapes and names are those of `FeedForward`, stacked."""
 
     def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
@@ -173,9 +178,13 @@ class Experts(nn.Module):
         """x [T, h], chosen and kept [T, k] -> [k, T, h], a partial sum over the tensor axis; 0 where dropped."""
         way = Dispatch(chosen, kept, self.shard)
         rows = way.there(x)
-        y = self.up(rows, way.counts)
-        y = self.activation(self.gate(rows, way.counts)) * y if self.gate is not None else self.activation(y)
-        return way.back(self.down(y, way.counts))
+        down, y = partial(self.down, counts=way.counts), self.up(rows, way.counts)
+        if self.gate is None:
+            return way.back(self.cheap_before(down, self.activation, y))
+        return way.back(self.cheap_before(down, self._gated, y, self.gate(rows, way.counts)))
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.activation(gate) * y
 
 
 class Mixture(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,27 +52,38 @@ class Logits(nn.Module):
             self.bias = nn.Parameter(torch.empty(slice_size, device=shard.device))
             plan_parameter(self.bias, slice_dim=0)
 
-    def logits(self, x: Tensor, tied: Embedding | None) -> Tensor:
-        """x [s, b, h], equal on all tensor ranks with a backward that sums over them -> [s, b, v/t]."""
-        weight = tied.weight if self.weight is None else self.weight
-        logits = F.linear(x, weight.to(x.dtype), self.bias)
-        if self.num_real < logits.shape[-1]:
-            padding = torch.arange(logits.shape[-1], device=x.device) >= self.num_real
-            logits = logits.masked_fill(padding, torch.finfo(logits.dtype).min)
-        return logits
+    def over(self, x: Tensor, tied: Embedding | None, cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
+        """x [s, b, h], equal on all tensor ranks -> logits [s, b, v/t], or with `cross_entropy` losses [s, b].
+
+        The gradient of x is summed over tensor ranks by x's own backward for logits, by `cross_entropy` for losses.
+        """
+        weight = (tied.weight if self.weight is None else self.weight).to(x.dtype)
+        bias = self._bias(weight)
+        if cross_entropy is not None:
+            return cross_entropy(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+    def _bias(self, weight: Tensor) -> Tensor | None:
+        """The bias of this rank's columns, where those of the padding have the lowest number there is."""
+        if self.num_real == weight.shape[0]:
+            return self.bias
+        padding = torch.arange(weight.shape[0], device=weight.device) >= self.num_real
+        bias = weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias
+        return bias.masked_fill(padding, torch.finfo(weight.dtype).min)
 
 
 class Head(Logits):
-    """Logits of every token. What the state carries beside x ends here."""
+    """Logits of every token, or the losses of all labels. What the state carries beside x ends here."""
 
     def __init__(self, config: TextConfig, shard: TensorShard, std: float | None, scale: float = 1.0):
         super().__init__(config, shard, std)
         self.shard, self.scale = shard, scale
 
-    def forward(self, state: Tensor | tuple[Tensor, ...], tied: Embedding | None = None) -> Tensor:
-        x = state[0] if isinstance(state, tuple) else state  # [s(/t), b, h] -> [s, b, v/t]
-        x = self.shard.leave_for_columns(x)
-        return self.logits(x if self.scale == 1.0 else x * self.scale, tied)
+    def forward(self, state: Tensor | tuple[Tensor, ...], tied: Embedding | None = None,
+                cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
+        x = state[0] if isinstance(state, tuple) else state  # [s(/t), b, h]
+        x = self.shard.leave_for_columns(x) if cross_entropy is None else self.shard.leave_whole(x)
+        return self.over(x if self.scale == 1.0 else x * self.scale, tied, cross_entropy)
 
 
 def entered(x: Tensor, shard: TensorShard, probability: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.megatron import TensorShard
+from parallel.vocabulary_loss import WaitingHead, token_losses
 
 
 class CausalLM:
@@ -35,7 +36,7 @@ class CausalLM:
         tokens = batch["tokens"]
         return torch.full((), tokens.shape[0] * (tokens.shape[1] - 1), device=tokens.device)
 
-    def loss_sum(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum of cross entropies: logits [s, b, v/t], targets as above -> scalar fp32."""
-        losses = self.shard.cross_entropy(logits, targets[0])
+    def loss_sum(self, outputs: Tensor | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+        """Sum of cross entropies: logits [s, b, v/t] or the head, targets as above -> scalar fp32."""
+        losses, = token_losses(outputs, targets[0], self.shard)
         return (losses * targets[1]).sum() if len(targets) > 1 else losses.sum()

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.megatron import TensorShard
+from parallel.vocabulary_loss import WaitingHead, token_losses
 
 
 class MaskedLM:
@@ -30,15 +31,16 @@ class MaskedLM:
         """How many hidden tokens count, a scalar."""
         return batch["weights"].sum()
 
-    def loss_sum(self, outputs: Tensor | tuple[Tensor, Tensor], targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum over hidden tokens, scalar fp32: logits [p, b, v/tp], or (logits, scores [b, 2] of the pair).
+    def loss_sum(self, outputs: Tensor | tuple[Tensor, Tensor] | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+        """Sum over hidden tokens, scalar fp32: logits [p, b, v/tp], or (logits, scores [b, 2] of the pair), or the
+        head.
 
         A pair's loss counts as often as its sample has hidden tokens, so that the mean over hidden tokens is the
         paper's sum of the two means.
         """
-        logits, scores = outputs if isinstance(outputs, tuple) else (outputs, None)
         labels, weights, *pair = targets
-        loss = (self.shard.cross_entropy(logits, labels) * weights).sum()
-        if scores is None:
+        losses, *scores = token_losses(outputs, labels, self.shard)
+        loss = (losses * weights).sum()
+        if not scores:
             return loss
-        return loss + (F.cross_entropy(scores.float(), pair[0], reduction="none") * weights.sum(0)).sum()
+        return loss + (F.cross_entropy(scores[0].float(), pair[0], reduction="none") * weights.sum(0)).sum()

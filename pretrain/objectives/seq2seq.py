@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from parallel.megatron import TensorShard
+from parallel.vocabulary_loss import WaitingHead, token_losses
 
 
 class Seq2Seq:
@@ -29,6 +30,7 @@ class Seq2Seq:
         """How many targets count, a scalar."""
         return batch["weights"].sum()
 
-    def loss_sum(self, logits: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum of cross entropies: logits [t, b, v/tp], targets as above -> scalar fp32."""
-        return (self.shard.cross_entropy(logits, targets[0]) * targets[1]).sum()
+    def loss_sum(self, outputs: Tensor | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+        """Sum of cross entropies: logits [t, b, v/tp] or the head, targets as above -> scalar fp32."""
+        losses, = token_losses(outputs, targets[0], self.shard)
+        return (losses * targets[1]).sum()

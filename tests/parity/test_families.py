@@ -17,6 +17,9 @@ ROOM = "model.vocab_size=544"
 VARIANTS = [  # family, overrides, layout
     ("t5", [*V1_1, "objective.name=prefix_lm", "model.target_length=32"], (2, 2, 1, 1, True)),
     ("t5", ["parallel.recompute=full"], (1, 4, 1, 1, False)),
+    ("t5", ["parallel.recompute=selective"], (1, 2, 2, 0, False)),
+    ("t5", ["parallel.loss_chunk_tokens=10"], (1, 1, 2, 3, False)),
+    ("bert", ["parallel.loss_chunk_tokens=5", "parallel.recompute=selective"], (2, 2, 1, 1, True)),
     ("bart", ["objective.mask_ratio=0.1", "objective.delete_ratio=0.1", "objective.rotate_rate=0.5"],
      (2, 2, 1, 0, True)),
     ("bert", ["model.next_sentence=false", "model.segment_types=1", "model.position_offset=2",

@@ -74,7 +74,7 @@ def test_micro_batches_keep_the_gradient(whole):
 
 @pytest.mark.parametrize(("world_size", "micro_batch", "parallel"), [
     (2, 8, {}), (2, 4, {}), (4, 2, {}), (2, 4, {"zero_stage": 1}), (2, 4, {"zero_stage": 2}), (2, 4, {"zero_stage": 3}),
-    (2, 8, {"zero_stage": 3, "recompute": "full"}), (2, 4, {"tensor": 2}),
+    (2, 8, {"zero_stage": 3, "recompute": "full"}), (2, 4, {"tensor": 2, "recompute": "selective"}),
     (4, 4, {"tensor": 2, "sequence": True, "zero_stage": 1}),
 ], ids=str)  # fmt: skip
 def test_layouts_agree(whole, world_size, micro_batch, parallel):

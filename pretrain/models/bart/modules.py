@@ -39,7 +39,8 @@ def layers(config: BARTConfig, shard: TensorShard) -> list[LayerSpec]:
         shape, extra_cost = of_block(dense, config, index)
         block = partial(DecoderBlock, shape, shard, name, last=index == config.num_decoder_layers - 1)
         specs.append(LayerSpec(name, block, cost=decoder_cost * (1 + extra_cost), recompute=True))
-    specs.append(LayerSpec("head", partial(Head, config, shard, None), cost=head_cost, tied_to="embedding"))
+    specs.append(LayerSpec("head", partial(Head, config, shard, None), cost=head_cost, tied_to="embedding",
+                           vocabulary=True))
     return specs
 
 

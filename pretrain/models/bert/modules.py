@@ -6,6 +6,7 @@ may be filled up.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,7 +36,8 @@ def layers(config: BERTConfig, shard: TensorShard) -> list[LayerSpec]:
         name = f"blocks.{index}"
         specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), recompute=True))
     head_cost = 0.15 * config.padded_vocab_size / (12 * config.hidden)
-    specs.append(LayerSpec("head", partial(MaskedHead, config, shard), cost=head_cost, tied_to="embedding"))
+    specs.append(LayerSpec("head", partial(MaskedHead, config, shard), cost=head_cost, tied_to="embedding",
+                           vocabulary=True))
     return specs
 
 
@@ -87,7 +89,7 @@ class Dense(nn.Module):
 
 
 class MaskedHead(Logits):
-    """Logits of the positions that are asked for, and the judgement of the pair from the first token."""
+    """Logits (or losses) of the positions that are asked for, and the judgement of the pair from the first token."""
 
     def __init__(self, config: BERTConfig, shard: TensorShard):
         super().__init__(config, shard, std=None, bias=True)
@@ -99,12 +101,15 @@ class MaskedHead(Logits):
             self.pooler = Dense(config.hidden, config.hidden, config.init_std, shard)
             self.judge = Dense(config.hidden, 2, config.init_std, shard)
 
-    def forward(self, state: State, tied: Embedding) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, state: State, tied: Embedding, cross_entropy: Callable[..., Tensor] | None = None
+                ) -> Tensor | tuple[Tensor, Tensor]:
         x, positions = state[:2]
         x = self.shard.leave_whole(x)  # [s, b, h], and the few tokens that matter are computed by every tensor rank
         index = positions.transpose(0, 1)[..., None].expand(-1, -1, x.shape[-1])
         chosen = self.norm(self.activation(self.dense(x.gather(0, index))))
-        logits = self.logits(self.shard.whole_for_columns(chosen), tied)
+        if cross_entropy is None:
+            chosen = self.shard.whole_for_columns(chosen)
+        found = self.over(chosen, tied, cross_entropy)
         if self.judge is None:
-            return logits
-        return logits, self.judge(torch.tanh(self.pooler(x[0])))
+            return found
+        return found, self.judge(torch.tanh(self.pooler(x[0])))

@@ -89,7 +89,7 @@ def facts(config: CLIPConfig) -> ModelFacts:
         layers=config.image_layers + config.text_layers, heads=heads, kv_heads=heads,
         hidden=gcd(config.image_hidden, config.text_hidden), ffn=gcd(config.image_ffn_hidden, config.text_ffn_hidden),
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length, pads_sequence=True,
-        pipeline_supported=False, why_no_pipeline=NO_PIPELINE,
+        predicts_tokens=False, pipeline_supported=False, why_no_pipeline=NO_PIPELINE,
         keys={"model.heads": "model.image_heads, model.text_heads",
               "model.kv_heads": "model.image_heads, model.text_heads",
               "model.ffn": "model.image_ffn, model.text_ffn"},

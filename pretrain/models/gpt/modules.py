@@ -38,7 +38,8 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
         specs.append(LayerSpec("final_norm", norm, cost=0.0))
     head_cost = config.hidden * config.padded_vocab_size / block_cost
     head = partial(Head, config, shard, None if config.tied_head else config.init_std)
-    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None))
+    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None,
+                           vocabulary=True))
     return specs
 
 

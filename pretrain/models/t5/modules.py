@@ -47,7 +47,8 @@ def layers(config: T5Config, shard: TensorShard) -> list[LayerSpec]:
         specs.append(LayerSpec(f"{side}.final_norm", norm, cost=0.0))
     small = config.hidden**-0.5  # either way the first logits vary by about 1
     head = partial(Head, config, shard, None, small) if config.tied_head else partial(Head, config, shard, small)
-    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None))
+    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None,
+                           vocabulary=True))
     return specs
 
 

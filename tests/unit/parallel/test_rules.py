@@ -59,6 +59,12 @@ NEGATIVE = [
     ("batch-divides", {"global_batch": 12}, "parallel.global_batch", "to 16", {"global_batch": 16}),
     ("batch-divides", {"global_batch": 31, "world_size": None}, "parallel.global_batch", "30 or 32",
      {"global_batch": 30}),
+    ("loss-chunks", {"loss_chunk_tokens": 256, "model": {"predicts_tokens": False}}, "parallel.loss_chunk_tokens",
+     "compares samples", {"loss_chunk_tokens": 0}),
+    ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",
+     {"recompute": "selective"}),
+    ("recompute-blocks", {"recompute": "full", "recompute_every": 9}, "parallel.recompute_every", "4 or less",
+     {"recompute_every": 4}),
     ("fp16-zero", {"compute": "fp16"}, "parallel.zero_stage", "zero_stage=1", {"zero_stage": 1}),
 ]
 

@@ -22,6 +22,7 @@ from pretrain.metrics import read_metrics
 
 def make_run(folder, start_step=0, total_steps=20, is_main=True):
     config = SimpleNamespace(
+        run=SimpleNamespace(check_every=0),
         model=SimpleNamespace(family="gpt"),
         objective=SimpleNamespace(name="causal_lm"),
         log=SimpleNamespace(every=5, tensorboard=True),
@@ -32,6 +33,7 @@ def make_run(folder, start_step=0, total_steps=20, is_main=True):
         config=config, layout=SimpleNamespace(tensor=2, pipeline=1, data=2, sequence=False), rank=0, world_size=4,
         folder=Path(folder), is_main=is_main, start_step=start_step, total_steps=total_steps,
         num_parameters=124_439_808, tokens_per_step=2048, device_name="cpu",
+        node="here", engine=None,
     )  # fmt: skip
 
 

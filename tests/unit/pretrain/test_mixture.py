@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from parallel.balance import Balance
 from parallel.experts import grouped_kernel, grouped_linear
 from parallel.megatron import TensorShard
+from parallel.recompute import recompute_selectively, recomputed
 from pretrain.models.blocks import BlockShape
 from pretrain.models.feed_forward import Mixture, MixtureShape, within_capacity
 from pretrain.trained import single_rank
@@ -83,6 +84,19 @@ def test_output_and_gradients_are_those_of_a_dense_loop(changes, groups):
     for one, other in zip(found_gradients, torch.autograd.grad((expected * told).sum(), [x, *layer.parameters()]),
                           strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation": "swiglu", "bias": False, "shared_ffn": 6}], ids=str)
+def test_recompute_changes_nothing(changes, groups):
+    results = []
+    for prepare, call in ((lambda layer: None, lambda layer: layer), (recompute_selectively, lambda layer: layer),
+                          (lambda layer: None, recomputed)):
+        layer, x = mixture_of(groups, **changes), tokens()
+        prepare(layer)
+        call(layer)(x).square().sum().backward()
+        results.append([layer.router.balance.totals, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for result in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 
 
 def test_capacity_drops_in_training_only(groups):
