@@ -12,6 +12,7 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest, ShardEntry, file_sizes, shard_faults
 from data_pipeline.order import Piece, TokenSamples
+from data_pipeline.tokenizer import Tokenizer
 
 TAR_BLOCK_BYTES = 512
 TOKENS_SUFFIX = ".tokens"
@@ -121,6 +122,28 @@ class TokenDataset:
     def num_tokens(self) -> int:
         """Tokens of all documents, end-of-text included."""
         return self.manifest.num_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that the tokenizer gives out."""
+        return self.manifest.vocab_size
+
+    @property
+    def end_of_text(self) -> int:
+        """The id that ends every document."""
+        return self.manifest.end_of_text
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The copy of the tokenizer in the folder. Raises DataError when it cannot be read."""
+        return Tokenizer.load(self.folder / self.manifest.tokenizer.file)
+
+    def text_bytes(self, num_documents: int) -> int:
+        """UTF-8 bytes of the text of the first documents."""
+        if num_documents == len(self):
+            return self.manifest.text_bytes
+        tokenizer = self.tokenizer
+        return sum(len(tokenizer.decode(self.tokens(number)).encode()) for number in range(num_documents))
 
     def samples(self, sequence_length: int, seed: int | None) -> TokenSamples:
         """The samples by position."""

@@ -41,6 +41,16 @@ def num_special_ids(num_sentinels: int = 0) -> int:
     return NUM_FIXED_IDS + num_sentinels
 
 
+class GivenIds(NamedTuple):
+    """The same ids where a model was trained elsewhere and has them in other places; None for what it never saw."""
+
+    pad: int | None = None
+    start: int | None = None
+    separator: int | None = None
+    mask: int | None = None
+    first_sentinel: int | None = None
+
+
 class SpanCounts(NamedTuple):
     """What span corruption does to a sample of `num_raw` tokens."""
 

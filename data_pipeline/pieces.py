@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
+from data_pipeline.texts import TextTokenizer
 from data_pipeline.tokenizer import SPACE_MARK, Tokenizer
 
 SENTENCE_ENDS = (".", "!", "?", "\n")
@@ -45,12 +46,12 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(algorithm, tuple(name for name, does in changes.items() if does), tuple(pieces))
 
 
-def word_starts(tokenizer: Tokenizer) -> np.ndarray:
+def word_starts(tokenizer: TextTokenizer) -> np.ndarray:
     """bool [vocabulary]: tokens that begin a word, which are those that do not go on with a letter, digit or byte."""
     return np.array([_starts(piece) for piece in tokenizer.pieces()])
 
 
-def sentence_ends(tokenizer: Tokenizer) -> np.ndarray:
+def sentence_ends(tokenizer: TextTokenizer) -> np.ndarray:
     """bool [vocabulary]: tokens that end a sentence or a line, and end-of-text."""
     ends = np.array([piece.endswith(SENTENCE_ENDS) or piece == "<0x0A>" for piece in tokenizer.pieces()])
     ends[tokenizer.end_of_text] = True

@@ -35,13 +35,14 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch,
         "gradient_accumulation_steps": parallel.global_batch // (parallel.micro_batch * layout.data),
-        "train_batch_size": parallel.global_batch,
+        # its ranks of data are our replicas, which count a sample once on each context rank
+        "train_batch_size": parallel.global_batch * layout.context,
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": False,
-        "communication_data_type": "fp32",
+        "communication_data_type": precision.compute if precision.reduce == "compute" else "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": half == "bf16", "immediate_grad_update": True},
         "fp16": {
@@ -78,7 +79,7 @@ def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager
     """A context in which ZeRO-3 cuts each parameter as soon as its module exists, so no rank ever holds the whole."""
     if config["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    return deepspeed.zero.Init(data_parallel_group=groups.data, config_dict_or_path=config, mpu=Units())
+    return deepspeed.zero.Init(data_parallel_group=groups.replicas, config_dict_or_path=config, mpu=Units())
 
 
 class _StagePipeline(PipelineModule):
@@ -90,7 +91,7 @@ class _StagePipeline(PipelineModule):
         self._built = (stage, wrapped)
         tied = {spec.tied_to for spec in specs if spec.tied_to}
         layers = [self._describe(spec, tied) for spec in specs]
-        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.replicas)
         super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
 
     @staticmethod

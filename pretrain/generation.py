@@ -1,4 +1,4 @@
-"""Continuing a sequence of tokens with a trained decoder and a key-value cache."""
+"""Continuing a text with a trained decoder and a key-value cache; answering a source with an encoder-decoder."""
 
 from __future__ import annotations
 
@@ -62,3 +62,25 @@ def continue_tokens(stage: Stage, prompt: list[int], max_tokens: int, context_to
             return
         yield token
         pending = [token]
+
+
+@torch.inference_mode()
+def answer_tokens(stage: Stage, source: tuple[Tensor, ...], start_token: int, max_tokens: int, stop_token: int
+                  ) -> list[int]:
+    """The most likely token after token (greedy), until `stop_token` (not included) or `max_tokens`.
+
+    Both sides are computed anew for every token, which is fine for a look at a small model.
+
+    Args:
+        stage: a whole encoder-decoder on this process; (source, decoder ids[, mask]) -> logits [t, 1, v].
+        source: ids int64 [1, s], and their mask [1, s] where the source is filled up.
+    """
+    ids, *mask = source
+    tokens = [start_token]
+    while len(tokens) <= max_tokens:
+        logits = stage.run((ids, torch.tensor([tokens], device=ids.device), *mask))
+        token = int(logits[-1, 0].argmax())
+        if token == stop_token:
+            break
+        tokens.append(token)
+    return tokens[1:]

@@ -23,15 +23,16 @@ from parallel.rendezvous import RendezvousError, join, leave
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.checkpoint.start import start_folder
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.optim import learning_rate, parameter_groups
 from pretrain.quiet import Quiet
 
@@ -97,8 +98,6 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
                 raise
     except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    except RendezvousError as error:
-        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
 
@@ -106,7 +105,12 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
 @contextmanager
 def _world(info: RankInfo) -> Iterator[None]:
     """Among the other ranks; left in order, so that the process ends without an abort."""
-    join(info)
+    try:
+        join(info)
+    except RendezvousError as error:
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -120,16 +124,22 @@ def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]
     Raises:
         UserError: more ranks on this machine than devices, or fp16 without an accelerator.
     """
-    if torch.cuda.is_available():
-        if info.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
-                            f"{torch.cuda.device_count()} devices: start at most one rank for each device")
-        torch.cuda.set_device(info.local_rank)
-        return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
-    if config.precision.compute == "fp16":
+    device, name = local_device(info)
+    if config.precision.compute == "fp16" and device.type == "cpu":
         raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
                         "accelerator refuses it: set precision.compute=bf16 or fp32")
-    return torch.device("cpu"), "cpu"
+    return device, name
+
+
+def local_device(info: RankInfo) -> tuple[torch.device, str]:
+    """The device of this rank's number on its node, and its name. Raises UserError for more ranks than devices."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    if info.local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
+                        f"{torch.cuda.device_count()} devices: start at most one rank for each device")
+    torch.cuda.set_device(info.local_rank)
+    return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
@@ -160,6 +170,8 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
         engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    elif config.checkpoint.start_from:
+        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
@@ -174,16 +186,21 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         hooks.on_step_end(run, record)
         request = attempt.step_done(step)
         last = step == run.total_steps
+        if request and not last and attempt.no_time_to_save():
+            break
         if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
         if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+            started = time.perf_counter()
+            path = _save(run, engine, hooks, step, adam_step)
+            attempt.saved(path, step, time.perf_counter() - started)
         if request and not last:
             break
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
-    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
+    saved = "no time was left to save" if attempt.is_too_late else "saved"
+    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
     return attempt.stopped(request) if stopped else attempt.done()
 
@@ -197,7 +214,18 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)
+    if checkpoint and checkpoint.manifest.get("weights_only"):
+        raise UserError(f"{checkpoint.folder} holds weights and no state of an optimizer, so no run goes on there: "
+                        f"choose another run.dir, and set checkpoint.start_from={run.folder}")
     return checkpoint
+
+
+def _start(path: str) -> Checkpoint:
+    """The checkpoint that a new run starts with; called by every rank together."""
+    folder = start_folder(path)
+    if folder is None:
+        raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
+    return open_whole(folder)
 
 
 def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
@@ -244,7 +272,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     batches = None
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, "heldout")  # the same noise in every run
+        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
         batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
                                        config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
                                        stages))

@@ -4,24 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from data_pipeline.manifest import TOKENIZER_FILE
+from data_pipeline.noise_facts import GivenIds, SpecialIds
+from data_pipeline.texts import TextTokenizer
 from data_pipeline.tokenizer import Tokenizer
-from parallel.initialise import slice_of
 from parallel.layout import Layout
-from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
+from parallel.megatron import Groups, build_groups, destroy_groups
 from parallel.pipeline import Stage
 from parallel.rank_info import alone
 from parallel.rendezvous import join, leave
 from pretrain.checkpoint.manifest import PREFIX, CheckpointError
 from pretrain.checkpoint.store import Checkpoint, newest_whole
 from pretrain.config import RunConfig, config_from
-from pretrain.errors import UserError
-from pretrain.models import FAMILIES
+from pretrain.errors import ExitCode, UserError
+from pretrain.models import family_spec
+from pretrain.models.build import filled_stage
+from pretrain.models.family import FamilyConfig, FamilySpec
+from pretrain.objectives.objective import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, and what texts have to become for it.
+
+    `step` is None where nobody says how long it was trained; `special` are the ids its objective has beside those of
+    the tokenizer.
+    """
+
+    folder: Path
+    step: int | None
+    model: FamilyConfig
+    objective: ObjectiveConfig
+    stage: Stage
+    tokenizer: TextTokenizer
+    special: SpecialIds | GivenIds
+
+    @property
+    def spec(self) -> FamilySpec:
+        return family_spec(self.model.family)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.stage.parameters()).device
 
 
 @contextmanager
@@ -47,23 +76,32 @@ def open_checkpoint(path: Path) -> Checkpoint:
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         checkpoint, _ = newest_whole(folder)
     except CheckpointError as error:
-        raise UserError(str(error)) from None
+        raise UserError(str(error), ExitCode.DATA) from None
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its checkpoints/{PREFIX}NNNNNNNN")
     return checkpoint
 
 
+def open_model(path: Path, groups: Groups) -> Trained:
+    """The model at a run folder or a checkpoint of any layout.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        config, stage = load_model(checkpoint, groups)
+    except CheckpointError as error:
+        raise UserError(str(error), ExitCode.DATA) from None
+    return Trained(checkpoint.folder, checkpoint.manifest["step"], config.model, config.objective, stage,
+                   load_tokenizer(checkpoint), SpecialIds(config.model.vocab_size))
+
+
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
-    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    specs = modules.layers(config.model, TensorShard(groups, device))
-    stage = Stage(specs, 0, len(specs))
-    with torch.no_grad():
-        for name, parameter in stage.named_global_parameters():
-            parameter.copy_(slice_of(checkpoint.tensor(name), parameter.plan.slice_dim, 0, 1))
-    return config, stage.eval()
+    return config, filled_stage(config.model, groups, device, checkpoint.tensor)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -1,24 +1,28 @@
 """`trainyard evaluate`: measures of a trained model, as JSON.
 
-A model of text: loss, perplexity and bits per byte on a dataset folder or on plain files. A dual encoder: zero-shot
-accuracy on a directory with a folder of images per class, retrieval on a dataset folder of image-text pairs.
+Text, on a dataset folder or on plain files: loss, perplexity and bits per byte of a decoder; of other models the loss
+on what their own objective hides, by the same noise every time. A dual encoder: zero-shot accuracy on a directory with
+a folder of images per class, retrieval on a dataset folder of image-text pairs.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.index import TokenDataset
+    from data_pipeline.texts import TextDataset
     from parallel.megatron import Groups
-    from parallel.pipeline import Stage
-    from pretrain.config import RunConfig
     from pretrain.evaluation.language import Text
+    from pretrain.trained import Trained
+
+SECONDS_BETWEEN_LINES = 10.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -27,8 +31,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--data", metavar="PATH", type=Path, required=True, nargs="+",
                         help="a dataset folder; for text also files or folders of .txt .md .py .jsonl; for images also "
                         "a directory with a folder per class")
-    parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs or documents (all)")
+    parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs, documents of a decoder, or "
+                        "samples of another model of text (all)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="samples in one forward (32)")
+    parser.add_argument("--examples", type=int, default=0, metavar="N", help="also what an encoder-decoder makes of "
+                        "the first N samples, by the most likely token after token (0)")
     parser.add_argument("--templates", type=Path, metavar="FILE",
                         help="JSON list of prompts with {} for the class name (the directory's own templates.json)")
 
@@ -36,16 +43,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one JSON object. Returns the exit code."""
     _check(args)
-    from pretrain.trained import load_model, load_tokenizer, open_checkpoint, single_rank
+    from pretrain.trained import open_model, single_rank
 
     with single_rank() as groups:
-        checkpoint = open_checkpoint(args.checkpoint)
-        config, stage = load_model(checkpoint, groups)
-        tokenizer = load_tokenizer(checkpoint)
-        measure = _measure_images if config.spec.reads == "pairs" else _measure_text
-        found = measure(args, config, stage, tokenizer, groups)
-    told = {"checkpoint": str(checkpoint.folder), "step": checkpoint.manifest["step"],
-            "data": [str(path) for path in args.data], "family": config.model.family, **found}
+        trained = open_model(args.checkpoint, groups)
+        if args.examples and trained.spec.form != "encoder_decoder":
+            raise UserError(f"--examples {args.examples}: for models that write an answer (t5, bart), and "
+                            f"{args.checkpoint} holds a {trained.model.family}")
+        measure = {"dual_encoder": _measure_images, "decoder": _measure_text}.get(trained.spec.form, _measure_noised)
+        found = measure(args, trained, groups)
+    told = {"checkpoint": str(trained.folder), "step": trained.step, "data": [str(path) for path in args.data],
+            "family": trained.model.family, **found}
     sys.stdout.write(json.dumps(told, indent=1) + "\n")
     for line in _in_words(found):
         sys.stderr.write(f"{line}\n")
@@ -58,37 +66,51 @@ def _in_words(found: dict) -> Iterator[str]:
     for name, told in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
         yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} "
                f"classes (chance {told['chance']:.1%}){f', {name}' if name else ''}")
-    if "perplexity" in found:
+    if "bits_per_byte" in found:
         yield (f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, "
                f"{found['bits_per_byte']:.4f} bits per byte")
+    if "accuracy" in found:
+        yield (f"{found['objective']}: loss {found['loss']:.4f}, {found['accuracy']:.1%} of {found['num_targets']:,} "
+               "hidden tokens right")
 
 
 def _check(args: argparse.Namespace) -> None:
     for path in (args.checkpoint, *args.data):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    for name in ("samples", "batch"):
+    for name, least in (("samples", 1), ("batch", 1), ("examples", 0)):
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: at least 1")
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+
+
+def _shown(batches: Iterable[dict]) -> Iterator[dict]:
+    """The batches, with a word about how many there were every few seconds."""
+    told, num_rows = time.monotonic(), 0
+    for batch in batches:
+        yield batch
+        num_rows += len(batch["tokens"])
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            sys.stderr.write(f"{num_rows:,} samples\n")
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_images(args: argparse.Namespace, config: "RunConfig", stage: "Stage", tokenizer: "Tokenizer",
-                    groups: "Groups") -> dict:
+def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from data_pipeline.manifest import MANIFEST_NAME
     from data_pipeline.pairs import PairsDataset
     from pretrain.evaluation.zero_shot import DualEncoder, classification, retrieval, templates_of
 
-    model = DualEncoder(stage, tokenizer, config.model.image_size, config.model.sequence_length, args.batch)
+    config = trained.model
+    model = DualEncoder(trained.stage, trained.tokenizer, config.image_size, config.sequence_length, args.batch)
     found: dict = {}
     for path in args.data:
         if not path.is_dir():
             raise UserError(f"{path} is a file; give a directory with a folder per class, or a dataset folder of pairs")
         if (path / MANIFEST_NAME).exists():
-            dataset = PairsDataset.open(path, config.model.image_size)
+            dataset = PairsDataset.open(path, config.image_size)
             found.setdefault("retrieval", {})[str(path)] = retrieval(model, dataset, args.samples)
         else:
             templates = templates_of(path, args.templates)
@@ -99,40 +121,52 @@ def _measure_images(args: argparse.Namespace, config: "RunConfig", stage: "Stage
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _measure_text(args: argparse.Namespace, config: "RunConfig", stage: "Stage", tokenizer: "Tokenizer",
-                  groups: "Groups") -> dict:
+def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from parallel.megatron import TensorShard
     from pretrain.evaluation.language import language_measures, stream_batches, summed_loss
     from pretrain.objectives import make_loss
 
-    device = next(stage.parameters()).device
-    text = _text(args, tokenizer)
-    objective = make_loss("causal_lm", config.model.family, TensorShard(groups, device))
-    batches = stream_batches(text, config.model.sequence_length, args.batch, device)
-    nats, num_tokens = summed_loss(stage, objective, batches)
-    if not num_tokens:
-        raise UserError(f"{', '.join(map(str, args.data))}: no text to evaluate on")
+    text = _first_documents(_dataset(args, trained), args.samples)
+    objective = make_loss("causal_lm", trained.model.family, TensorShard(groups, trained.device))
+    batches = stream_batches(text, trained.model.sequence_length, args.batch, trained.device)
+    nats, num_tokens = summed_loss(trained.stage, objective, _shown(batches))
     return language_measures(nats, num_tokens, text.text_bytes)
 
 
-def _text(args: argparse.Namespace, tokenizer: "Tokenizer") -> "Text":
-    """The documents of a dataset folder, or of files, as token ids of the model's own tokenizer."""
+def _measure_noised(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
+    from parallel.megatron import TensorShard
+    from pretrain.evaluation.noised import examples, noised_batches, noised_measures
+    from pretrain.objectives import make_loss
+
+    dataset = _dataset(args, trained)
+    objective = make_loss(trained.objective.name, trained.model.family, TensorShard(groups, trained.device))
+    found = noised_measures(trained, objective, _shown(noised_batches(trained, dataset, args.batch, args.samples)))
+    if args.examples:
+        found["examples"] = examples(trained, noised_batches(trained, dataset, 1, args.examples), args.examples)
+    return found
+
+
+def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | TextDataset":
+    """A dataset folder of the model's own tokenizer, or what the tokenizer makes of files."""
     from data_pipeline.corpus import documents
     from data_pipeline.index import TokenDataset
     from data_pipeline.manifest import MANIFEST_NAME
-    from pretrain.evaluation.language import Text
+    from data_pipeline.texts import TextDataset
 
     folder = args.data[0]
     if len(args.data) == 1 and (folder / MANIFEST_NAME).exists():
         dataset = TokenDataset.open(folder)
-        if dataset.manifest.tokenizer.sha256 != tokenizer.sha256:
+        if dataset.manifest.tokenizer.sha256 != trained.tokenizer.sha256:
             raise UserError(f"{folder} was made with another tokenizer than the model's: give the text itself, or "
-                            "write the dataset again with the tokenizer in the checkpoint")
-        count = min(args.samples or len(dataset), len(dataset))
-        whole = count == len(dataset)
-        kept = [dataset.tokens(number).tolist() for number in range(count)]
-        num_bytes = dataset.manifest.text_bytes if whole else sum(len(tokenizer.decode(ids).encode()) for ids in kept)
-        return Text(kept, num_bytes, tokenizer.end_of_text)
-    texts = [document.text for document in documents([str(path) for path in args.data])][: args.samples]
-    encoded = [[*tokenizer.encode(text), tokenizer.end_of_text] for text in texts]
-    return Text(encoded, sum(len(text.encode("utf-8")) for text in texts), tokenizer.end_of_text)
+                            "write the dataset again with the tokenizer of the model")
+        return dataset
+    return TextDataset((document.text for document in documents([str(path) for path in args.data])), trained.tokenizer)
+
+
+def _first_documents(dataset: "TokenDataset | TextDataset", count: int | None) -> "Text":
+    """The first `count` documents (None: all) as one stream."""
+    from pretrain.evaluation.language import Text
+
+    count = min(count or len(dataset), len(dataset))
+    tokens = [dataset.tokens(number).tolist() for number in range(count)]
+    return Text(tokens, dataset.text_bytes(count), dataset.end_of_text)

@@ -22,17 +22,16 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation, as it is made. Returns the exit code."""
     _check(args)
     from pretrain.generation import Sampling, continue_tokens
-    from pretrain.trained import load_model, load_tokenizer, open_checkpoint, single_rank
+    from pretrain.trained import open_model, single_rank
 
     with single_rank() as groups:
-        checkpoint = open_checkpoint(args.checkpoint)
-        config, stage = load_model(checkpoint, groups)
-        if config.spec.form != "decoder":
-            raise UserError(f"{args.checkpoint} holds a model of the family {config.model.family}, which does not "
+        trained = open_model(args.checkpoint, groups)
+        if trained.spec.form != "decoder":
+            raise UserError(f"{args.checkpoint} holds a model of the family {trained.model.family}, which does not "
                             "continue texts: generate takes a decoder (gpt)")
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = trained.tokenizer
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
-        context = config.model.sequence_length
+        context = trained.model.sequence_length
         for number, text in enumerate(args.prompt):
             prompt = tokenizer.encode(text) or [tokenizer.end_of_text]
             if len(prompt) >= context:
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             tokens, shown = list(prompt), tokenizer.decode(prompt)
             sys.stdout.write(("\n\n" if number else "") + shown)
             stop = tokenizer.end_of_text
-            for token in continue_tokens(stage, prompt, args.max_tokens, context, sampling, stop, args.seed):
+            for token in continue_tokens(trained.stage, prompt, args.max_tokens, context, sampling, stop, args.seed):
                 tokens.append(token)
                 whole = tokenizer.decode(tokens)
                 if not whole.endswith("\ufffd"):  # a character of several byte tokens is shown once it is whole

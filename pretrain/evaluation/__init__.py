@@ -1,1 +1,2 @@
-"""Measures of a trained model: `language` for models of text, `zero_shot` for dual encoders."""
+"""Measures of a trained model: `language` for decoders, `noised` for encoders and encoder-decoders, `zero_shot` for
+dual encoders."""

@@ -1,4 +1,4 @@
-"""Loss of a model of text: per token, as perplexity, and in bits per byte, which compares across tokenizers."""
+"""Loss of a decoder: per token, as perplexity, and in bits per byte, which compares across tokenizers."""
 
 from __future__ import annotations
 
@@ -63,8 +63,13 @@ def summed_loss(stage: Stage, objective: Objective, batches: Iterable[dict[str, 
     return total, round(count)
 
 
+def perplexity(loss: float) -> float:
+    """e^loss, infinite where no number holds it."""
+    return exp(loss) if loss < MAX_EXPONENT else inf
+
+
 def language_measures(nats: float, num_tokens: int, text_bytes: int) -> dict[str, float | int]:
     """What is told of a text of `num_tokens` targets whose losses sum up to `nats`."""
     loss = nats / num_tokens
-    return {"loss": loss, "perplexity": exp(loss) if loss < MAX_EXPONENT else inf,
+    return {"loss": loss, "perplexity": perplexity(loss),
             "bits_per_byte": nats / log(2) / text_bytes, "num_tokens": num_tokens, "text_bytes": text_bytes}

@@ -45,6 +45,7 @@ def facts(config: EncoderDecoderConfig) -> ModelFacts:
         layers=config.layers + config.num_decoder_layers, heads=config.heads, kv_heads=config.heads,
         hidden=config.hidden, ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size,
         sequence_length=config.sequence_length, target_length=config.num_targets,
+        why_no_context="attention from the target to the source needs both sequences whole on every rank",
     )
 
 

@@ -2,10 +2,13 @@
 
 from importlib import import_module
 
+from data_pipeline.noise_facts import GivenIds, SpecialIds
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import pairs_spec, text_spec
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+
+HELDOUT_SEED = "heldout"
 
 OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS, **pairs_spec.SPECS}
 
@@ -15,9 +18,14 @@ def make_loss(name: str, family: str, shard: object) -> object:
     return _load(OBJECTIVES[name].losses[family_spec(family).form])(shard)
 
 
-def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: int | str) -> list:
-    """The webdataset stages that turn windows of an open dataset into the fields of a batch."""
-    return _load(OBJECTIVES[config.name].stages)(config, model, dataset, seed)
+def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: int | str,
+                special: SpecialIds | GivenIds | None = None) -> list:
+    """The webdataset stages that turn windows of an open dataset into the fields of a batch.
+
+    seed: that of the noise; HELDOUT_SEED for data whose noise no run may change.
+    special: where the objective's own ids lie; None: at the top of the vocabulary, as in every model trained here.
+    """
+    return _load(OBJECTIVES[config.name].stages)(config, model, dataset, seed, special or SpecialIds(model.vocab_size))
 
 
 def _load(path: str) -> object:

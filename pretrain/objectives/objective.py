@@ -31,8 +31,9 @@ class ObjectiveSpec:
     Args:
         config_class: the fields of the `objective` section.
         losses: by the form of the family (`FamilySpec.form`), "module:Class"; the class is made with the tensor shard.
-        stages: "module:function"; called with (objective config, model config, open dataset, seed), it returns the
-            webdataset stages between a window of tokens and a batch. The seed is a number, or a text for held-out data.
+        stages: "module:function"; called with (objective config, model config, open dataset, seed, special ids), it
+            returns the webdataset stages between a window of tokens and a batch. The seed is a number, or a text for
+            held-out data.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
         problems: what does not fit the model.

@@ -7,6 +7,7 @@ from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig
 
 
-def as_they_are(config: ObjectiveConfig, model: FamilyConfig, dataset: PairsDataset, seed: int | str) -> list:
+def as_they_are(config: ObjectiveConfig, model: FamilyConfig, dataset: PairsDataset, seed: int | str,
+                 special: object) -> list:
     """The dataset crops images and tokenizes captions itself."""
     return []

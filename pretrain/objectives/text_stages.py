@@ -1,6 +1,8 @@
 """The stages between a window of tokens and a batch, for the objectives in text_spec.py.
 
-Each function takes (objective config, model config, open dataset, seed of the noise) and returns webdataset stages.
+Each function takes (objective config, model config, open dataset, seed of the noise, special ids) and returns
+webdataset stages. A dataset is a folder's or one in memory: what is asked of it is its tokenizer and, for pairs of
+segments, its windows.
 """
 
 from __future__ import annotations
@@ -9,68 +11,63 @@ from data_pipeline.corruption import FillInTheMiddle, PrefixCut, PrefixSplit, Sp
 from data_pipeline.denoising import Denoising
 from data_pipeline.index import TokenDataset
 from data_pipeline.loader import each
-from data_pipeline.manifest import TOKENIZER_FILE
 from data_pipeline.masking import Masking, SegmentPairs
-from data_pipeline.noise_facts import SpecialIds, num_masked, raw_tokens
+from data_pipeline.noise_facts import GivenIds, SpecialIds, num_masked, raw_tokens
 from data_pipeline.pieces import sentence_ends, word_starts
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.texts import TextDataset
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives import text_spec as spec
 from pretrain.objectives.objective import ObjectiveConfig
 
+Data = TokenDataset | TextDataset
+Ids = SpecialIds | GivenIds
 
-def as_it_is(config: spec.CausalLMConfig, model: FamilyConfig, dataset: TokenDataset, seed: int | str) -> list:
+
+def as_it_is(config: spec.CausalLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
     """Windows are batches already."""
     return []
 
 
-def prefix_lm(config: spec.PrefixLMConfig, model: FamilyConfig, dataset: TokenDataset, seed: int | str) -> list:
+def prefix_lm(config: spec.PrefixLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
     if family_spec(model.family).form == "decoder":
         return [each(PrefixCut(seed))]
-    return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
-                             SpecialIds(model.vocab_size)))]
+    return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets, special))]
 
 
-def fill_in_the_middle(config: spec.FillInTheMiddleConfig, model: FamilyConfig, dataset: TokenDataset,
-                       seed: int | str) -> list:
+def fill_in_the_middle(config: spec.FillInTheMiddleConfig, model: FamilyConfig, dataset: Data, seed: int | str,
+                       special: Ids) -> list:
     """The middle of documents moves to their end."""
-    return [each(FillInTheMiddle(seed, config.rate, config.spm_rate, SpecialIds(model.vocab_size),
-                                 dataset.manifest.end_of_text))]
+    return [each(FillInTheMiddle(seed, config.rate, config.spm_rate, special, dataset.end_of_text))]
 
 
-def span_corruption(config: spec.SpanCorruptionConfig, model: FamilyConfig, dataset: TokenDataset,
-                    seed: int | str) -> list:
+def span_corruption(config: spec.SpanCorruptionConfig, model: FamilyConfig, dataset: Data, seed: int | str,
+                    special: Ids) -> list:
     """Spans move from the source to the target."""
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
-    return [each(SpanCorruption(seed, counts, model.num_targets, SpecialIds(model.vocab_size),
-                                dataset.manifest.end_of_text))]
+    return [each(SpanCorruption(seed, counts, model.num_targets, special, dataset.end_of_text))]
 
 
-def denoising(config: spec.DenoisingConfig, model: FamilyConfig, dataset: TokenDataset, seed: int | str) -> list:
+def denoising(config: spec.DenoisingConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
     """The source is damaged."""
-    is_end = sentence_ends(_tokenizer(dataset)) if config.permute_sentences else None
-    return [each(Denoising(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
-                           SpecialIds(model.vocab_size), dataset.manifest.end_of_text, is_end, config.infill_ratio,
-                           config.mean_span_length, config.mask_ratio, config.delete_ratio, config.rotate_rate))]
+    is_end = sentence_ends(dataset.tokenizer) if config.permute_sentences else None
+    return [each(Denoising(seed, _window_tokens(config, model), model.sequence_length, model.num_targets, special,
+                           dataset.end_of_text, is_end, config.infill_ratio, config.mean_span_length,
+                           config.mask_ratio, config.delete_ratio, config.rotate_rate))]
 
 
-def masked_lm(config: spec.MaskedLMConfig, model: FamilyConfig, dataset: TokenDataset, seed: int | str) -> list:
+def masked_lm(config: spec.MaskedLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
     """Tokens are hidden; a model with a head for it judges pairs of segments as well."""
     window = _window_tokens(config, model)
-    starts = word_starts(_tokenizer(dataset)) if config.whole_words else None
+    starts = word_starts(dataset.tokenizer) if config.whole_words else None
     order_seed = seed if isinstance(seed, int) else None  # held-out windows come in their stored order
     pairs = SegmentPairs(dataset, window, seed, order_seed) if model.next_sentence else None
-    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), SpecialIds(model.vocab_size),
-                         dataset.manifest.vocab_size, config.masked_part, config.random_part, starts, pairs))]
+    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), special, dataset.vocab_size,
+                         config.masked_part, config.random_part, starts, pairs))]
 
 
 def _window_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:
     return OBJECTIVES[config.name].window_tokens(config, model)
 
-
-def _tokenizer(dataset: TokenDataset) -> Tokenizer:
-    """The copy of the tokenizer in the dataset's folder."""
-    return Tokenizer.load(dataset.folder / TOKENIZER_FILE)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from data_pipeline.corpus import Document
 from data_pipeline.errors import DataError
+from data_pipeline.shards import write_dataset
+from data_pipeline.tokenizer import TokenizerOptions, train_tokenizer
 from pretrain.cli import main
 from pretrain.evaluation.language import Text, language_measures, stream_batches
 from pretrain.evaluation.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
+from pretrain.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.ranks import run_ranks, train_on
-from tests.helpers.recipes import CLIP, write_recipe
+from tests.helpers.recipes import CLIP, recipe_of, write_recipe
+
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("length", [1, 3, 7, 20])
@@ -55,9 +66,6 @@ def test_recall_counts_equal_captions_as_hits():
 
 
 def evaluated(info, argv: list[str]) -> tuple[int, str]:
-    import contextlib
-    import io
-
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         code = main(["evaluate", *argv])
@@ -95,6 +103,103 @@ def test_a_language_model_on_a_dataset_and_on_the_text_of_it(recipe, dataset, tm
         bits = found["loss"] * found["num_tokens"] / math.log(2)
         assert found["bits_per_byte"] == pytest.approx(bits / found["text_bytes"])
     assert found["text_bytes"] == len(text.read_bytes().strip()) or found["text_bytes"] == len(text.read_bytes())
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "bert"])
+def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_path):
+    """The held-out loss of training, from shards and from the files they were made of, in batches of any size."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", dataset, recipe_of(family))
+    assert train_on(1, recipe, [f"run.dir={tmp_path / 'run'}", "run.steps=2", "log.evaluate_every=2",
+                                "log.evaluate_samples=7"]) == [0]
+    expected = read_metrics(tmp_path / "run" / EVALUATIONS_FILE)[-1]["heldout_loss"]
+    argv = [str(tmp_path / "run"), "--samples", "7"]
+    if family != "bert":
+        argv += ["--examples", "2"]
+    found = []
+    for data, batch in ((dataset / "heldout", "3"), (REPOSITORY / "benchmarks", "32")):
+        code, written = run_ranks(evaluated, 1, [*argv, "--data", str(data), "--batch", batch])[0]
+        assert code == 0
+        found.append(json.loads(written))
+    first, second = found
+    assert first["loss"] + first.get("next_sentence_loss", 0.0) == pytest.approx(expected, rel=1e-5)
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert (first["num_targets"], first["accuracy"]) == (second["num_targets"], second["accuracy"])
+    assert 0 <= first["accuracy"] <= 1
+    if family == "bert":
+        assert 0 <= first["next_sentence_accuracy"] <= 1
+        return
+    assert first["examples"] == second["examples"]
+    for example in first["examples"]:
+        assert ("<extra_id_0>" if family == "t5" else "<mask>") in example["source"]
+        assert example["truth"].startswith("<extra_id_0>" if family == "t5" else "<s>")
+
+
+def test_an_answer_stops_at_the_end_and_is_the_most_likely(dataset, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", dataset, recipe_of("t5"))
+    assert run_ranks(answered, 1, str(recipe))[0]
+
+
+def answered(info, recipe: str) -> bool:
+    """An answer taken token by token is what the whole sequence makes most likely; it stops at the stop token."""
+    from parallel.initialise import draw
+    from pretrain.config import load_config
+    from pretrain.generation import answer_tokens
+    from pretrain.trained import single_rank
+    from tests.contracts.test_families import stage_of
+
+    config = load_config(recipe)
+    with single_rank() as groups:
+        stage = stage_of(config, groups)
+        with torch.no_grad():
+            for name, parameter in stage.named_global_parameters():
+                parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
+        source = torch.randint(config.model.vocab_size, (1, 32), generator=torch.Generator().manual_seed(1))
+        answer = answer_tokens(stage, (source,), 5, 8, stop_token=-1)
+        logits = stage.run((source, torch.tensor([[5, *answer[:-1]]])))
+        assert logits.argmax(dim=-1)[:, 0].tolist() == answer
+        assert len(answer) == 8
+        place = next(index for index, token in enumerate(answer) if token == answer[4])
+        return answer_tokens(stage, (source,), 5, 8, stop_token=answer[4]) == answer[:place]
+
+
+def test_data_that_does_not_fit_the_model(recipe, dataset, shapes, tmp_path):
+    """Each mistake is told in words, with its exit code and without a traceback, and nothing is printed for a program.
+
+    Another family's data, another tokenizer's, no text, a damaged or missing shard, examples of a decoder.
+    """
+    assert train_on(1, recipe, [f"run.dir={tmp_path / 'run'}", "run.steps=1", "checkpoint.every=1"]) == [0]
+    other = train_tokenizer(["another text altogether, of other words\n" * 40], TokenizerOptions(vocab_size=300))
+    write_dataset([Document("a", "some text\n" * 99)], other, tmp_path / "other")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    cut = Path(shutil.copytree(dataset / "heldout", tmp_path / "cut"))
+    shard = next(cut.glob("*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+    run = tmp_path / "run"
+    mistakes = [([run, "--data", shapes / "heldout"], 2, "images with captions, where tokenized documents are needed"),
+                ([run, "--data", tmp_path / "other"], 2, "another tokenizer than the model's"),
+                ([run, "--data", tmp_path / "empty.txt"], 2, "no text"),
+                ([run, "--data", tmp_path / "folder"], 2, "holds no .txt"),
+                ([run, "--data", cut], 2, "where the manifest says"),
+                ([run, "--data", dataset / "heldout", "--examples", "1"], 2, "write an answer"),
+                ([tmp_path / "folder", "--data", dataset / "heldout"], 2, "no checkpoint here")]
+    for argv, expected, words in mistakes:
+        code, written, told = run_ranks(complained, 1, [str(part) for part in argv])[0]
+        assert (code, written) == (expected, ""), argv
+        assert re.search(words, told), told
+        assert "Traceback" not in told
+    weights = next((run / "checkpoints").glob("*/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, written, told = run_ranks(complained, 1, [str(run), "--data", str(dataset / "heldout")])[0]
+    assert (code, written) == (65, "")
+    assert weights.name in told
+
+
+def complained(info, argv: list[str]) -> tuple[int, str, str]:
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code, written = evaluated(info, argv)
+    return code, written, told.getvalue()
 
 
 @pytest.mark.parametrize("argv", [["nowhere", "--data", "."], [".", "--data", "nowhere"],
