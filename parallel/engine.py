@@ -38,7 +38,8 @@ class NotFinite(Exception):
 class Objective(Protocol):
     """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim.
 
-    One that couples all samples of the global batch says `two_pass = True`, see parallel/two_pass.py.
+    One that couples all samples of the global batch says `two_pass = True`, see parallel/two_pass.py. One that can be
+    cut along the sequence has `part(batch, context)`: the batch of this context rank's part, see parallel/context.py.
     """
 
     def inputs(self, batch: dict[str, Tensor]): ...
@@ -93,7 +94,7 @@ class Engine:
         optimizer = make_optimizer(list(stage.named_global_parameters()))
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
-        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, at.dp)
+        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
         self._hold_bounds()
@@ -173,9 +174,9 @@ class Engine:
                 self.deepspeed.backward(micro_loss)
                 self.deepspeed.step()
                 if not self.two_pass:
-                    loss += micro_loss.detach() / (self.accumulation * self.layout.data)
-            if self.layout.data > 1:
-                dist.all_reduce(loss, group=self.groups.data)  # data group: each rank saw its share of the batch
+                    loss += micro_loss.detach() / (self.accumulation * self.layout.replicas)
+            if self.layout.replicas > 1:
+                dist.all_reduce(loss, group=self.groups.replicas)  # replicas: each saw its share of the batch's tokens
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(float(loss), float(self._grad_norm), skipped, self.balances.end_step(taken=not skipped))
 
@@ -188,7 +189,7 @@ class Engine:
 
         With one micro-batch that is the loss itself; with more of them a first pass without gradient comes before.
         """
-        share = self.accumulation * self.layout.data
+        share = self.accumulation * self.layout.replicas
 
         def of_all(outputs):
             whole = self._whole_batch_loss(outputs, items)
@@ -217,45 +218,49 @@ class Engine:
     def _items(self, batches, weight: float | None) -> list:
         """(inputs, targets + weight) per micro-batch; with no weight given, the one that makes the mean exact.
 
-        DeepSpeed divides by the number of micro-batches and averages over the data axis, so a token mean over the
-        global batch needs that back: weight = micro-batches * data ranks / targets in the global batch.
+        DeepSpeed divides by the number of micro-batches and averages over the replicas, so a token mean over the
+        global batch needs that back: weight = micro-batches * replicas / targets in the global batch.
         """
         if batches is None:
             return []
-        batches = [{key: value.to(self.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
+        batches = self._own_parts(batches)
         if weight is None:
             total = self._total_targets(batches)
-            factor = self.accumulation * self.layout.data / total
+            factor = self.accumulation * self.layout.replicas / total
         else:
             factor = torch.full((), weight, device=self.device)
         return [(self.objective.inputs(b), (*self.objective.targets(b), factor)) for b in batches]
 
+    def _own_parts(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Batches on the device, each cut to this context rank's part of the sequence before any layer."""
+        moved = [{key: value.to(self.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
+        return moved if self.layout.context == 1 else [self.objective.part(b, self.shard.context) for b in moved]
+
     def _total_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
         total = torch.stack([self.objective.num_targets(b).double() for b in batches]).sum()
-        if self.layout.data > 1:
-            dist.all_reduce(total, group=self.groups.data)  # data group: the global batch is spread over it
+        if self.layout.replicas > 1:
+            dist.all_reduce(total, group=self.groups.replicas)  # replicas: the batch's tokens are spread over them
         return total.float()
 
     @torch.no_grad()
     def evaluate(self, batches: list[dict[str, Tensor]] | None) -> tuple[float, float]:
-        """(sum of losses, number of targets) over all data ranks; each rank passes as many micro-batches."""
+        """(sum of losses, number of targets) over all replicas; each rank passes as many micro-batches."""
         items = self._items(batches, weight=1.0)
-        count = self._total_targets([{k: v.to(self.device) for k, v in b.items()} for b in batches]) if batches \
-            else torch.zeros((), device=self.device)
+        count = self._total_targets(self._own_parts(batches)) if batches else torch.zeros((), device=self.device)
         if self.layout.pipeline > 1:
             num = torch.tensor(len(items), device=self.device)
             dist.all_reduce(num, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages hold no data
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.groups.pipeline)
             mean = self.deepspeed.eval_batch(iter(items), num_micro_batches=int(num))
-            return float(mean) * int(num) * self.layout.data, float(count)
+            return float(mean) * int(num) * self.layout.replicas, float(count)
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
         if self.two_pass and items:
             total += self._whole_batch_loss(concatenated([self.deepspeed(inputs, tuple) for inputs, _ in items]), items)
         for inputs, targets in items if not self.two_pass else ():
             total += self.deepspeed(inputs, targets)
-        if self.layout.data > 1:
-            dist.all_reduce(total, group=self.groups.data)  # data group: each rank evaluated its share
+        if self.layout.replicas > 1:
+            dist.all_reduce(total, group=self.groups.replicas)  # replicas: each evaluated its share
         return float(total), float(count)
 
     # -- gradient norm and clipping -----------------------------------------------------------------------------------
@@ -349,10 +354,10 @@ class Engine:
     def owned_fragments(self) -> Iterator[OwnedFragment]:
         """What this rank must store so that all ranks together store everything exactly once."""
         at = self.groups.coordinates
-        if at.dp == at.tp == 0:
+        if self.groups.replica == at.tp == 0:
             for name, buffer in self.stage.named_global_buffers():
                 yield OwnedFragment(name, "weight", tuple(buffer.shape), None, 0, 1, 0, buffer.view(-1))
-        if self.stage_zero and at.dp >= self.layout.expert:  # the first expert group holds everything
+        if self.stage_zero and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
             return
         for kind in KINDS:
             for name, start, tensor in self.state.fragments(kind):

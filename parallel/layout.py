@@ -1,9 +1,13 @@
 """Where each rank stands on each axis, in pure integers (facts: no torch).
 
 The order is megatron-core's default, `tp-cp-ep-dp-pp`, and that of DeepSpeed's `PipeModelDataParallelTopology`: tensor
-ranks are neighbours, then data ranks, and stages are furthest apart. Expert parallelism adds no ranks: `expert`
-neighbours along dp share the experts of a layer out among them (an `ep` group), and the ranks that hold the same ones
-form an `edp` group.
+ranks are neighbours, then context ranks, then data ranks, and stages are furthest apart.
+
+*Replicas* are the cp x dp ranks that hold the same weights: what DeepSpeed and ZeRO know as data ranks. Samples are
+spread over dp alone; the context ranks of a data rank share out the sequence of the same samples.
+
+Expert parallelism adds no ranks: `expert` neighbours along dp share the experts of a layer out among them (an `ep`
+group), and the ranks that hold the same ones form an `edp` group.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +16,10 @@ from itertools import product
 from math import prod
 from typing import NamedTuple, Protocol
 
-AXES = ("tp", "dp", "pp")  # from the fastest to the slowest; a further axis takes its place in this order
+AXES = ("tp", "cp", "dp", "pp")  # from the fastest to the slowest; a further axis takes its place in this order
 GROUPS = {  # group name: the axes it runs along; ep and edp are the two directions of dp
-    "tp": ("tp",), "dp": ("dp",), "pp": ("pp",), "ep": ("ep",), "edp": ("edp",), "model": ("tp", "ep", "pp"),
+    "tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "pp": ("pp",), "ep": ("ep",), "edp": ("cp", "edp"),
+    "model": ("tp", "ep", "pp"), "replicas": ("cp", "dp"),
 }  # fmt: skip
 
 
@@ -22,6 +27,7 @@ class Degrees(Protocol):
     """What `Layout.of` reads from a config."""
 
     tensor: int
+    context: int
     pipeline: int
     sequence: bool
     expert: int
@@ -31,6 +37,7 @@ class Coordinates(NamedTuple):
     """A rank's index on every axis, each from 0."""
 
     tp: int
+    cp: int
     dp: int
     pp: int
 
@@ -43,10 +50,11 @@ class Layout:
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    context: int = 1
     expert: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tensor, self.pipeline, self.data, self.expert) < 1:
+        if min(self.tensor, self.context, self.pipeline, self.data, self.expert) < 1:
             raise ValueError(f"every degree of a layout is at least 1, not {self}")
         if self.data % self.expert:
             raise ValueError(f"{self.data} data ranks do not divide into groups of {self.expert} that share experts")
@@ -57,16 +65,21 @@ class Layout:
 
         Raises ValueError when they do not divide; `parallel.rules` tells the user before that.
         """
-        model_ranks = parallel.tensor * parallel.pipeline
+        model_ranks = parallel.tensor * parallel.context * parallel.pipeline
         if world_size < 1 or world_size % model_ranks:
             raise ValueError(f"{world_size} ranks do not divide into models of {model_ranks} ranks")
-        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence,
+        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence, parallel.context,
                    parallel.expert)
 
     @property
     def degrees(self) -> dict[str, int]:
         """The number of ranks along each axis, in the order of AXES."""
-        return {"tp": self.tensor, "dp": self.data, "pp": self.pipeline}
+        return {"tp": self.tensor, "cp": self.context, "dp": self.data, "pp": self.pipeline}
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks hold the same weights."""
+        return self.context * self.data
 
     @property
     def world_size(self) -> int:
@@ -81,9 +94,9 @@ class Layout:
             rank, found[axis] = divmod(rank, degree)
         return Coordinates(**found)
 
-    def rank(self, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
+    def rank(self, tp: int = 0, cp: int = 0, dp: int = 0, pp: int = 0) -> int:
         """The rank at these coordinates. Raises ValueError when one is outside its axis."""
-        indices = {"tp": tp, "dp": dp, "pp": pp}
+        indices = {"tp": tp, "cp": cp, "dp": dp, "pp": pp}
         number = 0
         for axis in reversed(AXES):
             degree = self.degrees[axis]
@@ -109,6 +122,10 @@ class Layout:
             return range(index % self.expert, self.data, self.expert)
         return [index]
 
+    def replica(self, rank: int) -> int:
+        """The place of `rank` among those that hold the same weights."""
+        return self.group("replicas", rank).index(rank)
+
     def groups(self, name: str) -> list[list[int]]:
         """Every group of this name; together they hold each rank once."""
         found = {tuple(self.group(name, rank)) for rank in range(self.world_size)}
@@ -116,10 +133,11 @@ class Layout:
 
 
 def legal(world_size: int) -> Iterator[Layout]:
-    """Every (tensor, pipeline, data) whose product is `world_size`, without sequence parallelism."""
+    """Every (tensor, context, pipeline, data) whose product is `world_size`, without sequence parallelism."""
     for tensor in divisors(world_size):
-        for pipeline in divisors(world_size // tensor):
-            yield Layout(tensor, pipeline, world_size // (tensor * pipeline))
+        for context in divisors(world_size // tensor):
+            for pipeline in divisors(world_size // (tensor * context)):
+                yield Layout(tensor, pipeline, world_size // (tensor * context * pipeline), context=context)
 
 
 def divisors(number: int) -> list[int]:

@@ -125,17 +125,17 @@ class PartitionedState:
             yield from slot.fragments(mapping.lp_fragment_address.start, gradient)
 
     def refresh(self) -> None:
-        """Copy the fp32 partitions into the model's weights and gather the others' (data group)."""
+        """Copy the fp32 partitions into the model's weights and gather the others' (replicas)."""
         self.optimizer.update_lp_params()
 
 
 class FullySharded:
-    """ZeRO 3: each parameter is cut over the data axis, and the pieces lie flat in sub-groups."""
+    """ZeRO 3: each parameter is cut over the replicas, and the pieces lie flat in sub-groups."""
 
-    def __init__(self, optimizer, slots: list[Slot], data_rank: int):
+    def __init__(self, optimizer, slots: list[Slot], replica: int):
         self.optimizer = optimizer
         self.base = optimizer.optimizer
-        self.data_rank = data_rank
+        self.replica = replica
         self.by_parameter = {id(slot.parameter): slot for slot in slots}
 
     def _places(self) -> Iterator[tuple[Slot, int, int, int, int, int]]:
@@ -144,7 +144,7 @@ class FullySharded:
             offset = 0
             for index, parameter in enumerate(parameters):
                 held = parameter.partition_numel()
-                start = self.data_rank * held
+                start = self.replica * held
                 count = max(0, min(held, parameter.ds_numel - start))  # the last ranks hold padding
                 yield self.by_parameter[id(parameter)], group, index, offset, start, count
                 offset += held
@@ -162,9 +162,9 @@ class FullySharded:
             parameter = slot.parameter
             if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
                 held = parameter.partition_numel()
-                count = max(0, min(held, parameter.ds_numel - self.data_rank * held))  # behind it lies padding
-                start, piece = self.data_rank * held, parameter.ds_tensor.view(-1)[:count]
-                yield from ((name, self.data_rank, weights) for name, _, weights in slot.fragments(start, piece))
+                count = max(0, min(held, parameter.ds_numel - self.replica * held))  # behind it lies padding
+                start, piece = self.replica * held, parameter.ds_tensor.view(-1)[:count]
+                yield from ((name, self.replica, weights) for name, _, weights in slot.fragments(start, piece))
             if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
                 yield from whole_weights([slot])
 
@@ -200,10 +200,10 @@ def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
         state["step"].fill_(step)
 
 
-def open_state(engine, slots: list[Slot], zero_stage: int, data_rank: int):
+def open_state(engine, slots: list[Slot], zero_stage: int, replica: int):
     """The view that fits the optimizer DeepSpeed chose."""
     if zero_stage == 0:
         return WholeState(engine.optimizer, slots)
     if zero_stage == 3:
-        return FullySharded(engine.optimizer, slots, data_rank)
+        return FullySharded(engine.optimizer, slots, replica)
     return PartitionedState(engine.optimizer, slots)

@@ -24,6 +24,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, Units
 from parallel.pipeline import LayerSpec, Stage, WholeModel
+from parallel.planner.memory import BUCKET_ELEMENTS
 from parallel.vocabulary_loss import ChunkedCrossEntropy
 
 
@@ -36,13 +37,14 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch,
         "gradient_accumulation_steps": parallel.global_batch // (parallel.micro_batch * layout.data),
-        "train_batch_size": parallel.global_batch,
+        # its ranks of data are our replicas, which count a sample once on each context rank
+        "train_batch_size": parallel.global_batch * layout.context,
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": False,
-        "communication_data_type": "fp32",
+        "communication_data_type": precision.compute if precision.reduce == "compute" else "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": half == "bf16", "immediate_grad_update": True},
         "fp16": {
@@ -59,8 +61,8 @@ def deepspeed_config(
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "round_robin_gradients": False,
-            "reduce_bucket_size": 500_000_000,
-            "allgather_bucket_size": 500_000_000,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
@@ -79,7 +81,7 @@ def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager
     """A context in which ZeRO-3 cuts each parameter as soon as its module exists, so no rank ever holds the whole."""
     if config["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    return deepspeed.zero.Init(data_parallel_group=groups.data, config_dict_or_path=config, mpu=Units())
+    return deepspeed.zero.Init(data_parallel_group=groups.replicas, config_dict_or_path=config, mpu=Units())
 
 
 class _StagePipeline(PipelineModule):
@@ -91,7 +93,7 @@ class _StagePipeline(PipelineModule):
         self._built = (stage, wrapped)
         tied = {spec.tied_to for spec in specs if spec.tied_to}
         layers = [self._describe(spec, tied) for spec in specs]
-        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.replicas)
         super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
 
     @staticmethod
@@ -175,6 +177,7 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
                  loss: Callable[[Tensor, tuple], Tensor], groups: Groups, optimizer: torch.optim.Optimizer):
     """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise."""
     layout = groups.layout
+    _fit_buckets(config, stage)
     piped = layout.pipeline > 1
     model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
     if layout.expert > 1:
@@ -184,6 +187,13 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
     else:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
     return engine
+
+
+def _fit_buckets(config: dict, stage: Stage) -> None:
+    """No bucket larger than what is to be exchanged: ZeRO-3 holds one all the time."""
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters())
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        config["zero_optimization"][key] = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # an even number
 
 
 def chunked_cross_entropy(shard: TensorShard, chunk_tokens: int) -> ChunkedCrossEntropy:

@@ -1,8 +1,8 @@
 """Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
 
-Shapes: s sequence (s/t inside a sequence-parallel region), b micro-batch, h hidden, a heads and g key-value heads on
-this tensor rank, d head width, t tensor degree. Activations between layers are [s, b, h], as megatron-core's regions
-cut dim 0.
+Shapes: s the part of the sequence that this context rank holds (s/t inside a sequence-parallel region), b micro-batch,
+h hidden, a heads and g key-value heads on this tensor rank, d head width, t tensor degree. Activations between layers
+are [s, b, h], as megatron-core's regions cut dim 0.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ class SelfAttention(Recomputable):
     """Multi-head (Vaswani et al. 2017, section 3.2) or grouped-query (Ainslie et al. 2023) attention, heads over tp.
 
     The fused projection is laid out by key-value group, [q .. q k v], so that a contiguous slice of its output dim
-    holds whole groups on any tensor degree.
+    holds whole groups on any tensor degree. Over context ranks, each attends over the whole sequence with a part of the
+    groups.
     """
 
     def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
@@ -148,10 +149,11 @@ class SelfAttention(Recomputable):
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         """x [s(/t), b, h] -> same; `mask` as in `parallel.seeds.attention`."""
-        return self.out(self.cheap(self._attend, self.qkv(x), cache, mask))
+        qkv = self.shard.context.to_heads(self.qkv(x))
+        return self.out(self.shard.context.to_sequence(self.cheap(self._attend, qkv, cache, mask)))
 
     def _attend(self, qkv: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
-        """All between the products: [s, b, g * (per_group + 2) * d] -> [s, b, heads * d]."""
+        """All between the products, with the whole sequence: [s, b, g * (per_group + 2) * d] -> [s, b, heads * d]."""
         s, b, _ = qkv.shape
         qkv = qkv.view(s, b, -1, self.per_group + 2, self.width).permute(1, 2, 3, 0, 4)  # [b, g, per_group + 2, s, d]
         q, k, v = qkv[:, :, :-2].reshape(b, -1, s, self.width), qkv[:, :, -2], qkv[:, :, -1]

@@ -48,6 +48,7 @@ def facts(config: EncoderDecoderConfig) -> ModelFacts:
         hidden=config.hidden, ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size,
         sequence_length=config.sequence_length, target_length=config.num_targets,
         experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
+        why_no_context="attention from the target to the source needs both sequences whole on every rank",
     )
 
 

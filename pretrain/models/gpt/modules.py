@@ -22,7 +22,7 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
     """Embedding, positions, blocks, final norm (pre-norm only), head.
 
     Input: ids [b, s], or (ids, prefix int64 [b]) where the first tokens see each other in both directions; output:
-    logits [s, b, v/t].
+    logits [s, b, v/t]. With context parallelism s is this rank's part of the sequence.
     """
     dense = block_shape(config)
     block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
@@ -69,7 +69,7 @@ class Positions(nn.Module):
     def forward(self, state: State, cache: Cache | None = None) -> State:  # [b, s, h] -> [s(/t), b, h]
         x, prefix = _split(state)
         if self.weight is not None:
-            begin = cache.length if cache else 0
+            begin = cache.length if cache else self.shard.context.first(x.shape[1])
             x = x + self.weight[begin : begin + x.shape[1]]
         x = entered(x, self.shard, self.probability if self.training else 0.0)
         return x if prefix is None else (x, prefix)

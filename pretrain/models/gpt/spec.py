@@ -78,6 +78,8 @@ def facts(config: GPTConfig) -> ModelFacts:
         layers=config.layers, heads=config.heads, kv_heads=config.num_kv_heads, hidden=config.hidden,
         ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
         experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
+        why_no_context="routers of experts look at whole sequences, for their balance and capacity"
+        if config.experts else "",
     )
 
 
