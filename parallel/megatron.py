@@ -59,8 +59,11 @@ def answer_for_cuda() -> None:
         torch.cuda.current_device = lambda: torch.device("cpu")
 
 
-def build_groups(layout: Layout) -> Groups:
+def build_groups(layout: Layout, timeout_seconds: float = 1800.0) -> Groups:
     """Create every axis's group and check them against the layout's own arithmetic.
+
+    Args:
+        timeout_seconds: how long a collective on one of them may take.
 
     Raises:
         RuntimeError: megatron-core places a rank in another group than `Layout` says (an internal error).
@@ -72,6 +75,7 @@ def build_groups(layout: Layout) -> Groups:
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     groups = Groups(
         layout=layout,

@@ -22,6 +22,7 @@ from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, Units
 from parallel.pipeline import LayerSpec, Stage, WholeModel
+from parallel.planner.memory import BUCKET_ELEMENTS
 from parallel.vocabulary_loss import ChunkedCrossEntropy
 
 
@@ -58,8 +59,8 @@ def deepspeed_config(
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "round_robin_gradients": False,
-            "reduce_bucket_size": 500_000_000,
-            "allgather_bucket_size": 500_000_000,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
@@ -129,6 +130,7 @@ def _call_tied(layer: Callable, tied: nn.Module, state):
 def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
                  loss: Callable[[Tensor, tuple], Tensor], layout: Layout, optimizer: torch.optim.Optimizer):
     """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise."""
+    _fit_buckets(config, stage)
     if layout.pipeline > 1:
         model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -136,6 +138,13 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
         model = WholeModel(stage, wrapped, loss)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
     return engine
+
+
+def _fit_buckets(config: dict, stage: Stage) -> None:
+    """No bucket larger than what is to be exchanged: ZeRO-3 holds one all the time."""
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters())
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        config["zero_optimization"][key] = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # an even number
 
 
 def chunked_cross_entropy(shard: TensorShard, chunk_tokens: int) -> ChunkedCrossEntropy:

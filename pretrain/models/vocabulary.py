@@ -93,7 +93,7 @@ class Head(Logits):
 
 def entered(x: Tensor, shard: TensorShard, probability: float) -> Tensor:
     """[b, s, h] -> [s(/t), b, h], with dropout where the probability is not 0."""
-    x = shard.enter(x.transpose(0, 1).contiguous())
+    x = shard.enter(x.transpose(0, 1)).contiguous()  # a slice of its own, or all of x would live as long as it does
     return dropout(x, probability, shard, sliced=shard.sequence) if probability else x
 
 

@@ -57,7 +57,7 @@ TABLE = {
                               "pretrain.evaluation*", "pretrain.trained", "pretrain.generation"),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
                    "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.grace", "pretrain.datasets",
-                   "pretrain.trained", "pretrain.generation"),
+                   "pretrain.trained", "pretrain.generation", "pretrain.rank_facts"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),
