@@ -15,7 +15,7 @@ from parallel.pipeline import LayerSpec
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
 from pretrain.models.blocks import Block, BlockShape, seen
 from pretrain.models.feed_forward import of_block
-from pretrain.models.vocabulary import Embedding, Head, PositionedInput
+from pretrain.models.vocabulary import Embedding, Head, PositionedInput, lookup_cost
 
 State = tuple[Tensor, ...]
 
@@ -27,7 +27,8 @@ def layers(config: BARTConfig, shard: TensorShard) -> list[LayerSpec]:
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
     enter = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS, "hidden": config.hidden,
              "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout, "shard": shard}
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard, config.init_std), cost=0.0),
+    table = partial(Embedding, config, shard, config.init_std)
+    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
              LayerSpec("encoder.input", partial(EncoderInput, **enter), cost=0.0)]
     for index in range(config.layers):
         name = f"encoder.blocks.{index}"

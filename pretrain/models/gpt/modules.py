@@ -13,7 +13,7 @@ from parallel.pipeline import LayerSpec
 from pretrain.models.blocks import Block, BlockShape, Cache, Norm, causal_mask
 from pretrain.models.feed_forward import of_block
 from pretrain.models.gpt.spec import GPTConfig
-from pretrain.models.vocabulary import Embedding, Head, entered
+from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
 
 State = Tensor | tuple[Tensor, Tensor]  # x, or x and the length of the prefix, int64 [b]
 
@@ -26,7 +26,8 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
     """
     dense = block_shape(config)
     block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard, config.init_std), cost=0.0),
+    table = partial(Embedding, config, shard, config.init_std)
+    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
              LayerSpec("positions", partial(Positions, config, shard), cost=0.0, cached=True)]
     for index in range(config.layers):
         name = f"blocks.{index}"

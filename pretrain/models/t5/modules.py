@@ -18,7 +18,7 @@ from parallel.pipeline import LayerSpec
 from pretrain.models.blocks import Block, BlockShape, Norm, causal_mask, seen
 from pretrain.models.feed_forward import of_block
 from pretrain.models.t5.spec import T5Config
-from pretrain.models.vocabulary import Embedding, Head, entered
+from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
 
 State = tuple[Tensor, ...]
 
@@ -29,7 +29,7 @@ def layers(config: T5Config, shard: TensorShard) -> list[LayerSpec]:
     norm = partial(FinalNorm, "rmsnorm", config.hidden, config.norm_epsilon, shard)
     decoder_cost = config.num_targets / config.sequence_length * 4 / 3
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard, 1.0), cost=0.0),
+    specs = [LayerSpec("embedding", partial(Embedding, config, shard, 1.0), cost=lookup_cost(config.hidden)),
              LayerSpec("encoder.input", partial(Enter, config, shard), cost=0.0)]
     for side, block, count, cost in (("encoder", EncoderBlock, config.layers, 1.0),
                                      ("decoder", DecoderBlock, config.num_decoder_layers, decoder_cost)):
