@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the tested versions; nothing to do the second time
 # make demo      prepares data, trains the tiny model and shows the result
 # make demo-clip  draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
+# make gpu-check  on one GPU: what must agree there, then the speed of two models, in about eight minutes
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
 # make faults    signals, lost nodes, killed launchers, hostile values: ARGS="--rows F3,F8 --trials 2 --seed 7"
 #
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo demo-clip test quick faults lint docs
+.PHONY: install demo demo-clip gpu-check test quick faults lint docs
 
 install: $(STAMP)
 
@@ -28,6 +29,9 @@ demo-clip: install
 
 demo: install
 	$(BIN)/trainyard demo
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
 
 test:
 	.ci/run

@@ -14,10 +14,11 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from parallel.rank_info import RankInfoError, alone, read_rank_info
+from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
 from pretrain.errors import ExitCode
-from pretrain.status import NOTES_FOLDER
+from pretrain.status import NOTES_FOLDER, write_note
 
 FREE_BYTES = 1 << 30
 
@@ -34,14 +35,36 @@ def main(argv: Sequence[str]) -> int:
     if not found:
         return 0
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
-    note = {"rank": None, "node": info.node, "exit_code": int(ExitCode.NODE), "reason": reason,
-            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
-    sys.stdout.write(json.dumps(note) + "\n")
+    sys.stdout.write(json.dumps(_note(info, info.node, reason)) + "\n")
     return ExitCode.NODE
 
 
-def problems(folder: Path, devices: int) -> list[str]:
-    """What is wrong with this node for a run in ``folder`` with this many devices (0: none needed)."""
+def note_node(folder: Path, info: RankInfo, node: str, reason: str) -> None:
+    """Names a node that cannot train, for `trainyard status` and for whoever starts the next attempt."""
+    try:
+        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{node}.json", _note(info, node, reason))
+    except OSError as error:
+        sys.stderr.write(f"{error}\n")
+
+
+def _note(info: RankInfo, node: str, reason: str) -> dict[str, Any]:
+    return {"rank": None, "node": node, "exit_code": int(ExitCode.NODE), "reason": reason,
+            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
+
+
+def problems(folder: Path | None, devices: int) -> list[str]:
+    """What is wrong with this node for a run in ``folder`` (None: not looked at) with so many devices (0: none)."""
+    found = _folder_problems(folder) if folder else []
+    found += [f"the package {name} is missing" for name in ("torch", "deepspeed", "megatron.core")
+              if not _is_there(name)]
+    if devices:
+        seen = devices_here()
+        if seen is not None and seen < devices:
+            found.append(f"{seen} devices answer, {devices} are needed")
+    return found
+
+
+def _folder_problems(folder: Path) -> list[str]:
     found = []
     probe = folder / NOTES_FOLDER / f".probe-{uuid.uuid4().hex}"
     try:
@@ -51,12 +74,6 @@ def problems(folder: Path, devices: int) -> list[str]:
             found.append(f"less than 1 GiB is free in {folder}")
     except OSError as error:
         found.append(f"{folder} cannot be written: {error.strerror}")
-    found += [f"the package {name} is missing" for name in ("torch", "deepspeed", "megatron.core")
-              if not _is_there(name)]
-    if devices:
-        seen = devices_here()
-        if seen is not None and seen < devices:
-            found.append(f"{seen} devices answer, {devices} are needed")
     return found
 
 

@@ -23,7 +23,8 @@ from parallel.rendezvous import RendezvousError, join, leave
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.checkpoint.start import start_folder
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
 from pretrain.errors import ExitCode, NodeSuspected, UserError
@@ -123,16 +124,22 @@ def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]
     Raises:
         UserError: more ranks on this machine than devices, or fp16 without an accelerator.
     """
-    if torch.cuda.is_available():
-        if info.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
-                            f"{torch.cuda.device_count()} devices: start at most one rank for each device")
-        torch.cuda.set_device(info.local_rank)
-        return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
-    if config.precision.compute == "fp16":
+    device, name = local_device(info)
+    if config.precision.compute == "fp16" and device.type == "cpu":
         raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
                         "accelerator refuses it: set precision.compute=bf16 or fp32")
-    return torch.device("cpu"), "cpu"
+    return device, name
+
+
+def local_device(info: RankInfo) -> tuple[torch.device, str]:
+    """The device of this rank's number on its node, and its name. Raises UserError for more ranks than devices."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    if info.local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
+                        f"{torch.cuda.device_count()} devices: start at most one rank for each device")
+    torch.cuda.set_device(info.local_rank)
+    return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
@@ -163,6 +170,8 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
         engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    elif config.checkpoint.start_from:
+        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
@@ -205,7 +214,18 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)
+    if checkpoint and checkpoint.manifest.get("weights_only"):
+        raise UserError(f"{checkpoint.folder} holds weights and no state of an optimizer, so no run goes on there: "
+                        f"choose another run.dir, and set checkpoint.start_from={run.folder}")
     return checkpoint
+
+
+def _start(path: str) -> Checkpoint:
+    """The checkpoint that a new run starts with; called by every rank together."""
+    folder = start_folder(path)
+    if folder is None:
+        raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
+    return open_whole(folder)
 
 
 def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
@@ -237,6 +257,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         run.unit: step * run.tokens_per_step, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
+    if result.routing:
+        record.update(result.routing)
     if result.skipped:
         record["skipped"] = True
     flops = config.spec.flops_per_token(config.model, config.window_tokens)
