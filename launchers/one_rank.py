@@ -2,7 +2,8 @@
 
 Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a rank that is killed cannot say so. This
 small process can. It also notices that its launcher or the supervisor is gone, which nobody tells a rank: Slurm for
-instance does not see that its step daemon was killed. Called by the launchers as ``python -m launchers.one_rank RUN_FOLDER ARGUMENTS...``.
+instance does not see that its step daemon was killed. Called by the launchers as ``python -m launchers.one_rank
+RUN_FOLDER ARGUMENTS...``.
 """
 
 import os
