@@ -28,7 +28,7 @@ from pretrain.stop_files import ask_to_go_on_later, forget
 
 POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
-FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 60.0, 8.0
+FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 90.0, 8.0
 # The same for a launcher that starts failed ranks again: until they have met and forgotten the failure.
 RESTART_SECONDS = 900.0
 # scontrol: asking again would not help, or Slurm has requeued the job already.

@@ -199,10 +199,12 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
+    # First of all: a hook may draw for a while, and the time limit may be near.
+    code = attempt.stopped(request) if stopped else attempt.done()
     saved = "no time was left to save" if attempt.is_too_late else "saved"
     hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
-    return attempt.stopped(request) if stopped else attempt.done()
+    return code
 
 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
