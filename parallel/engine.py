@@ -61,11 +61,11 @@ class Engine:
 
     def __init__(self, build_layers: Callable[[TensorShard], Sequence[LayerSpec]], objective: Objective, groups: Groups,
                  parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
-                 make_optimizer: Callable[[list], torch.optim.Optimizer], clip_norm: float, seed: int):
+                 make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int):
         """
         Args:
             build_layers: the family's layer list, given the tensor axis.
-            make_optimizer: from [(global name, parameter)] to the AdamW that DeepSpeed shards.
+            make_optimizer: from [(global name, parameter)] and the kind of AdamW to the one that DeepSpeed shards.
             clip_norm: largest global gradient norm, 0 for no clipping.
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
@@ -86,7 +86,7 @@ class Engine:
         wrapped = self._wrap(specs, precision, parallel)
         named = [(slot.name, slot.parameter) for slot in self.slots.values()]
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, self.layout,
-                                           make_optimizer(named))
+                                           make_optimizer(named, zero.adamw(parallel.offload)))
         self.state = open_state(self.deepspeed, list(self.slots.values()), parallel.zero_stage, groups.replica)
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
@@ -284,7 +284,7 @@ class Engine:
         counted = [g.tensor for g in gradients if self._counts(g.name)]
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if counted:
-            square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+            square = torch.stack(torch._foreach_norm(counted)).double().square().sum().to(self.device)  # from the host
         # stage 0: replicas hold equal gradients, so only tp x pp is summed; else every rank holds its own pieces
         group = self.groups.model if self.stage_zero else None
         dist.all_reduce(square, group=group)

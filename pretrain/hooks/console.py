@@ -174,6 +174,8 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     if layout.sequence:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")
+    if parallel.offload != "none":
+        words.append(f"{parallel.offload} in host memory")
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
         words.append(f"recompute {parallel.recompute}{every}")
