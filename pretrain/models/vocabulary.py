@@ -15,6 +15,11 @@ from pretrain.models.blocks import Norm
 from pretrain.models.family import TextConfig
 
 
+def lookup_cost(hidden: int) -> float:
+    """Of a token table, in blocks of 12 h^2 multiply-adds a token: h numbers are copied, and added in the backward."""
+    return 2 * hidden / (12 * hidden**2)
+
+
 class Embedding(nn.Module):
     """Token table, sliced over the vocabulary. `weight` is also what a tied head multiplies with.
 
