@@ -15,15 +15,19 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from parallel.initialise import draw
+from parallel.layout import Layout
+from parallel.megatron import build_groups
+from parallel.rendezvous import join
 from pretrain.checkpoint.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 from pretrain.checkpoint.hf_config import by_model_type, choose_architecture, read_config, write_config
 from pretrain.checkpoint.hf_export import Export, export, write_folder
 from pretrain.checkpoint.hf_folder import HFError, HFFolder
 from pretrain.errors import UserError
-from pretrain.models import family_spec
+from pretrain.models import FAMILIES, family_spec
 from pretrain.models.build import build_stage, global_shapes
 from pretrain.models.hf_map import Entry, Free, Must, Present, Same, Told
 from pretrain.trained import single_rank
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 BOUND = 1e-5
@@ -75,12 +79,12 @@ OURS = {  # name of the case: family, model_type it becomes, fields
     "t5-1.1": ("t5", "t5", {"head_width": 6, "activation": "geglu_tanh", "tied_head": False, "pad_vocab_to": 8,
                             "decoder_layers": 1}),
     "bart": ("bart", "bart", {"pad_vocab_to": 8, "decoder_layers": 1, "max_positions": 40}),
-    "clip": ("clip", "clip", {}),
+    "clip": ("clip", "clip", {"pad_vocab_to": 8}),
 }
 SMALL = {"layers": 2, "hidden": 32, "heads": 4, "vocab_size": VOCAB, "sequence_length": 24}
 SMALL_CLIP = {"image_size": 16, "patch_size": 4, "image_layers": 2, "image_hidden": 32, "image_heads": 4,
               "text_layers": 1, "text_hidden": 24, "text_heads": 2, "vocab_size": VOCAB, "sequence_length": 16,
-              "embedding": 20, "pad_vocab_to": 8, "activation": "gelu"}
+              "embedding": 20, "activation": "gelu"}
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +156,37 @@ def test_our_model_gives_the_same_logits_in_transformers(case, alone, tmp_path):
     assert told["largest_logit"] > 0.5
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["within"] is True
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def outputs_on(info, models: dict, sequence: bool) -> dict:
+    """What `models`, (config, arrays) by case, make of their samples on the tensor axis of all ranks, as arrays."""
+    join(info)
+    return outputs_of(models, build_groups(Layout(tensor=info.world_size, sequence=sequence)))
+
+
+def outputs_of(models: dict, groups) -> dict:
+    found = {}
+    for case, (model, arrays) in models.items():
+        architecture, _ = choose_architecture(model.family, model, OURS[case][1])
+        sample = sample_inputs(model, architecture, END, 2)
+        outputs = training_outputs(model, groups, lambda name, held=arrays: torch.from_numpy(held[name]),
+                                   torch.float32, sample)
+        found[case] = {name: output.numpy() for name, output in outputs.items()}
+    return found
+
+
+def test_the_training_side_is_the_same_on_two_tensor_ranks(alone):
+    models = {}
+    for case in [case for case, (_, _, fields) in OURS.items() if "pad_vocab_to" in fields]:
+        model, tensors, _ = ours(case, alone)
+        models[case] = model, {name: tensor.numpy() for name, tensor in tensors.items()}  # tensors would share memory
+    assert {model.family for model, _ in models.values()} == set(FAMILIES)
+    whole = outputs_of(models, alone)
+    for sliced in run_ranks(outputs_on, 2, models, True):
+        for case, outputs in whole.items():
+            for name, expected in outputs.items():
+                bound = BOUND * max(1.0, float(abs(expected).max()))
+                assert float(abs(sliced[case][name] - expected).max()) <= bound, (case, name)
 
 
 @pytest.mark.parametrize("case", OURS)
