@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         rank_info = read_rank_info()
     except RankInfoError as error:
         raise UserError(str(error)) from None
-    _check_nproc(args.nproc, rank_info)
+    check_nproc(args.nproc, rank_info)
     world_size = rank_info.world_size if rank_info else args.nproc
     config = _load(args, rank_info, world_size)
     if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
@@ -62,7 +62,7 @@ def _tell_of_compiling(quiet: Quiet, info: RankInfo) -> None:
             quiet.terminal.write(f"{notice}\n")
 
 
-def _check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
+def check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: at least 1 rank is needed")
     if nproc is not None and rank_info is not None:

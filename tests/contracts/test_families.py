@@ -59,6 +59,9 @@ def test_layers_are_named_once_and_can_be_cut(family, alone, tmp_path):
     assert all(spec.tied_to in names[: number] for number, spec in enumerate(specs) if spec.tied_to)
     blocks = sum(spec.recompute for spec in specs)
     assert blocks == config.spec.facts(config.model).layers
+    if config.spec.facts(config.model).pipeline_supported:
+        costs = {spec.name: spec.cost for spec in specs}
+        assert 0 < costs["embedding"] < costs["head"], "the ends count in the cut"
     for num_stages in range(1, blocks + 1):
         bounds = cut([spec.cost for spec in specs], num_stages, [spec.with_next for spec in specs])
         assert not any(specs[bound - 1].with_next for bound in bounds[1:])

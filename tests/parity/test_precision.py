@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.helpers.ranks import run_ranks
+from pretrain.checkpoint.manifest import read_manifest
+from pretrain.metrics import read_metrics
+from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import GPT
 
 MANY = 1000  # elements: fewer are norms, losses and counts, not gradients
@@ -14,7 +17,6 @@ def reduced_bytes(info, values: dict) -> dict[str, int]:
     """Bytes that one step's reductions of gradients put on the wire, by number format."""
     from collections import Counter
 
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     counted: Counter[str] = Counter()
@@ -83,8 +85,6 @@ def formats(info, values: dict) -> dict:
 
 def prepared(info, values: dict):
     """An engine on these ranks and the micro-batches of this rank."""
-    import torch
-
     from parallel.layout import Layout
     from parallel.megatron import build_groups
     from parallel.rendezvous import join
@@ -129,3 +129,43 @@ def test_what_stays_fp32_is_what_the_table_says(zero_stage):
         "moments": {"torch.float32"}, "stored": {"torch.float32"},
     }
     assert min(first["statistics"], second["statistics"]) > 0.99, "a norm rounded its mean or variance"
+
+
+def poisoned(info, values: dict) -> tuple[str, bool]:
+    """What a step says when one rank alone has a gradient that is NaN, and whether every weight stayed as it was."""
+    from parallel.engine import NotFinite
+
+    engine, batches = prepared(info, values)
+    if info.rank == info.world_size - 1:
+        next(iter(engine.slots.values())).parameter.register_hook(lambda gradient: gradient * float("nan"))
+    before = [(fragment.tensor, fragment.tensor.clone()) for fragment in engine.state.fragments("weight")]
+    try:
+        engine.train_step(batches, 1, 1e-3)
+    except NotFinite as error:
+        return str(error), all(torch.equal(tensor, kept) for tensor, kept in before)
+    return "nothing", False
+
+
+@pytest.mark.parametrize("parallel", [{"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3},
+                                      {"tensor": 2}, {"context": 2, "zero_stage": 1}], ids=str)  # fmt: skip
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_a_weight_changes(parallel):
+    assert run_ranks(poisoned, 2, values(**parallel)) == [("the gradient norm is nan", True)] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs an accelerator: DeepSpeed's CPU one refuses it")
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_step_that_overflows_in_fp16_is_skipped_and_counted(zero_stage, tmp_path, recipe):
+    """A loss scale of 2^32 is far too high; each overflow halves it until steps are taken."""
+    overrides = [f"run.dir={tmp_path}", "precision.compute=fp16", f"parallel.zero_stage={zero_stage}", "run.steps=40",
+                 "precision.initial_scale_power=32", "checkpoint.every=40"]
+    assert train_on(1, recipe, overrides) == [0]
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    skipped = [bool(record.get("skipped")) for record in records]
+    assert len(records) == 40
+    assert skipped[0] and not skipped[-1]
+    assert skipped == sorted(skipped, reverse=True), "once the scale fits, no step is skipped"
+    assert records[skipped.index(False)]["loss"] == pytest.approx(records[0]["loss"], rel=0.05), "a skipped step learnt"
+    assert records[-1]["loss"] < records[0]["loss"] - 0.1
+    manifest = read_manifest(tmp_path / "checkpoints" / "step-00000040")
+    assert manifest["adam_step"] == skipped.count(False)
