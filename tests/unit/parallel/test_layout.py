@@ -68,6 +68,11 @@ def test_order_tensor_then_context_then_data_then_pipeline():
     assert [layout.replica(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_words():
+    assert Layout(tensor=2, data=4).words == "tensor 2 × pipeline 1 × data 4"
+    assert Layout(tensor=2, context=2, pipeline=3).words == "tensor 2 × context 2 × pipeline 3 × data 1"
+
+
 def test_of_takes_the_data_degree_from_the_world():
     parallel = ParallelConfig(context=2, pipeline=3, micro_batch=1, global_batch=4)
     assert Layout.of(parallel, 24) == Layout(pipeline=3, data=4, context=2)
