@@ -187,8 +187,8 @@ RULES: tuple[Rule, ...] = (
         asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
         + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
         possible=lambda c: f"a multiple of {c.parallel.model_ranks} ranks (the rest is the data degree)",
-        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose degrees "
-        f"whose product is one of {_listed(divisors(c.world_size))}",
+        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
+        f"degrees whose product is one of {_listed(divisors(c.world_size))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
                     "model.heads to {multiples}"),
