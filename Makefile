@@ -3,6 +3,7 @@
 # make demo-t5   the same with the tiny T5, which fills in hidden spans
 # make demo-clip draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
+# make faults    signals, lost nodes, killed launchers, hostile values: ARGS="--rows F3,F8 --trials 2 --seed 7"
 #
 # Without a GPU, `pip install torch` may still bring several GB of CUDA packages. To stay on the CPU build, name the index
 # that holds it: make install TORCH_INDEX_URL=... (the address is in PyTorch's installation guide).
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo demo-t5 demo-clip test quick lint docs
+.PHONY: install demo demo-t5 demo-clip test quick faults lint docs
 
 install: $(STAMP)
 
@@ -35,6 +36,9 @@ test:
 
 quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm"
+
+faults: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

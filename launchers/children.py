@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import BinaryIO
 
 from parallel.rank_info import LAUNCHER, LOOPBACK, STORE_FD, RankInfo
@@ -66,8 +66,8 @@ def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
         return
 
 
-def dying_with_parent() -> Callable[[], None]:
-    """For a child between fork and exec: it will die with this process, and requests to save wait until it is ready."""
+def dying_with_parent(held_back: Collection[int] = HELD_BACK) -> Callable[[], None]:
+    """For a child between fork and exec: it dies with this process, and a rank keeps requests until it is ready."""
     parent = os.getpid()
     # Loaded before the fork: between fork and exec only simple calls are safe.
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -77,6 +77,6 @@ def dying_with_parent() -> Callable[[], None]:
             libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it died before the line above could see it
             os._exit(1)
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
 
     return prepare

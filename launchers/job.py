@@ -40,6 +40,7 @@ class Slurm:
     torchrun_inside: bool = False
     node_check: bool = True
     chain: int = 1
+    template: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,12 @@ class Job:
         return self.nodes * self.ranks_per_node
 
     @property
+    def token(self) -> str | None:
+        """Name of the attempt where a person starts the job on every node, each with a supervisor; else None."""
+        by_hand = self.no_ssh or self.node_rank is not None or self.elastic is not None
+        return f"{self.name}@{self.master_address}:{self.master_port}" if by_hand else None
+
+    @property
     def logs(self) -> Path:
         return self.folder / "logs"
 
@@ -112,6 +119,7 @@ class Job:
         yield from _checked("--name", self.name, NAME, "letters, digits, _ . - (at most 64, no leading dash)")
         for where, value in (("CONFIG", str(self.config)), ("run.dir", str(self.folder)), ("--python", self.python),
                              ("the working directory", str(self.work_dir)), ("--hostfile", str(self.hostfile or "")),
+                             ("--template", str(self.slurm.template or "")),
                              *(("an override", word) for word in self.overrides),
                              *(("--array", word) for element in self.array for word in element)):
             yield from _plain(where, value)
@@ -145,6 +153,10 @@ def slurm_problems(job: Job) -> Iterator[Problem]:
     for where, value in (("--image", slurm.image), ("--mounts", slurm.mounts)):
         if value is not None:
             yield from _plain(where, value)
+    devices = (slurm.gpus_per_node or "").rpartition(":")[2]
+    if devices.isdigit() and job.ranks_per_node > int(devices):
+        yield Problem("--ranks-per-node", str(job.ranks_per_node), f"at most {devices}, one rank for each device of "
+                      "--gpus-per-node", f"give --ranks-per-node {devices}, or ask for more devices")
     if slurm.cpus_per_task is not None and slurm.cpus_per_task < 1:
         yield Problem("--cpus-per-task", str(slurm.cpus_per_task), "1 or more", "leave it out for the default")
     if not 1 <= slurm.chain <= 100:

@@ -57,7 +57,7 @@ def problems(folder: Path, devices: int) -> list[str]:
     found += [f"the package {name} is missing" for name in ("torch", "deepspeed", "megatron.core")
               if not _is_there(name)]
     if devices:
-        seen = _devices()
+        seen = devices_here()
         if seen is not None and seen < devices:
             found.append(f"{seen} devices answer, {devices} are needed")
     return found
@@ -70,8 +70,8 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def _devices() -> int | None:
-    """How many GPUs answer; None when the node has no tool to ask."""
+def devices_here() -> int | None:
+    """How many GPUs answer; None when this machine has no tool to ask."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None

@@ -1,9 +1,11 @@
 """The keeper of one rank: starts it, keeps its log, and writes down how it ended.
 
 Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a rank that is killed cannot say so. This
-small process can. Called by the launchers as ``python -m launchers.one_rank RUN_FOLDER ARGUMENTS...``.
+small process can. It also notices that its launcher is gone, which nobody tells a rank: Slurm for instance does not see
+that its step daemon was killed. Called by the launchers as ``python -m launchers.one_rank RUN_FOLDER ARGUMENTS...``.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -17,10 +19,16 @@ from parallel.rank_info import RankInfoError, process_environment, read_rank_inf
 from pretrain.status import NOTES_FOLDER, write_note
 
 QUIET_CODES = (0, 75)
+PARENT_POLL_SECONDS = 1.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs ``python -m pretrain`` with the arguments after the folder; returns its exit code (128 + a signal)."""
+    """Runs ``python -m pretrain`` with the arguments after the folder; returns its exit code (128 + a signal).
+
+    A rank that has saved and wants to go on (75) is a success for the launcher, which would otherwise end the others
+    while they part (srun), or start them again (torchrun with restarts). status.json has the code.
+    """
+    launcher = os.getppid()
     first, *arguments = _without_local_rank(argv)
     folder = Path(first)
     try:
@@ -42,13 +50,24 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         # A launcher may signal only its own child, which is this process. To hear it twice does a rank no harm.
         signal.signal(number, lambda number, _frame: child.send_signal(number))
-    code = child.wait()
+    code = _wait(child, launcher)
     code = 128 - code if code < 0 else code
     if code not in QUIET_CODES:
         note = {"rank": rank, "node": node, "exit_code": code, "reason": _reason(code), "unix_seconds": time.time(),
                 "job_id": info.job_id if info else None, "token": info.attempt_token if info else None}
         write_note(folder / NOTES_FOLDER / f"exit-rank{rank}.json", note)
-    return code
+    return 0 if code in QUIET_CODES else code
+
+
+def _wait(child: subprocess.Popen[bytes], launcher: int) -> int:
+    """The child's return code. When the launcher dies first, the rank is asked to save and end with the others."""
+    while True:
+        try:
+            return child.wait(PARENT_POLL_SECONDS if launcher else None)
+        except subprocess.TimeoutExpired:
+            if os.getppid() != launcher:
+                launcher = 0
+                child.send_signal(signal.SIGUSR1)
 
 
 def _reason(code: int) -> str:

@@ -32,8 +32,8 @@ class Decision:
 
 def outcome(folder: Path, token: str, began_unix_seconds: float, launcher_code: int) -> Outcome:
     """What became of the attempt that began at this time. ``launcher_code`` counts only when no rank left a word."""
-    failure = first_failure(folder, token)
-    if failure is not None and failure["unix_seconds"] >= began_unix_seconds:
+    failure = first_failure(folder, token, began_unix_seconds)
+    if failure is not None:
         return Outcome(failure["exit_code"], str(failure.get("reason", "")), failure.get("rank"), failure.get("node"))
     status = read(folder)
     if status is not None and is_closed(status, token, began_unix_seconds):
@@ -69,7 +69,7 @@ def decide(status: Status, may_requeue: bool) -> Decision:
     code, reason = status.exit_code, status.reason
     if code in NEVER_AGAIN:
         return Decision("end", f"exit code {code}: {reason}")
-    if code == ExitCode.REQUEUE and reason not in ("SIGUSR1", "STOP.requeue"):
+    if code == ExitCode.REQUEUE and reason.partition(",")[0] != "SIGUSR1":
         return Decision("end", f"stopped by {reason}")
     if not may_requeue:
         return Decision("end", f"exit code {code}, and this job is not to be requeued")

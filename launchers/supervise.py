@@ -16,80 +16,102 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launchers.children import dying_with_parent
 from launchers.outcome import Outcome, close, decide, is_closed, outcome
 from launchers.processes import adopt_orphans, end_descendants
 from launchers.rank_logs import failure_text
 from parallel.rank_info import ATTEMPT, process_environment
 from pretrain.errors import ExitCode
 from pretrain.status import NOTES_FOLDER, first_failure, read
+from pretrain.stop_files import ask_to_go_on_later, forget
 
 POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
 FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 60.0, 8.0
-STOP_REQUEST = "STOP.requeue"
+# The same for a launcher that starts failed ranks again: until they have met and forgotten the failure.
+RESTART_SECONDS = 900.0
 # scontrol: asking again would not help, or Slurm has requeued the job already.
 FINAL_ANSWERS = ("Invalid", "not permitted", "pending execution")
 
 
 @dataclass
 class Supervisor:
-    """One attempt. ``slurm``: signals go to srun, which passes them on; else ranks are asked through a file."""
+    """One attempt. ``by_signal``: signals go to srun, which passes them on; else ranks are asked through a file.
+
+    ``restarts``: the launcher itself starts failed ranks again. ``asked``: a request to stop from before the launcher.
+    """
 
     folder: Path
     command: Sequence[str]
-    slurm: bool
+    by_signal: bool
     token: str
+    restarts: bool = False
     began_unix_seconds: float = field(default_factory=time.time)
     process: subprocess.Popen[bytes] | None = None
     interrupts: int = 0
+    asked: str | None = None
+
+    def listen(self) -> None:
+        """From now on signals are requests."""
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
 
     def run(self) -> Outcome:
         """Runs the command to its end, and everything below it too."""
+        if self.asked:
+            return Outcome(int(ExitCode.REQUEUE), self.asked)
         adopt_orphans()
-        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         # A session of its own: what a terminal or scheduler sends to our group is passed on by us, once.
-        self.process = subprocess.Popen(list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
-                                        env=process_environment() | {ATTEMPT: self.token})
+        self.process = subprocess.Popen(
+            list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
+            env=process_environment() | {ATTEMPT: self.token},
+            preexec_fn=dying_with_parent(held_back=()),  # noqa: PLW1509 (this process has one thread)
+        )
         self._wait()
-        if self.process.returncode is None or not self.slurm:
+        if self.process.returncode is None or not self.by_signal:
             end_descendants(POLITE_SECONDS if self.interrupts < 2 else 0)
         code = self.process.wait()
+        forget(self.folder, self.token)
         return outcome(self.folder, self.token, self.began_unix_seconds, 128 - code if code < 0 else code)
 
     def _wait(self) -> None:
         give_up = float("inf")
         while self.process.poll() is None and self.interrupts < 2:
-            if give_up == float("inf"):
-                give_up = time.monotonic() + self._patience_seconds()
+            patience = self._patience_seconds()
+            give_up = float("inf") if patience is None else min(give_up, time.monotonic() + patience)
             if time.monotonic() > give_up:
                 _say("the launcher does not end though its ranks have: ending it")
                 return
             time.sleep(POLL_SECONDS)
 
-    def _patience_seconds(self) -> float:
-        if first_failure(self.folder, self.token) is not None:
-            return FAILED_SECONDS
+    def _patience_seconds(self) -> float | None:
+        """How long the launcher may go on; None while its ranks run."""
+        if first_failure(self.folder, self.token, self.began_unix_seconds) is not None:
+            return RESTART_SECONDS if self.restarts else FAILED_SECONDS
         status = read(self.folder)
         closed = status is not None and is_closed(status, self.token, self.began_unix_seconds)
-        return DONE_SECONDS if closed else float("inf")
+        return DONE_SECONDS if closed else None
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT:
             self.interrupts += 1
-        if self.slurm:
+        if self.process is None:
+            self.asked = signal.Signals(number).name
+        elif self.by_signal:
             # Slurm itself signals the ranks when a job is cancelled; SIGTERM to srun would kill them at once.
-            if number == signal.SIGUSR1 and self.process is not None:
+            if number == signal.SIGUSR1:
                 self.process.send_signal(number)
-            return
-        # deepspeed, torchrun and mpirun answer signals by ending ranks one after the other, before they could save.
-        (self.folder / STOP_REQUEST).touch()
+        else:
+            # deepspeed, torchrun and mpirun answer signals by ending ranks one after the other, before they could save.
+            ask_to_go_on_later(self.folder, self.token)
 
 
 def main(argv: Sequence[str]) -> int:
     """See the module."""
     args = _arguments(argv)
-    supervisor = Supervisor(args.folder, args.command, args.slurm, uuid.uuid4().hex)
+    supervisor = Supervisor(args.folder, args.command, args.slurm and not args.ask_by_file,
+                            args.token or uuid.uuid4().hex, args.restarts)
+    supervisor.listen()
     code = _check_nodes(args, supervisor.token) if args.check_nodes else 0
     if code != 0:
         result = outcome(args.folder, supervisor.token, supervisor.began_unix_seconds, code)
@@ -114,17 +136,31 @@ def _failure(folder: Path, result: Outcome) -> str:
 
 
 def _act(args: argparse.Namespace, status: object) -> None:
-    """Asks Slurm for what should follow. The requeue ends this process too, so it comes last."""
+    """Asks Slurm for what should follow."""
     decision = decide(status, args.requeue)
     _say(f"{decision.action}: {decision.why}")
     if decision.action == "end":
         return
     job = process_environment().get("SLURM_JOB_ID", "")
-    if decision.bad_nodes:
-        nodes = ",".join(decision.bad_nodes)
-        _say(f"nodes kept out of the next attempt: {nodes}")
-        _scontrol("update", f"JobId={job}", f"ExcNodeList={nodes}")
     _scontrol("requeuehold" if decision.action == "hold" else "requeue", job)
+    if decision.bad_nodes:
+        # Slurm takes this of a pending job only, and ends us for the requeue. It is polite about that for KillWait.
+        _exclude(job, decision.bad_nodes)
+
+
+def _exclude(job: str, nodes: Sequence[str]) -> None:
+    """Keeps nodes out of the next attempt, beside those that the person excluded."""
+    done = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%x"], capture_output=True, text=True,
+                          timeout=60, check=False)
+    before = done.stdout.strip() if done.returncode == 0 else ""
+    names = ",".join([*filter(None, [before]), *nodes])
+    for _ in range(20):
+        if subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"], capture_output=True,
+                          timeout=120, check=False).returncode == 0:
+            _say(f"nodes kept out of the next attempt: {names}")
+            return
+        time.sleep(POLL_SECONDS)
+    _say(f"these nodes could not be kept out of the next attempt: {names}")
 
 
 def _scontrol(*words: str) -> None:
@@ -132,7 +168,8 @@ def _scontrol(*words: str) -> None:
         done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=120, check=False)
         if done.returncode == 0:
             return
-        _say(f"scontrol {words[0]}: {done.stderr.strip()}")
+        if done.stderr.strip():  # else Slurm, that ends this job for the requeue, has ended scontrol too
+            _say(f"scontrol {words[0]}: {done.stderr.strip()}")
         if any(text in done.stderr for text in FINAL_ANSWERS):
             return
         time.sleep(pause)
@@ -151,9 +188,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launchers.supervise", allow_abbrev=False)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--slurm", action="store_true")
+    parser.add_argument("--ask-by-file", action="store_true")
     parser.add_argument("--requeue", action="store_true")
     parser.add_argument("--check-nodes", type=int, default=0)
     parser.add_argument("--devices", type=int, default=0)
+    parser.add_argument("--restarts", action="store_true")
+    parser.add_argument("--token", help="name of the attempt, where several supervisors share it")
     parser.add_argument("command", nargs="+")
     return parser.parse_args(argv)
 

@@ -1,8 +1,11 @@
 """The deepspeed launcher: a Job as the words of its command, and its hostfile. Pure functions."""
 
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
+from launchers import with_mpi
 from launchers.job import Job
 from pretrain.errors import Problem
 
@@ -12,8 +15,8 @@ HOST_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*)\s+slots=(\d+)\s*(?:#.*)?")
 REMOTE = ("pdsh", "openmpi", "slurm")
 
 
-def argv(job: Job) -> list[str]:
-    """The command on the node where deepspeed is started."""
+def argv(job: Job, known: Collection[str] = (), as_root: bool = False) -> list[str]:
+    """The command on the node where deepspeed is started. ``known`` and ``as_root`` as in with_mpi."""
     command = [job.python, "-m", "deepspeed.launcher.runner"]
     if job.hostfile is not None:
         command.append(f"--hostfile={job.hostfile}")
@@ -24,6 +27,8 @@ def argv(job: Job) -> list[str]:
         command.append(f"--include={job.include}")
     if job.exclude:
         command.append(f"--exclude={job.exclude}")
+    if _scheduler(job):
+        return [*command, *_through_scheduler(job, known, as_root)]
     if not job.include and not job.exclude:
         command += [f"--num_nodes={job.nodes}", f"--num_gpus={job.ranks_per_node}"]
     if job.no_ssh:
@@ -36,6 +41,30 @@ def argv(job: Job) -> list[str]:
     if job.master_port:
         command.append(f"--master_port={job.master_port}")
     return [*command, "--module", *job.rank_module[1:]]
+
+
+def _scheduler(job: Job) -> str | None:
+    """srun or mpirun below deepspeed, which then only writes their command."""
+    return job.remote if job.remote in ("openmpi", "slurm") and not job.no_ssh else None
+
+
+def _through_scheduler(job: Job, known: Collection[str], as_root: bool) -> list[str]:
+    """The rest of the command. deepspeed refuses --num_nodes for mpirun, and makes --num_gpus a request of GPUs."""
+    if job.remote == "openmpi":
+        words, rank = with_mpi.options(job, known, as_root), ["--module", *job.rank_module[1:]]
+    else:
+        words = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}", "--kill-on-bad-exit=1",
+                 "--mpi=none", "--input=none"]
+        # Its Slurm runner leaves --module out and starts a script.
+        rank = [str(Path(__file__).with_name("one_rank.py")), *job.rank_module[2:]]
+    # Without an address deepspeed asks the first node over ssh; these two runners do not use it.
+    return ["--force_multi", "--no_ssh_check", f"--launcher={job.remote}", "--master_addr=localhost",
+            f"--launcher_args={shlex.join(words)}", *rank]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Variables for srun and mpirun, which hand them on; deepspeed would not."""
+    return with_mpi.environment(job) if _scheduler(job) else {}
 
 
 def hosts(text: str) -> dict[str, int]:
@@ -57,7 +86,7 @@ def hosts(text: str) -> dict[str, int]:
 
 def problems(job: Job, hostfile_text: str | None) -> Iterator[Problem]:
     """What deepspeed would trip over. ``hostfile_text`` is None when there is no such file."""
-    if job.nodes > 1 and job.hostfile is None:
+    if (job.nodes > 1 or _scheduler(job)) and job.hostfile is None:
         yield Problem("--hostfile", "none", "a file with a line `name slots=N` for every node",
                       f"write one with {job.nodes} nodes and give it with --hostfile")
     if job.include and job.exclude:
@@ -67,7 +96,10 @@ def problems(job: Job, hostfile_text: str | None) -> Iterator[Problem]:
                       "run the command on every node, each with its own --node-rank")
     if job.remote is not None and job.remote not in REMOTE:
         yield Problem("--remote", job.remote, ", ".join(REMOTE), "choose one of them")
-    if job.nodes > 1 and not job.no_ssh:
+    if job.remote == "pdsh" and job.variables:
+        yield Problem("--env", job.variables[0][0], "what deepspeed passes on over pdsh: NCCL*, PYTHON*, UCX*",
+                      "write it into ~/.deepspeed_env as NAME=VALUE")
+    if job.nodes > 1 and not job.no_ssh and not _scheduler(job):
         for word in (*job.rank_module, str(job.work_dir), job.python, *(text for _, text in job.variables)):
             if not REMOTE_WORD.fullmatch(word):
                 yield Problem("an argument", repr(word[:100]), "letters, digits and _ . / : = , + @ % - through a "
@@ -92,6 +124,11 @@ def _hostfile_problems(job: Job, text: str | None) -> Iterator[Problem]:
             if name and name not in found:
                 yield Problem(option, name, f"a node of the hostfile: {', '.join(list(found)[:8])}", "correct the name")
     if job.include or job.exclude:
+        return
+    if _scheduler(job) and (len(found) != job.nodes or set(found.values()) != {job.ranks_per_node}):
+        yield Problem(where, f"{len(found)} nodes with {sum(found.values())} slots",
+                      f"exactly {job.nodes} nodes with {job.ranks_per_node} slots each: with --remote {job.remote} "
+                      "deepspeed starts a rank for every slot", "write a hostfile of this job alone")
         return
     if job.nodes > len(found):
         yield Problem("--nodes", str(job.nodes), f"{len(found)}, the nodes of the hostfile", "ask for fewer nodes")

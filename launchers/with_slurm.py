@@ -1,49 +1,68 @@
-"""Slurm: a Job as the text of a batch script, and the words of the commands around it. Pure functions."""
+"""Slurm: a Job and a template as the text of a batch script, and the words of the commands around it. Pure functions.
+
+The template is slurm/train.sbatch, or one of a cluster's own (`--template`). It names what is filled in with @, and
+writes @@ for the character itself.
+"""
 
 import shlex
+import string
+from collections.abc import Iterator
 from pathlib import Path
 
 from launchers.job import Job
+from pretrain.errors import Problem
+
+TEMPLATE = "train.sbatch"
 
 # Explicit, because Slurm would keep the whole environment of the submitter, with its secrets.
 EXPORTED = ("HOME", "USER", "LOGNAME", "PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
             "CONDA_PREFIX", "CUDA_HOME", "TORCH_EXTENSIONS_DIR", "OMP_NUM_THREADS")
 
 
-def script(job: Job) -> str:
+class _Template(string.Template):
+    delimiter = "@"
+    idpattern = braceidpattern = "[a-z_]+"
+
+
+def script(job: Job, template: str) -> str:
     """The batch script. Every value is quoted for the shell; those in #SBATCH lines are of a checked form."""
-    return "\n".join([
-        "#!/bin/bash",
-        f"# Trainyard job {job.name}: {job.nodes} nodes x {job.ranks_per_node} ranks, written by `trainyard submit`.",
-        *(f"#SBATCH {word}" for word in _options(job)),
-        "set -euo pipefail",
-        "umask 027",
-        f"cd {shlex.quote(str(job.work_dir))}",
-        *_element(job),
-        'mkdir -p "$folder/logs"',
-        # Slurm would read % and spaces in a file name of its own --output in its own way.
-        'exec >>"$folder/logs/slurm-$SLURM_JOB_ID.out" 2>&1',
-        *(f"export {name}={shlex.quote(value)}" for name, value in job.variables),
-        # The address by which Slurm itself knows the first node; ranks fall back on the node's name.
-        'first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        'address=$(scontrol --oneliner show node "$first_node" | grep -o "NodeAddr=[^ ]*" | cut -d= -f2) || address=',
-        *_address(job),
-        f"{_supervisor(job)} \\",
-        f"  {_srun(job)} \\",
-        f"  {_rank(job)}",
-        "",
-    ])
+    return _Template(template).substitute(_parts(job))
+
+
+def _parts(job: Job) -> dict[str, str]:
+    """What a template may name; a part of several lines stands on a line of its own there."""
+    return {
+        "name": job.name,
+        "shape": f"{job.nodes} nodes x {job.ranks_per_node} ranks",
+        "options": "\n".join(f"#SBATCH {word}" for word in _options(job)),
+        "work_dir": shlex.quote(str(job.work_dir)),
+        "element": "\n".join(_element(job)),
+        "variables": "\n".join(f"export {name}={shlex.quote(value)}" for name, value in job.variables),
+        "address": "\n".join(_address(job)),
+        "supervisor": _supervisor(job), "srun": _srun(job), "rank": _rank(job),
+    }
+
+
+def template_problems(job: Job, template: str, where: str) -> Iterator[Problem]:
+    """What a template names that there is not, or leaves out although a job needs it. sbatch judges the rest."""
+    parts, text = _parts(job), _Template(template)
+    needed = ("options", "element", "supervisor", "srun", "rank")
+    found = text.get_identifiers()
+    for name in found:
+        if name not in parts:
+            yield Problem(where, f"@{name}", ", ".join(f"@{part}" for part in parts), "name one of them, or write @@")
+    for name in needed:
+        if name not in found:
+            yield Problem(where, f"a script without @{name}", f"all of {', '.join(f'@{part}' for part in needed)}",
+                          f"start from slurm/{TEMPLATE}")
+    if not text.is_valid():
+        yield Problem(where, "a single @", "@name, or @@ for the character", "write @@")
 
 
 def submit_argv(script_path: Path | str, after: str | None = None) -> list[str]:
     """The command that submits a script, after the end (however it came) of another job if one is given."""
     chain = [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"] if after else []
     return ["sbatch", "--parsable", *chain, str(script_path)]
-
-
-def check_argv(script_path: Path | str) -> list[str]:
-    """The command that asks Slurm whether it would take a script, without submitting it."""
-    return ["sbatch", "--test-only", str(script_path)]
 
 
 def cancel_argv(job_id: str) -> list[str]:
@@ -92,9 +111,10 @@ def element_folder(job: Job, overrides: tuple[str, ...]) -> Path:
 
 
 def _address(job: Job) -> list[str]:
+    port = [] if job.master_port is None else [f"export MASTER_PORT={job.master_port}"]
     if job.master_address is not None:
-        return [f"export MASTER_ADDR={shlex.quote(job.master_address)}"]
-    return ['[ -z "$address" ] || export MASTER_ADDR="$address"']
+        return [f"export MASTER_ADDR={shlex.quote(job.master_address)}", *port]
+    return ['[ -z "$address" ] || export MASTER_ADDR="$address"', *port]
 
 
 def _supervisor(job: Job) -> str:
@@ -102,6 +122,8 @@ def _supervisor(job: Job) -> str:
     words = ["exec", job.python, "-m", "launchers.supervise", "--slurm"]
     if slurm.requeue and slurm.chain == 1:
         words.append("--requeue")
+    if slurm.torchrun_inside:
+        words.append("--ask-by-file")  # torchrun would die of the signal that srun passes on
     if slurm.node_check:
         words.append(f"--check-nodes={job.nodes}")
         words.append(f"--devices={job.ranks_per_node if slurm.gpus_per_node else 0}")
@@ -129,6 +151,7 @@ def _rank(job: Job) -> str:
         torchrun = [job.python, "-m", "torch.distributed.run", f"--nnodes={job.nodes}",
                     f"--nproc-per-node={job.ranks_per_node}", "--rdzv-backend=c10d"]
         # The port differs from that of other jobs on the node, and is known before the agents start.
-        endpoint = '--rdzv-endpoint="$first_node:$((20000 + SLURM_JOB_ID % 12000))" --rdzv-id="$SLURM_JOB_ID"'
+        endpoint = ('--rdzv-endpoint="${MASTER_ADDR:-$first_node}:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}" '
+                    '--rdzv-id="$SLURM_JOB_ID"')
         return f'{shlex.join(torchrun)} {endpoint} -m launchers.one_rank "$folder" {train} "${{overrides[@]}}"'
     return f'{shlex.join([job.python, "-m", "launchers.one_rank"])} "$folder" {train} "${{overrides[@]}}"'

@@ -50,6 +50,7 @@ class RankInfo:
     port_is_fixed: bool = False
     store_is_hosted: bool = False
     attempt_token: str | None = None  # names the attempt among others that may touch the same run folder
+    end_unix_seconds: float | None = None  # when the job's time is over, where that is known
 
     @property
     def ports(self) -> tuple[int, ...]:
@@ -123,7 +124,8 @@ def read_rank_info(environ: Mapping[str, str] | None = None) -> RankInfo | None:
         address = LOOPBACK
     return replace(info, master_address=address, master_port=port, port_is_fixed=fixed, job_id=job_id,
                    attempt=1 + restarts, store_fd=_number(values, STORE_FD) if info.rank == 0 else None,
-                   nodes=info.nodes or _nodes(values, info.node), attempt_token=values.get(ATTEMPT))
+                   nodes=info.nodes or _nodes(values, info.node), attempt_token=values.get(ATTEMPT),
+                   end_unix_seconds=_end(values))
 
 
 def _exported(values: Mapping[str, str], native: RankInfo | None) -> RankInfo | None:
@@ -245,6 +247,12 @@ def _job(values: Mapping[str, str]) -> tuple[str | None, int]:
         job_id = values["TORCHELASTIC_RUN_ID"]
     restarts = (_number(values, "SLURM_RESTART_COUNT") or 0) + (_number(values, "TORCHELASTIC_RESTART_COUNT") or 0)
     return job_id, restarts
+
+
+def _end(values: Mapping[str, str]) -> float | None:
+    """Slurm 23 and newer say when the job ends, and for older ones the job script does."""
+    text = values.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isascii() and text.isdigit() else None
 
 
 def _port_seed(values: Mapping[str, str]) -> str:

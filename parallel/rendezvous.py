@@ -28,7 +28,15 @@ MAX_NAMED = 16
 
 
 class RendezvousError(Exception):
-    """The ranks did not find each other; the message names host, address, who is missing, and what to do."""
+    """The ranks did not find each other; the message names host, address, who is missing, and what to do.
+
+    ``is_mistake``: a person has to change something, and trying again would not help. ``node``: the only node from
+    which no rank came, which is then suspected; None when that is not clear.
+    """
+
+    def __init__(self, message: str, is_mistake: bool = False, node: str | None = None):
+        super().__init__(message)
+        self.is_mistake, self.node = is_mistake, node
 
 
 def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seconds: float = 1800.0,
@@ -123,8 +131,8 @@ def _with_address(info: RankInfo) -> RankInfo:
     except ImportError:
         raise RendezvousError(
             f"rank {info.rank} on {info.node}: {info.source} does not say on which node rank 0 is, and mpi4py is not "
-            "installed; install mpi4py, or start with mpirun -x MASTER_ADDR=<node of rank 0> -x MASTER_PORT=<free port>"
-        ) from None
+            "installed; install it, or start with mpirun -x MASTER_ADDR=<node of rank 0> -x MASTER_PORT=<free port>",
+            is_mistake=True) from None
     return replace(info, master_address=MPI.COMM_WORLD.bcast(info.node, root=0))
 
 
@@ -205,8 +213,8 @@ def _listen(info: RankInfo, ports: tuple[int, ...]) -> socket.socket:
             return listener
     raise RendezvousError(
         f"rank 0 on {info.node} cannot listen on {info.master_address} ({host}): {'; '.join(problems)}; "
-        "choose a free port with MASTER_PORT (or the launcher's own option), and an address of the node of rank 0"
-    )
+        "choose a free port with MASTER_PORT (or the launcher's own option), and an address of the node of rank 0",
+        is_mistake=True)
 
 
 def _own_address(info: RankInfo) -> str:
@@ -216,11 +224,11 @@ def _own_address(info: RankInfo) -> str:
     except OSError as error:
         raise RendezvousError(
             f"rank {info.rank} on {info.node}: the name {info.master_address!r} of rank 0's node has no address "
-            f"({error}); set MASTER_ADDR to a name or address that all nodes can reach"
-        ) from None
+            f"({error}); set MASTER_ADDR to a name or address that all nodes can reach", is_mistake=True) from None
     addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in found]
     if any(address.is_unspecified for address in addresses):
-        raise RendezvousError(f"MASTER_ADDR={info.master_address} means every interface; name one address of the node")
+        raise RendezvousError(f"MASTER_ADDR={info.master_address} means every interface; name one address of the node",
+                              is_mistake=True)
     if all(address.is_loopback for address in addresses) and not info.one_machine:
         # Debian gives a machine's own name 127.0.1.1, where nobody else can reach it.
         return _address_towards([node for node in info.nodes if node != info.node]) or str(addresses[0])
@@ -311,14 +319,22 @@ def _named_problems(info: RankInfo, store: "torch.distributed.Store") -> Iterato
     except RuntimeError as error:
         try:
             missing = [rank for rank in range(info.world_size) if not store.check([f"trainyard/here/{rank}"])]
+            silent = _silent_node(info, store, missing)
         except RuntimeError:
             raise RendezvousError(f"rank {info.rank} on {info.node}: rank 0 went away before all ranks had "
                                   f"joined ({error}); its log says why") from None
         shown = ", ".join(str(rank) for rank in missing[:MAX_NAMED]) + (" ..." if len(missing) > MAX_NAMED else "")
         raise RendezvousError(
             f"rank {info.rank} on {info.node}: {len(missing)} of {info.world_size} ranks did not join in time: "
-            f"{shown}; their logs say why, or their node does not answer"
-        ) from None
+            f"{shown}; their logs say why, or their node does not answer", node=silent) from None
+
+
+def _silent_node(info: RankInfo, store: "torch.distributed.Store", missing: list[int]) -> str | None:
+    """The node from which no rank came, when it is the only one and all the others are complete."""
+    came = {store.get(f"trainyard/here/{rank}").decode() for rank in range(info.world_size) if rank not in missing}
+    silent = [node for node in info.nodes if node not in came]
+    complete = len(missing) * len(info.nodes) == info.world_size
+    return silent[0] if len(silent) == 1 and complete else None
 
 
 def _left(deadline: float) -> timedelta:

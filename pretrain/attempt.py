@@ -1,5 +1,6 @@
 """One attempt at a run, as the world outside sees it: the lock of its folder, requests to stop, status.json."""
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +9,15 @@ from types import TracebackType
 from parallel.rank_info import RankInfo
 from parallel.rendezvous import highest
 from pretrain.errors import ExitCode, NodeSuspected
-from pretrain.hooks.signals import StopSignals, exit_code_of, forget_requests, request_name
+from pretrain.grace import Grace
+from pretrain.hooks.signals import StopSignals, exit_code_of, request_name
 from pretrain.run_lock import RunLock
-from pretrain.status import Status, begin, note_failure, reason_of, write
+from pretrain.status import HANGS, Status, begin, note_failure, read, reason_of, write
+from pretrain.stop_files import requested
 
 WRITE_SECONDS = 10.0
+# How long stopping may take: this, and twice the longest step and a save; UNKNOWN while those have not been measured.
+GRACE_SECONDS, UNKNOWN_GRACE_SECONDS = 30.0, 600.0
 
 
 class Attempt:
@@ -24,8 +29,11 @@ class Attempt:
     def __init__(self, folder: Path, info: RankInfo):
         self.folder, self.info = folder, info
         is_main = info.rank == 0
-        self.signals = StopSignals(folder if is_main else None)
+        self.signals = StopSignals(folder if is_main else None, info.attempt_token)
         self.last_step = 0
+        self.is_too_late = False
+        self._step_done_seconds = self._longest_step_seconds = self._save_seconds = 0.0
+        self._grace = Grace(self._grace_seconds, self._asked_by_file if is_main else lambda: False, self._give_up)
         self._lock = RunLock(folder, info) if is_main else None
         self._status: Status | None = None
         self._begun = False
@@ -35,32 +43,49 @@ class Attempt:
         self.signals.install()
         if self._lock is not None:
             self._lock.acquire()
+        self._grace.start()
         return self
 
     def begin(self, step: int, checkpoint: Path | None) -> None:
         """All ranks have met, and go on after ``step`` from a checkpoint or from the start."""
-        self._begun, self.last_step = True, step
+        before = read(self.folder)
+        self._save_seconds = before.save_seconds if before else 0.0
+        self._begun, self.last_step, self._step_done_seconds = True, step, time.monotonic()
         if self._lock is not None:
-            forget_requests(self.folder)
             self._status = begin(self.folder, self.info, step, checkpoint)
 
     def step_done(self, step: int) -> int:
         """Notes a step; returns the request to stop on which all ranks agree, 0 for none. A collective."""
         self.last_step = step
+        now = time.monotonic()
+        self._longest_step_seconds = max(self._longest_step_seconds, now - self._step_done_seconds)
+        self._step_done_seconds = now
         if self._status is not None and time.monotonic() - self._written_seconds > WRITE_SECONDS:
             self._write()
         return highest(self.signals.requested_number())
 
-    def saved(self, path: Path, step: int) -> None:
-        """A checkpoint was written and verified."""
+    def no_time_to_save(self) -> bool:
+        """Whether the job ends before a save would; the last checkpoint is then better than half a new one.
+
+        A collective: the clock and the measured save of rank 0 decide.
+        """
+        end = self.info.end_unix_seconds if self.info.rank == 0 else None
+        self.is_too_late = bool(highest(int(end is not None and end - time.time() < self._save_seconds)))
+        return self.is_too_late
+
+    def saved(self, path: Path, step: int, seconds: float) -> None:
+        """A checkpoint was written in this time."""
+        self._save_seconds = seconds
+        self._step_done_seconds = time.monotonic()
         if self._status is not None:
-            self._status = replace(self._status, last_checkpoint=path.name, checkpoint_step=step)
+            self._status = replace(self._status, last_checkpoint=path.name, checkpoint_step=step, save_seconds=seconds)
             self._write()
 
     def stopped(self, request: int) -> ExitCode:
-        """The run was saved and stops for a request; returns the exit code."""
+        """The run stops for a request; returns the exit code."""
         code = exit_code_of(request)
-        self._write(reason=request_name(request), exit_code=int(code))
+        late = ", and no time was left to save" if self.is_too_late else ""
+        self._write(reason=request_name(request) + late, exit_code=int(code))
         return code
 
     def done(self) -> ExitCode:
@@ -69,7 +94,8 @@ class Attempt:
         return ExitCode.DONE
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self._begun:
+        # Before the ranks have met another run may own the folder; a token then tells its notes from ours.
+        if error is not None and (self._begun or self.info.attempt_token):
             reason, code = reason_of(error)
             suspect = error if isinstance(error, NodeSuspected) else None  # all ranks may tell of the same one
             note_failure(self.folder, self.info, self.last_step, code, reason, suspect)
@@ -77,7 +103,24 @@ class Attempt:
             self._write(reason=reason, exit_code=code, rank=who.rank, node=who.node)
         if self._lock is not None:
             self._lock.release()
+        self._grace.stop()
         self.signals.restore()
+
+    def _grace_seconds(self) -> float | None:
+        if not self._begun:
+            return None
+        if not (self._longest_step_seconds and self._save_seconds):
+            return UNKNOWN_GRACE_SECONDS
+        return GRACE_SECONDS + 2 * (self._longest_step_seconds + self._save_seconds)
+
+    def _asked_by_file(self) -> bool:
+        return requested(self.folder, self.info.attempt_token) is not None
+
+    def _give_up(self, seconds: float) -> None:
+        """In the thread of the grace period: the main thread is stuck, so only the process can end."""
+        note_failure(self.folder, self.info, self.last_step, ExitCode.INTERNAL,
+                     f"was asked to stop {seconds:.0f} s ago, and the ranks have not come to one step: {HANGS}")
+        os._exit(ExitCode.INTERNAL)
 
     def _write(self, **changes: object) -> None:
         if self._status is not None:

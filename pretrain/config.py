@@ -12,6 +12,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.config import problems as data_problems
 from parallel import rules
 from parallel.config import STRICT, ParallelConfig, PrecisionConfig
+from pretrain.checkpoint.start import start_folder, start_problems
 from pretrain.config_file import RawConfig, apply_overrides, dump, nearest, read_config_file, shown
 from pretrain.errors import ConfigError, Problem
 from pretrain.models import FAMILIES, family_spec
@@ -72,6 +73,10 @@ class CheckpointSection(Section):
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
     resume: Literal["auto", "never"] = Field(
         "auto", description="`auto` continues a run folder that has a checkpoint; `never` refuses such a folder"
+    )
+    start_from: str | None = Field(
+        None, min_length=1, description="a run folder or a checkpoint whose weights a new run starts with; its moments "
+        "and its position are left behind. null: weights are drawn from run.seed"
     )
 
 
@@ -312,6 +317,13 @@ def _evaluation_problems(log: LogSection, data: DataConfig, world_size: int | No
                "evaluations of the dataset that data.heldout names", "set data.heldout, or log.evaluate_every=0")
 
 
+def _start_problems(run: RunSection, checkpoint: CheckpointSection, model: FamilyConfig, world_size: int | None
+                    ) -> Iterator[rules.Found]:
+    """A run that has checkpoints of its own goes on from those."""
+    if checkpoint.start_from is not None and start_folder(run.dir) is None:
+        yield from start_problems(checkpoint.start_from, model)
+
+
 def _folder_problems(run: RunSection, world_size: int | None) -> Iterator[rules.Found]:
     """The run folder must be writable, or its nearest existing parent must let it be made."""
     folder = Path(run.dir).absolute()
@@ -337,5 +349,6 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., Iterator[rules.Found]]], ...
     (("objective", "model"), _objective_problems),
     (("data", "objective", "model"), _data_problems),
     (("log", "data"), _evaluation_problems),
+    (("run", "checkpoint", "model"), _start_problems),
     (("parallel", "precision", "model"), _layout_problems),
 )

@@ -23,10 +23,11 @@ from parallel.rendezvous import RendezvousError, join, leave
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, save
+from pretrain.checkpoint.start import start_folder
+from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
 from pretrain.config import RunConfig
 from pretrain.datasets import open_dataset
-from pretrain.errors import ExitCode, UserError
+from pretrain.errors import ExitCode, NodeSuspected, UserError
 from pretrain.hooks import Hooks, standard_hooks
 from pretrain.hooks.signals import request_name
 from pretrain.metrics import mfu, throughput
@@ -97,8 +98,6 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
                 raise
     except (CheckpointError, DataError) as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    except RendezvousError as error:
-        raise UserError(str(error), ExitCode.NODE) from None
     except StorageError as error:
         raise UserError(str(error), ExitCode.STORAGE) from None
 
@@ -106,7 +105,12 @@ def train(config: RunConfig, info: RankInfo, quiet: Quiet | None = None) -> int:
 @contextmanager
 def _world(info: RankInfo) -> Iterator[None]:
     """Among the other ranks; left in order, so that the process ends without an abort."""
-    join(info)
+    try:
+        join(info)
+    except RendezvousError as error:
+        if error.node:
+            raise NodeSuspected(str(error), None, error.node) from None
+        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
     try:
         yield
     finally:
@@ -160,6 +164,8 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if checkpoint:
         adam_step = checkpoint.manifest["adam_step"]
         engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
+    elif config.checkpoint.start_from:
+        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine, checkpoint)
@@ -174,16 +180,21 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         hooks.on_step_end(run, record)
         request = attempt.step_done(step)
         last = step == run.total_steps
+        if request and not last and attempt.no_time_to_save():
+            break
         if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
             _evaluate(run, engine, hooks, step)
         if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            attempt.saved(_save(run, engine, hooks, step, adam_step), step)
+            started = time.perf_counter()
+            path = _save(run, engine, hooks, step, adam_step)
+            attempt.saved(path, step, time.perf_counter() - started)
         if request and not last:
             break
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
-    hooks.on_end(run, f"{request_name(request)}; saved, and goes on when started again" if stopped else "done")
+    saved = "no time was left to save" if attempt.is_too_late else "saved"
+    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
     return attempt.stopped(request) if stopped else attempt.done()
 
@@ -197,7 +208,18 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
     checkpoint, _ = newest_whole(run.checkpoints)
+    if checkpoint and checkpoint.manifest.get("weights_only"):
+        raise UserError(f"{checkpoint.folder} holds weights and no state of an optimizer, so no run goes on there: "
+                        f"choose another run.dir, and set checkpoint.start_from={run.folder}")
     return checkpoint
+
+
+def _start(path: str) -> Checkpoint:
+    """The checkpoint that a new run starts with; called by every rank together."""
+    folder = start_folder(path)
+    if folder is None:
+        raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
+    return open_whole(folder)
 
 
 def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:

@@ -50,6 +50,11 @@ class RunLock:
             self._remove(str(holder.get("token")))
         raise UserError(f"{self.path} changes hands all the time: are several jobs started on this run folder?")
 
+    def refusal(self) -> str | None:
+        """Why the lock would be refused now; None when it is free, or left behind by a run that is gone."""
+        holder = _read(self.path)
+        return None if holder is None or self._is_gone(holder) else self._refusal(holder)
+
     def release(self) -> None:
         """Gives the lock back if it is still ours."""
         self._stop.set()

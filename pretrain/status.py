@@ -23,6 +23,7 @@ KEPT_ATTEMPTS = 50
 MAX_BYTES = 1 << 20
 RUNNING = "running"
 LOST_CONNECTION = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|remote process exited")
+HANGS = "one of the ranks hangs"
 # How much later than its peers a rank that was killed may be noted, on a busy machine.
 CLOSE_SECONDS = 2.0
 
@@ -31,7 +32,8 @@ CLOSE_SECONDS = 2.0
 class Status:
     """One attempt. ``exit_code`` is None while it runs; ``rank`` and ``node`` tell who failed, if somebody did.
 
-    ``last_step`` is the last step done, ``checkpoint_step`` the step of the last verified checkpoint (0: none).
+    ``last_step`` is the last step done, ``checkpoint_step`` the step of the last verified checkpoint (0: none), and
+    ``save_seconds`` how long the last one took (0: not known).
     ``history`` holds the attempts before this one, oldest first, without their own history.
     """
 
@@ -48,6 +50,7 @@ class Status:
     first_step: int = 0
     started_unix_seconds: float = 0.0
     updated_unix_seconds: float = 0.0
+    save_seconds: float = 0.0
     token: str | None = None
     history: tuple[dict[str, Any], ...] = field(default=())
 
@@ -64,7 +67,8 @@ def begin(folder: Path, info: RankInfo, step: int, checkpoint: Path | None) -> S
     forget_failures(folder)
     status = Status(attempt=attempt, job_id=info.job_id, nodes=info.nodes, last_step=step, first_step=step,
                     last_checkpoint=checkpoint.name if checkpoint else None, checkpoint_step=step if checkpoint else 0,
-                    started_unix_seconds=time.time(), token=info.attempt_token, history=history[-KEPT_ATTEMPTS:])
+                    save_seconds=before.save_seconds if before else 0.0, started_unix_seconds=time.time(),
+                    token=info.attempt_token, history=history[-KEPT_ATTEMPTS:])
     return write(folder, status)
 
 
@@ -96,8 +100,10 @@ def _notes(folder: Path) -> list[Path]:
     return [path for kind in ("failed", "exit") for path in (folder / NOTES_FOLDER).glob(f"{kind}-rank*.json")]
 
 
-def first_failure(folder: Path, token: str | None = None) -> dict[str, Any] | None:
-    """The note of the rank that failed first in the present attempt, or None. Notes with another token are left out.
+def first_failure(folder: Path, token: str | None = None, since_unix_seconds: float = 0.0) -> dict[str, Any] | None:
+    """The note of the rank that failed first in the present attempt, or None.
+
+    Notes with another token, and older ones, are left out.
 
     Ranks that only lost the connection to it fail too, and launchers then end the rest; neither is the cause. When no
     other note is there, ``rank`` and ``node`` are None: those who failed first left no word.
@@ -105,18 +111,26 @@ def first_failure(folder: Path, token: str | None = None) -> dict[str, Any] | No
     ranks: dict[Any, dict[str, Any]] = {}
     for path in sorted(_notes(folder)):  # exit-* before failed-*, whose reason is the better one
         note = _read_object(path)
-        if note and _is_note(note) and (token is None or note.get("token") in (None, token)):
+        if note and _is_note(note) and note["unix_seconds"] >= since_unix_seconds \
+                and (token is None or note.get("token") in (None, token)):
             earlier = ranks.get(note.get("rank"), note)["unix_seconds"]
             ranks[note.get("rank")] = note | {"unix_seconds": min(earlier, note["unix_seconds"])}
-    lost = [note for note in ranks.values() if LOST_CONNECTION.search(str(note.get("reason")))]
+    lost = [note for note in ranks.values() if _is_echo(str(note.get("reason")))]
     last_seconds = min((note["unix_seconds"] for note in lost), default=float("inf")) + CLOSE_SECONDS
     causes = [note for note in ranks.values() if note not in lost and note["exit_code"] != 128 + signal.SIGTERM
               and note["unix_seconds"] <= last_seconds]
     if not causes and lost:
         names = ", ".join(sorted(str(note.get("rank")) for note in lost)[:16])
-        return min(lost, key=_when) | {"rank": None, "node": None, "reason":
-                                       f"ranks {names} lost the connection to a rank or node that left no word"}
+        first = min(lost, key=_when)
+        reason = "lost the connection to a rank or node that left no word"
+        if HANGS in first["reason"]:
+            reason = first["reason"]
+        return first | {"rank": None, "node": None, "reason": f"ranks {names}: {reason}"}
     return min(causes or ranks.values(), key=_when, default=None)
+
+
+def _is_echo(reason: str) -> bool:
+    return HANGS in reason or LOST_CONNECTION.search(reason) is not None
 
 
 def _is_note(note: dict[str, Any]) -> bool:

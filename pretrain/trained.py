@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -14,9 +13,8 @@ from data_pipeline.manifest import TOKENIZER_FILE
 from data_pipeline.noise_facts import GivenIds, SpecialIds
 from data_pipeline.texts import TextTokenizer
 from data_pipeline.tokenizer import Tokenizer
-from parallel.initialise import slice_of
 from parallel.layout import Layout
-from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
+from parallel.megatron import Groups, build_groups, destroy_groups
 from parallel.pipeline import Stage
 from parallel.rank_info import alone
 from parallel.rendezvous import join, leave
@@ -24,7 +22,8 @@ from pretrain.checkpoint.manifest import PREFIX, CheckpointError
 from pretrain.checkpoint.store import Checkpoint, newest_whole
 from pretrain.config import RunConfig, config_from
 from pretrain.errors import ExitCode, UserError
-from pretrain.models import FAMILIES, family_spec
+from pretrain.models import family_spec
+from pretrain.models.build import filled_stage
 from pretrain.models.family import FamilyConfig, FamilySpec
 from pretrain.objectives.objective import ObjectiveConfig
 
@@ -101,14 +100,8 @@ def open_model(path: Path, groups: Groups) -> Trained:
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
-    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    specs = modules.layers(config.model, TensorShard(groups, device))
-    stage = Stage(specs, 0, len(specs))
-    with torch.no_grad():
-        for name, parameter in stage.named_global_parameters():
-            parameter.copy_(slice_of(checkpoint.tensor(name), parameter.plan.slice_dim, 0, 1))
-    return config, stage.eval()
+    return config, filled_stage(config.model, groups, device, checkpoint.tensor)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

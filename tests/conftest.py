@@ -8,14 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.corpus import documents
 from data_pipeline.shapes import write_shapes
-from data_pipeline.shards import write_dataset
-from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
-from tests.helpers.recipes import VOCAB_SIZE, write_recipe
-
-REPOSITORY = Path(__file__).parents[1]
-
+from tests.helpers.recipes import write_dataset_of_this_project, write_recipe
 
 # What `make quick` takes of the suites that start many ranks; the rest of them is marked slow.
 QUICK = ("[tied-tp2-pp1-dp2-zero1-sp1]", "[tied-tp1-pp2-dp2-zero1-sp0]", "[tied-tp1-pp1-dp2-zero3-sp0]",
@@ -52,14 +46,7 @@ def _fork_server_ends():
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     """A folder with `train` and `heldout`: this project's own source, a vocabulary of 512."""
-    folder = tmp_path_factory.mktemp("dataset")
-    corpus = documents([REPOSITORY / room for room in ("parallel", "pretrain", "data_pipeline", "launchers")])
-    options = TokenizerOptions(vocab_size=VOCAB_SIZE, sample_bytes=300_000)
-    tokenizer = train_tokenizer(sample_text(corpus, options.sample_bytes, options), options)
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
-    write_dataset(corpus, tokenizer, folder / "train", split="train")
-    write_dataset(documents([REPOSITORY / "benchmarks"]), tokenizer, folder / "heldout", split="heldout")
-    return folder
+    return write_dataset_of_this_project(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,29 +103,29 @@ def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> di
         save_file(tensors, path, metadata={"fragments": json.dumps(index)})
     except SafetensorError as error:  # its way of saying that the disk refused
         raise OSError(str(error)) from error
-    _flush(path)
+    flush(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, companions: Iterable[Path]) -> None:
     for source in companions:
         copy = Path(shutil.copyfile(source, aside / source.name))
-        _flush(copy)
+        flush(copy)
         content["files"].append({"name": copy.name, "bytes": copy.stat().st_size, "sha256": sha256_of(copy)})
     write_manifest(aside, content)
-    _flush(aside)
+    flush(aside)
     replaced = final.with_name(f"{final.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():  # one of the same step that did not verify; it goes only once the new one has its name
         final.rename(replaced)
     aside.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
     for old in published(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -160,6 +160,15 @@ class Checkpoint:
                 self._places.setdefault((place["name"], place["kind"]), []).append((path, key, place))
                 self.shapes[place["name"]] = tuple(place["shape"])
 
+    def incomplete(self) -> list[str]:
+        """Tensors whose fragments do not add up to the whole, without reading them."""
+        problems = []
+        for (name, kind), places in self._places.items():
+            held, whole = sum(place["count"] for *_, place in places), torch.Size(self.shapes[name]).numel()
+            if held != whole:
+                problems.append(f"{self.folder}: the fragments of {name} ({kind}) hold {held} elements of {whole}")
+        return problems
+
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
         """The whole global tensor, fp32 on the CPU.
 
@@ -191,6 +200,31 @@ class Checkpoint:
         return whole
 
 
+def starting_weights(checkpoint: Checkpoint) -> Callable[[str, str, tuple[int, ...]], Tensor | None]:
+    """What `Engine.fill` takes a new run's state from: weights only, with padding of the vocabulary as it is asked for.
+
+    The callable raises CheckpointError for a tensor of another shape.
+    """
+    model = checkpoint.manifest["config"]["model"]
+    padded = -(-model["vocab_size"] // model["pad_vocab_to"]) * model["pad_vocab_to"]
+
+    def source(name: str, kind: str, shape: tuple[int, ...]) -> Tensor | None:
+        if kind != "weight":
+            return None
+        weight = checkpoint.tensor(name)
+        if weight.shape != shape and weight.shape[:1] == (padded,) and weight.shape[1:] == shape[1:] \
+                and shape[0] >= model["vocab_size"]:
+            resized = weight.new_zeros(shape)
+            resized[: model["vocab_size"]] = weight[: model["vocab_size"]]
+            return resized
+        if weight.shape != shape:
+            raise CheckpointError(f"{checkpoint.folder}: {name} has the shape {list(weight.shape)}, in this run it has "
+                                  f"{list(shape)}; set the lengths in the section model as they were")
+        return weight
+
+    return source
+
+
 def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies and why newer ones were passed over; called by every rank together.
 
@@ -211,6 +245,19 @@ def newest_whole(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
         raise CheckpointError(f"no checkpoint in {checkpoints} can be used:\n  {listed}\nRepair or move them away, or "
                               "choose another run.dir to start anew.")
     return None, rejected
+
+
+def open_whole(folder: Path) -> Checkpoint:
+    """A checkpoint that verifies; called by every rank together.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    problems = _verify_together(folder)
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        raise CheckpointError(f"{folder} cannot be used:\n  {listed}")
+    return Checkpoint(folder)
 
 
 def _verify_together(folder: Path) -> list[str]:

@@ -11,14 +11,27 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
+from launchers import machine_check, with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from parallel.rank_info import process_environment
 from pretrain.commands.jobs import remember, wait
 from pretrain.config import load_run
 from pretrain.errors import ConfigError, Problem, UserError
+from pretrain.shipped import shipped_folder
 
 LAUNCHERS = ("slurm", "deepspeed", "torchrun", "mpi")
+SLURM_WORDS = ("partition", "account", "qos", "time", "constraint", "reservation", "gpus-per-node", "memory", "image",
+               "mounts")
+OPTIONS_OF = {
+    ("slurm",): (*SLURM_WORDS, "cpus-per-task", "no-requeue", "no-node-check", "torchrun-inside", "array", "chain",
+                 "template"),
+    ("slurm", "mpi"): ("export",),
+    ("slurm", "deepspeed"): ("exclude",),
+    ("deepspeed", "mpi"): ("hostfile",),
+    ("deepspeed",): ("include", "remote", "no-ssh"),
+    ("deepspeed", "torchrun"): ("node-rank",),
+    ("torchrun",): ("elastic", "restarts"),
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -49,8 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_slurm(group: argparse._ArgumentGroup) -> None:
-    for name in ("partition", "account", "qos", "time", "constraint", "reservation", "gpus-per-node", "memory",
-                 "image", "mounts"):
+    for name in SLURM_WORDS:
         group.add_argument(f"--{name}")
     group.add_argument("--cpus-per-task", type=int)
     group.add_argument("--signal-seconds", type=int, default=300, help="warning before the time limit (0: none)")
@@ -59,6 +71,7 @@ def _add_slurm(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--torchrun-inside", action="store_true", help="one task a node with torchrun in it")
     group.add_argument("--array", action="append", default=[], metavar="section.key=V1,V2,...",
                        help="one job for each value; several give every combination")
+    group.add_argument("--template", type=Path, metavar="FILE", help="batch script to fill in (slurm/train.sbatch)")
     group.add_argument("--chain", type=int, default=1, metavar="K", help="K jobs, each after the end of the one before")
 
 
@@ -86,7 +99,8 @@ def build_job(args: argparse.Namespace) -> Job:
     variables = tuple(_pair(text) for text in args.env)
     slurm = Slurm(args.partition, args.account, args.qos, args.time, args.constraint, args.reservation,
                   args.gpus_per_node, args.cpus_per_task, args.memory, args.exclude, args.image, args.mounts,
-                  args.signal_seconds, not args.no_requeue, args.torchrun_inside, not args.no_node_check, args.chain)
+                  args.signal_seconds, not args.no_requeue, args.torchrun_inside, not args.no_node_check, args.chain,
+                  args.template.absolute() if args.template else None)
     return Job(
         name=args.name if args.name is not None else default_name(folder), config=Path(args.config).absolute(),
         folder=folder, work_dir=work_dir, python=sys.executable, overrides=tuple(args.overrides), nodes=args.nodes,
@@ -134,8 +148,10 @@ def _problems(args: argparse.Namespace, job: Job) -> Iterator[Problem]:
     text = None
     if job.hostfile is not None and job.hostfile.is_file():
         text = job.hostfile.read_text(encoding="utf-8", errors="replace")
+    yield from _foreign_options(args)
     if args.launcher == "slurm":
         yield from slurm_problems(job)
+        yield from with_slurm.template_problems(job, _template(job), f"--template {job.slurm.template}")
     elif args.launcher == "deepspeed":
         yield from with_deepspeed.problems(job, text)
     elif args.launcher == "torchrun":
@@ -148,12 +164,26 @@ def _problems(args: argparse.Namespace, job: Job) -> Iterator[Problem]:
         yield Problem(f"--launcher {args.launcher}", f"{program}, which is not on this machine",
                       "a login node of a cluster" if program == "sbatch" else "an MPI on this machine",
                       f"submit from a login node, or install it: apt-get install {package}")
+    if not args.only_print:
+        starts_here = args.launcher != "slurm" and job.remote is None
+        nodes = with_mpi.slots(text) if text and job.remote != "slurm" else ()
+        yield from machine_check.problems(job, _run_folders(job), nodes, starts_here)
+
+
+def _foreign_options(args: argparse.Namespace) -> Iterator[Problem]:
+    """Options that the chosen launcher would not hear of."""
+    for launchers, names in OPTIONS_OF.items():
+        for name in names if args.launcher not in launchers else ():
+            value = getattr(args, name.replace("-", "_"))
+            if value not in (None, False, [], 0, 1):
+                yield Problem(f"--{name}", str(value), f"an option of --launcher {' or '.join(launchers)}",
+                              f"leave it out with --launcher {args.launcher}")
 
 
 def rendered(launcher: str, job: Job) -> str:
     """What would be started, as text for a person or a shell."""
     if launcher == "slurm":
-        return with_slurm.script(job)
+        return with_slurm.script(job, _template(job))
     command, environ = command_here(launcher, job)
     settings = "".join(f"{name}={shlex.quote(value)} " for name, value in environ.items())
     return f"cd {shlex.quote(str(job.work_dir))} && {settings}{shlex.join(command)}\n"
@@ -163,12 +193,25 @@ def command_here(launcher: str, job: Job) -> tuple[list[str], dict[str, str]]:
     """Command with its supervisor, and the variables to add, for a launcher that is started on this machine."""
     if launcher == "torchrun":
         command, environ = with_torchrun.argv(job), with_torchrun.environment(job)
-    elif launcher == "deepspeed":
-        command, environ = with_deepspeed.argv(job), {}
     else:
-        command, environ = with_mpi.argv(job, process_environment(), os.geteuid() == 0), with_mpi.environment(job)
-    return ([job.python, "-m", "launchers.supervise", str(job.folder), "--", *command],
+        with_launcher = {"deepspeed": with_deepspeed, "mpi": with_mpi}[launcher]
+        command = with_launcher.argv(job, process_environment(), os.geteuid() == 0)
+        environ = with_launcher.environment(job)
+    options = [f"--token={job.token}"] if job.token else []
+    options += ["--restarts"] if job.restarts else []
+    return ([job.python, "-m", "launchers.supervise", str(job.folder), *options, "--", *command],
             {**environ, **dict(job.variables)})
+
+
+def _template(job: Job) -> str:
+    """The text of the batch script to fill in. Raises UserError when it cannot be read."""
+    path = job.slurm.template or shipped_folder("slurm") / with_slurm.TEMPLATE
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # its line breaks as they are, for sbatch to judge
+            return file.read()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"--template {path}: {getattr(error, 'strerror', None) or error}; "
+                        "start from the template that `trainyard submit` uses without it") from None
 
 
 def _make_folders(job: Job) -> None:
@@ -196,7 +239,7 @@ def _run_here(launcher: str, job: Job) -> int:
 
 def _submit_to_slurm(job: Job, and_wait: bool) -> int:
     path = job.logs / "job.sbatch"
-    path.write_text(with_slurm.script(job), encoding="utf-8")
+    path.write_text(with_slurm.script(job, _template(job)), encoding="utf-8", newline="")
     path.chmod(0o640)
     job_ids: list[str] = []
     for _ in range(job.slurm.chain):

@@ -9,22 +9,21 @@ import threading
 from pathlib import Path
 
 from pretrain.errors import ExitCode
+from pretrain.stop_files import STOP, STOP_AND_GO_ON, requested
 
 # A scheduler's early warning and its polite end, and Ctrl-C.
 REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _NUMBERS = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
-# A person makes STOP in the run folder to end the run for good. STOP.requeue comes from launchers whose own signals
-# would kill ranks (deepspeed, torchrun, mpirun): save, and go on later.
-STOP_FILES = {"STOP": 4, "STOP.requeue": 1}
-_NAMES = {number: name.name for name, number in _NUMBERS.items()} | {4: "STOP"}
+_FILES = {STOP: 4, STOP_AND_GO_ON: 1}
+_NAMES = {number: name.name for name, number in _NUMBERS.items()} | {_FILES[STOP]: STOP}
 
 
 class StopSignals:
     """Notes SIGUSR1, SIGTERM and the first SIGINT; a second SIGINT ends the process at once with code 130."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, attempt_token: str | None = None) -> None:
         """folder: the run folder in which to look for a stop file, on one rank; None on the others."""
-        self._folder = folder
+        self._folder, self._token = folder, attempt_token
         self._owner = os.getpid()
         self._number = 0
         self._interrupts = 0
@@ -58,9 +57,7 @@ class StopSignals:
     def requested_number(self) -> int:
         """0, or a number that the loop reduces with MAX over all ranks: STOP file > SIGTERM > SIGINT > SIGUSR1."""
         if self._folder is not None:
-            for name, number in STOP_FILES.items():
-                if number > self._number and (self._folder / name).exists():
-                    self._number = number
+            self._number = max(self._number, _FILES.get(requested(self._folder, self._token), 0))
         return self._number
 
     def _handle(self, number: int, _frame: object) -> None:
@@ -81,16 +78,4 @@ def request_name(number: int) -> str:
 
 def exit_code_of(number: int) -> ExitCode:
     """Exit code of a run that has saved and stops for this request."""
-    return ExitCode.DONE if request_name(number) == "STOP" else ExitCode.REQUEUE
-
-
-def forget_requests(folder: Path) -> None:
-    """Removes the request of a launcher when a new attempt begins. STOP stays until the person removes it."""
-    (folder / "STOP.requeue").unlink(missing_ok=True)
-
-
-def ignore_in_worker() -> None:
-    """For loader workers: leaves stopping to their rank. Schedulers signal every process of a step, workers too."""
-    for number in REQUESTS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+    return ExitCode.DONE if request_name(number) == STOP else ExitCode.REQUEUE

@@ -1,8 +1,11 @@
-"""The architectures, by name. A family's folder holds `spec.py` (facts) and `modules.py` (torch)."""
+"""The architectures, by name. A family's folder holds `spec.py` (facts), `modules.py` (torch) and, where transformers
+knows its models, `hf.py` (facts)."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from pretrain.models.family import FamilySpec
+from pretrain.models.hf_map import Architecture
 
 FAMILIES = {
     "gpt": "pretrain.models.gpt",
@@ -16,3 +19,9 @@ FAMILIES = {
 def family_spec(family: str) -> FamilySpec:
     """The facts of a family; no torch. Raises KeyError for a name that is not in FAMILIES."""
     return import_module(f"{FAMILIES[family]}.spec").SPEC
+
+
+def architectures(family: str) -> tuple[Architecture, ...]:
+    """How a family's models lie in a transformers folder; none for a family that transformers does not know."""
+    module = f"{FAMILIES[family]}.hf"
+    return import_module(module).ARCHITECTURES if find_spec(module) else ()

@@ -7,6 +7,9 @@ A family is a folder under `pretrain/models/` with two files:
 - `modules.py`, torch: `layers(config, ...) -> list`, the ordered list of named layers (embedding, blocks, head). A
   pipeline stage is a slice of it, and a model on one stage runs the same list.
 
+A third file, `hf.py`, facts, is there where transformers knows the architecture: its names beside ours, in the words of
+`hf_map.py`. A family without it trains like any other and is not exported.
+
 One line in `pretrain.models.FAMILIES` makes the family known.
 """
 

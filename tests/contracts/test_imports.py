@@ -17,11 +17,14 @@ PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.ru
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
               "data_pipeline.noise_facts")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",
-              "pretrain.models.encoder_decoder", "pretrain.models.*.spec")
+              "pretrain.models.encoder_decoder", "pretrain.models.hf_map", "pretrain.models.*.spec",
+              "pretrain.models.*.hf")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
-                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped")
-FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS)
+                "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped", "pretrain.stop_files")
+CHECKPOINT_FACTS = ("pretrain.checkpoint", "pretrain.checkpoint.manifest", "pretrain.checkpoint.start",
+                    "pretrain.checkpoint.hf_config")
+FACTS = (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS, *CONFIG_FACTS, *CHECKPOINT_FACTS)
 CORE = ("parallel", "parallel.*", "pretrain.optim", "pretrain.metrics", "pretrain.quiet")
 
 # File pattern: what of the project it may import, at most. The first line that fits decides.
@@ -32,14 +35,15 @@ TABLE = {
     **{f"{module.replace('.', '/')}.py": DATA_FACTS for module in DATA_FACTS[1:]},
     "data_pipeline/*": ("data_pipeline", "data_pipeline.*"),
     "launchers/*": ("launchers", "launchers.*", *FACTS),
-    "pretrain/models/*/spec.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS),
+    **{f"pretrain/models/*/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS) for name in ("spec", "hf")},
     **{f"pretrain/models/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS)
-       for name in ("__init__", "family", "counting", "encoder_decoder")},
+       for name in ("__init__", "family", "counting", "encoder_decoder", "hf_map")},
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
     **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
        for name in ("__init__", "objective", "*_spec")},
     "pretrain/objectives/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models.*", "pretrain.objectives.*"),
     **{f"{module.replace('.', '/')}.py": FACTS for module in CONFIG_FACTS},
+    **{f"{module.replace('.', '/')}.py": FACTS for module in CHECKPOINT_FACTS[1:]},
     "pretrain/checkpoint/hf_tokenizer.py": (*FACTS, "data_pipeline.pieces", "data_pipeline.tokenizer"),
     "pretrain/checkpoint/*": (*FACTS, *CORE, "pretrain.checkpoint", "pretrain.checkpoint.*", "pretrain.models.*"),
     "pretrain/hooks/*": (*FACTS, *CORE, "pretrain.hooks", "pretrain.hooks.*", "pretrain.checkpoint.*"),
@@ -52,14 +56,15 @@ TABLE = {
     "pretrain/evaluation/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
                               "pretrain.evaluation*", "pretrain.trained", "pretrain.generation"),
     "pretrain/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models*", "pretrain.objectives*", "pretrain.checkpoint*",
-                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.datasets", "pretrain.trained",
-                   "pretrain.generation"),
+                   "pretrain.hooks*", "pretrain.loop", "pretrain.attempt", "pretrain.grace", "pretrain.datasets",
+                   "pretrain.trained", "pretrain.generation"),
 }
 DOORWAYS = {  # library: the only files that may import it
     "deepspeed": ("parallel/zero.py",),
     "megatron": ("parallel/megatron.py",),
     "webdataset": ("data_pipeline/*",),
     "sentencepiece": ("data_pipeline/*",),
+    "transformers": ("pretrain/checkpoint/*",),
     "mpi4py": ("parallel/rendezvous.py", "data_pipeline/*"),
 }
 
@@ -106,7 +111,8 @@ def fact_modules() -> list[str]:
 def test_facts_import_no_torch(module):
     modules = fact_modules() if module == "all of them" else [module]
     assert len(modules) > 15 or module != "all of them"
-    heavy = ("torch", "deepspeed", "megatron", "webdataset", "sentencepiece", "numpy", "rich", "matplotlib")
+    heavy = ("torch", "deepspeed", "megatron", "webdataset", "sentencepiece", "numpy", "rich", "matplotlib",
+             "transformers")
     code = (f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
             f"print(sorted(set({heavy}) & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

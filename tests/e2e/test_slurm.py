@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from parallel.node_list import expand_node_list
 from pretrain.status import read
+from tests.faults.bench import Bench, ranks_of
+from tests.faults.rows import run_one
 from tests.helpers.slurm import LocalSlurm, local_slurm, wait_until, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
@@ -23,8 +28,13 @@ RUN = (f"run.steps={STEPS}", "checkpoint.every=15", "checkpoint.keep=9")
 
 @pytest.fixture(scope="module")
 def cluster():
-    with local_slurm(nodes=3, cpus=2) as cluster:
+    with local_slurm(nodes=3, cpus=4) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="module")
+def bench(cluster, recipe, tmp_path_factory) -> Bench:
+    return Bench(recipe, tmp_path_factory.mktemp("faults"), cluster)
 
 
 @pytest.fixture(scope="module")
@@ -86,55 +96,6 @@ def test_two_nodes_give_the_losses_of_one_machine(cluster, recipe, tmp_path, exp
     assert f"{STEPS}" in said
 
 
-def test_the_warning_before_the_time_limit(cluster, recipe, tmp_path, expected):
-    """The warning itself is Slurm's; it is given by hand here, and at its own time in `make faults`."""
-    job_id = submit(cluster, recipe, tmp_path)
-    wait_for_step(cluster, job_id, tmp_path, 18)
-    cluster.run("scancel", "--batch", "--signal=USR1", job_id)
-    cluster.start_requeued_now(job_id)
-    before = read(tmp_path)
-    assert (before.exit_code, before.reason) == (75, "SIGUSR1")
-    assert before.checkpoint_step == before.last_step < STEPS
-    assert cluster.wait_for_state(job_id) == "COMPLETED", log(tmp_path)
-    assert cluster.job(job_id)["Restarts"] == "1"
-    assert losses(tmp_path) == expected
-    assert [entry["exit_code"] for entry in read(tmp_path).history] == [75]
-
-
-def test_a_lost_node(cluster, recipe, tmp_path, expected):
-    job_id = submit(cluster, recipe, tmp_path)
-    wait_for_step(cluster, job_id, tmp_path, 18)
-    first, lost = (node for node in ("n1", "n2", "n3") if node in read(tmp_path).nodes)
-    cluster.kill_node(lost)
-    cluster.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
-    try:
-        cluster.start_requeued_now(job_id)
-        assert cluster.wait_for_state(job_id) == "COMPLETED", log(tmp_path)
-    finally:
-        cluster.start_node(lost)
-        cluster.run("scontrol", "update", f"nodename={lost}", "state=resume")
-    status = read(tmp_path)
-    assert lost not in status.nodes
-    assert status.exit_code == 0
-    assert cluster.job(job_id)["Restarts"] == "1"
-    assert losses(tmp_path) == expected
-    assert first not in [entry["node"] for entry in status.history]  # nobody else is blamed
-
-
-def test_a_killed_rank_is_named(cluster, recipe, tmp_path):
-    job_id = submit(cluster, recipe, tmp_path, "--no-requeue")
-    wait_for_step(cluster, job_id, tmp_path, 5)
-    victim = next(path for path in Path("/proc").glob("[0-9]*") if b"SLURM_PROCID=3\0" in environ_of(path)
-                  and f"SLURM_JOB_ID={job_id}\0".encode() in environ_of(path)
-                  and path.joinpath("cmdline").read_bytes().split(b"\0")[2:3] == [b"pretrain"])
-    subprocess.run(["kill", "-KILL", victim.name], check=True)
-    assert cluster.wait_for_state(job_id) == "FAILED"
-    status = read(tmp_path)
-    assert (status.exit_code, status.rank) == (137, 3), log(tmp_path)
-    assert "rank 3" in log(tmp_path)
-    assert cluster.job(job_id)["ExitCode"] == "137:0"
-
-
 def test_an_array_of_two_seeds(cluster, recipe, tmp_path):
     done = trainyard(cluster, "submit", str(recipe), "--launcher", "slurm", "--array", "run.seed=1,2", "--wait",
                      f"run.dir={tmp_path}", "run.steps=4")
@@ -144,46 +105,43 @@ def test_an_array_of_two_seeds(cluster, recipe, tmp_path):
     assert first != second
 
 
-def test_cancel_leaves_no_process(cluster, recipe, tmp_path):
-    job_id = submit(cluster, recipe, tmp_path)
-    wait_for_step(cluster, job_id, tmp_path, 5)
-    done = trainyard(cluster, "cancel", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert cluster.wait_for_state(job_id) == "CANCELLED"
-    wait_until(lambda: not ranks_of(job_id), 45, "no rank is left")
-    wait_until(lambda: set(cluster.node_states().values()) == {"idle"}, 60, "the nodes are idle")
-    assert cluster.job(job_id)["Restarts"] == "0"
+# Row of tests/faults and the number of its trial. The warning before a time limit (F1) takes minutes: `make faults`.
+SAMPLE = [("F2", 1), ("F5", 0), ("F6", 0), ("F8", 0), ("F12", 0), ("F13", 0), *(("F14", case) for case in range(9))]
 
 
-def test_a_second_job_on_the_run_folder_is_refused(cluster, recipe, tmp_path):
-    shape = ("--nodes", "1", "--ranks-per-node", "1")
-    long = ("run.steps=100000", "checkpoint.every=0")
-    job_id = submit(cluster, recipe, tmp_path, *shape, run=long)
-    wait_for_step(cluster, job_id, tmp_path, 2)
-    second = submit(cluster, recipe, tmp_path, *shape, "--no-node-check", "--name", "second", run=long)
-    assert cluster.wait_for_state(second) == "FAILED"
-    assert cluster.job(second)["ExitCode"] == "2:0"
-    assert f"job {job_id}" in log(tmp_path)
-    before = records(tmp_path)[-1]["step"]
-    wait_for_step(cluster, job_id, tmp_path, before + 5)  # the first one goes on
-    (tmp_path / "STOP").touch()
-    assert cluster.wait_for_state(job_id) == "COMPLETED", log(tmp_path)
-    status = read(tmp_path)
-    assert (status.exit_code, status.reason, status.job_id) == (0, "STOP", job_id)
-    assert status.checkpoint_step == status.last_step
+@pytest.mark.parametrize(("name", "number"), SAMPLE, ids=str)
+def test_row(cluster, bench, tmp_path, name, number):
+    run_one(bench, name, number, tmp_path / "trial")
+    wait_until(lambda: set(cluster.node_states().values()) == {"idle"}, 90, "the nodes are idle")
 
 
-@pytest.mark.parametrize("words", [
-    ("--partition", "nowhere"), ("--nodes", "9"), ("--gpus-per-node", "8"), ("--time", "99-0"),
-    ("--constraint", "imaginary"), ("--cpus-per-task", "64"),
-])
-def test_what_slurm_refuses_is_not_submitted(cluster, recipe, tmp_path, words):
-    ranks = () if words[0] != "--nodes" else ("parallel.global_batch=36",)
-    done = trainyard(cluster, "submit", str(recipe), *JOB, *words, f"run.dir={tmp_path}", *ranks)
-    assert done.returncode == 2
-    assert "sbatch" in done.stderr
-    assert "nothing was submitted" in done.stderr
-    assert str(tmp_path) not in cluster.run("squeue", "-h", "-o", "%Z %o")
+def test_one_task_a_node_with_torchrun_inside(cluster, recipe, tmp_path, expected):
+    done = trainyard(cluster, "submit", str(recipe), *JOB, "--torchrun-inside", "--wait", f"run.dir={tmp_path}", *RUN)
+    assert done.returncode == 0, done.stderr + log(tmp_path)
+    assert losses(tmp_path) == expected
+
+
+def test_a_node_that_failed_twice_is_kept_out(cluster, recipe, tmp_path):
+    """Beside the nodes that the person excluded. Slurm takes this of a pending job only."""
+    words = ("--nodes", "1", "--ranks-per-node", "1", "--exclude", "n3")
+    job_id = submit(cluster, recipe, tmp_path, *words, run=("run.steps=100000", "checkpoint.every=20"))
+    node = None
+    for failure in (1, 2):
+        wait_for_step(cluster, job_id, tmp_path, 30 * failure)
+        wait_until(lambda count=failure: read(tmp_path).attempt == count and read(tmp_path).checkpoint_step
+                   > read(tmp_path).first_step, 120, "a new checkpoint")
+        assert node in (None, *read(tmp_path).nodes)
+        node, = read(tmp_path).nodes
+        os.kill(ranks_of(tmp_path)[0], signal.SIGKILL)
+        cluster.wait_for_state(job_id, "PENDING", seconds=120)
+        if failure == 1:
+            cluster.start_requeued_now(job_id)
+    wait_until(lambda: set(expand_node_list(cluster.job(job_id)["ExcNodeList"])) == {"n3", node}, 60,
+               f"{node} is kept out: {log(tmp_path)}")
+    cluster.start_requeued_now(job_id)
+    cluster.wait_for_state(job_id, "RUNNING", seconds=60)
+    assert cluster.job(job_id)["NodeList"] not in ("n3", node)
+    cluster.run("scancel", job_id)
 
 
 def test_without_sbatch(recipe, tmp_path):
@@ -192,15 +150,3 @@ def test_without_sbatch(recipe, tmp_path):
                           env=environ, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert "sbatch, which is not on this machine" in done.stderr
-
-
-def environ_of(path: Path) -> bytes:
-    try:
-        return path.joinpath("environ").read_bytes() + b"\0"
-    except OSError:
-        return b""
-
-
-def ranks_of(job_id: str) -> list[str]:
-    return [path.name for path in Path("/proc").glob("[0-9]*")
-            if f"SLURM_JOB_ID={job_id}\0".encode() in environ_of(path)]

@@ -6,6 +6,11 @@ from pathlib import Path
 
 import yaml
 
+from data_pipeline.corpus import documents
+from data_pipeline.shards import write_dataset
+from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
+
+REPOSITORY = Path(__file__).parents[2]
 VOCAB_SIZE = 512
 
 GPT = {
@@ -30,6 +35,18 @@ CLIP = {
     "schedule": {"name": "cosine", "warmup_steps": 6},
     "log": {"every": 100, "tensorboard": False},
 }
+
+
+def write_dataset_of_this_project(folder: Path) -> Path:
+    """Writes `train` and `heldout` from this project's own source, with a vocabulary of 512; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = documents([REPOSITORY / room for room in ("parallel", "pretrain", "data_pipeline", "launchers")])
+    options = TokenizerOptions(vocab_size=VOCAB_SIZE, sample_bytes=300_000)
+    tokenizer = train_tokenizer(sample_text(corpus, options.sample_bytes, options), options)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    write_dataset(corpus, tokenizer, folder / "train", split="train")
+    write_dataset(documents([REPOSITORY / "benchmarks"]), tokenizer, folder / "heldout", split="heldout")
+    return folder
 
 
 def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:

@@ -2,7 +2,6 @@
 
 import shlex
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,95 +9,42 @@ import pytest
 
 from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
-from parallel.rank_info import process_environment
+from pretrain.shipped import shipped_folder
+from tests.faults.hostile import FIELDS, HOSTILE, LAUNCHERS, run_hostile, with_value
 
+ROOT = Path(__file__).resolve().parents[3]
 JOB = Job(name="tiny", config=Path("/data/tiny.yaml"), folder=Path("/runs/tiny"), work_dir=Path("/srv"),
           python="/venv/bin/python", overrides=("run.seed=7",), ranks_per_node=2)
-MARKER = "touch {marker}"
-HOSTILE = [
-    "$(touch {marker})", "`touch {marker}`", "; touch {marker}", "& touch {marker} &", "| touch {marker}",
-    "|| touch {marker}", "&& touch {marker}", "' ; touch {marker} ; '", '" ; touch {marker} ; "', "'$(touch {marker})'",
-    '"$(touch {marker})"', "\\$(touch {marker})", "\\`touch {marker}\\`", "${{IFS}}$(touch${{IFS}}{marker})",
-    "$((1)) $(touch {marker})", "a\n touch {marker}", "a\r\ntouch {marker}", "a\x00touch {marker}", "> {marker}",
-    ">> {marker}", "< /dev/null > {marker}", "#\n touch {marker}", "\n#SBATCH --wrap='touch {marker}'",
-    "!touch {marker}", "{{touch,{marker}}}", "<(touch {marker})", "-x; touch {marker}", "--wrap=touch {marker}",
-    "-touch {marker}",
-    "\u2028touch {marker}", "\u2029touch {marker}", "\x85touch {marker}", "ä ö $(touch {marker})",
-    "日本 `touch {marker}`", "~ $(touch {marker})", "* ? [a] $(touch {marker})", "%j %% $(touch {marker})",
-    "a b\tc $(touch {marker})",
-    "EOF\ntouch {marker}\nEOF", "$0 $@ $* $(touch {marker})",
-]
+
+
+def script_of(job):
+    return with_slurm.script(job, (shipped_folder("slurm") / with_slurm.TEMPLATE).read_text())
 
 
 def test_hostile_values_are_forty():
     assert len(HOSTILE) == 40
 
 
-def with_value(field, value):
-    if field == "name":
-        return replace(JOB, name=value)
-    if field == "folder":
-        return replace(JOB, folder=Path("/runs") / value)
-    if field == "config":
-        return replace(JOB, config=Path("/configs") / value)
-    if field == "override":
-        return replace(JOB, overrides=(f"run.dir={value}",))
-    if field == "partition":
-        return replace(JOB, slurm=Slurm(partition=value))
-    if field == "variable":
-        return replace(JOB, variables=(("NOTE", value),))
-    return replace(JOB, slurm=Slurm(image=value))
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    """A folder with a python that only writes down its words, and a scontrol that knows one node."""
-    folder = tmp_path_factory.mktemp("bench")
-    recorder = folder / "python"
-    recorder.write_text(f"#!{sys.executable}\nimport os, sys\nopen({str(folder / 'words')!r}, 'wb').write("
-                        "b'\\0'.join(map(os.fsencode, [*sys.argv[1:], os.environ.get('NOTE', '')])))\n")
-    scontrol = folder / "scontrol"
-    scontrol.write_text("#!/bin/sh\n[ \"$2\" = hostnames ] && echo n1 || echo NodeName=n1 NodeAddr=127.0.0.1\n")
-    for program in (recorder, scontrol):
-        program.chmod(0o755)
-    return folder
-
-
-@pytest.mark.parametrize("field", ["name", "folder", "config", "override", "partition", "variable", "image"])
-def test_hostile_values_run_nothing(bench, tmp_path, field):
-    marker = tmp_path / "ran"
-    for text in HOSTILE:
-        value = text.format(marker=marker)
-        job = with_value(field, value)
-        job = replace(job, work_dir=tmp_path, python=str(bench / "python"))
-        if field == "folder":
-            job = replace(job, folder=tmp_path / "runs" / value)
-        if [*job.problems(), *slurm_problems(job)]:
-            continue
-        (bench / "words").unlink(missing_ok=True)
-        script = with_slurm.script(job)
-        done = subprocess.run(["bash"], input=script, text=True, capture_output=True, timeout=30, check=False,
-                              env=process_environment() | {"PATH": f"{bench}:/usr/bin:/bin", "SLURM_JOB_ID": "1",
-                                                           "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1"})
-        assert not marker.exists(), value
-        assert done.returncode == 0, (value, done.stderr)
-        words = (bench / "words").read_bytes().decode().split("\0")
-        for expected in (str(job.folder), *job.train, *(value for _, value in job.variables)):
-            assert expected in words, value
-    assert not marker.exists()
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_hostile_values_run_nothing(launcher, field, tmp_path):
+    """All forty for Slurm, where a script is written; ten for the commands of the others (all in `make faults`)."""
+    accepted = run_hostile(launcher, field, tmp_path, HOSTILE if launcher == "slurm" else HOSTILE[::4])
+    assert (accepted == 0) == (field in ("name", "partition"))
 
 
 @pytest.mark.parametrize("field", ["name", "partition"])
 def test_names_are_allow_listed(field):
     for text in HOSTILE:
-        job = with_value(field, text.format(marker="x"))
+        job = with_value(JOB, field, text.format(marker="x"))
         assert [*job.problems(), *slurm_problems(job)], text
 
 
 def test_line_breaks_are_refused_everywhere():
     for field in ("folder", "config", "override", "variable", "image"):
         for text in ("a\nb", "a\rb", "a\x00b", "a\u2028b"):
-            problems = [*with_value(field, text).problems(), *slurm_problems(with_value(field, text))]
+            job = with_value(JOB, field, text)
+            problems = [*job.problems(), *slurm_problems(job)]
             assert problems, (field, text)
             assert "line breaks" in problems[0].possible
 
@@ -112,7 +58,7 @@ def test_secrets_stay_out(name):
 def test_the_batch_script():
     job = replace(JOB, nodes=2, slurm=Slurm(partition="gpu", time="1-0", account="lab", gpus_per_node="8",
                                             cpus_per_task=4, exclude="n[7-8]", signal_seconds=600))
-    script = with_slurm.script(job)
+    script = script_of(job)
     assert script.startswith("#!/bin/bash\n")
     assert "\r" not in script
     for line in ("--job-name=tiny", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--partition=gpu", "--time=1-0",
@@ -127,20 +73,20 @@ def test_the_batch_script():
 
 def test_an_array_has_a_folder_for_each_element():
     job = replace(JOB, array=(("run.seed=1", "run.dir=runs/a b"), ("run.seed=2", "run.dir=runs/$x")))
-    script = with_slurm.script(job)
+    script = script_of(job)
     assert "#SBATCH --array=0-1\n" in script
     assert "0) folder='/srv/runs/a b'; overrides=(run.seed=1 'run.dir=runs/a b') ;;" in script
     assert "1) folder='/srv/runs/$x'; overrides=(run.seed=2 'run.dir=runs/$x') ;;" in script
 
 
 def test_links_of_a_chain_are_not_requeued():
-    assert "--slurm --check-nodes" in with_slurm.script(replace(JOB, slurm=Slurm(chain=5)))
+    assert "--slurm --check-nodes" in script_of(replace(JOB, slurm=Slurm(chain=5)))
     assert with_slurm.submit_argv("x", "12") == ["sbatch", "--parsable", "--dependency=afterany:12",
                                                  "--kill-on-invalid-dep=yes", "x"]
 
 
 def test_torchrun_inside_has_one_task_a_node():
-    script = with_slurm.script(replace(JOB, nodes=2, ranks_per_node=4, slurm=Slurm(torchrun_inside=True)))
+    script = script_of(replace(JOB, nodes=2, ranks_per_node=4, slurm=Slurm(torchrun_inside=True)))
     assert "srun --nodes=2 --ntasks=2 --ntasks-per-node=1 " in script
     assert "--nproc-per-node=4" in script
 
@@ -163,6 +109,10 @@ def test_torchrun():
 def test_deepspeed():
     argv = with_deepspeed.argv(JOB)
     assert {"--num_nodes=1", "--num_gpus=2", "--master_addr=127.0.0.1", "--module"} <= set(argv)
+    for remote, script in (("openmpi", "launchers.one_rank"), ("slurm", str(ROOT / "launchers" / "one_rank.py"))):
+        argv = with_deepspeed.argv(replace(JOB, hostfile=Path("/hosts"), remote=remote))
+        assert {"--force_multi", "--no_ssh_check", f"--launcher={remote}", script} <= set(argv)
+        assert not [word for word in argv if word.startswith("--num_")]  # deepspeed refuses them, or asks for GPUs
     many = replace(JOB, nodes=2, hostfile=Path("/hosts"), remote="pdsh")
     assert not list(with_deepspeed.problems(many, "n1 slots=2\nn2 slots=2 # spare\n"))
     assert {"--hostfile=/hosts", "--launcher=pdsh"} <= set(with_deepspeed.argv(many))
@@ -179,6 +129,9 @@ def test_deepspeed():
     ({"include": "n9:0"}, "n1 slots=2\n", "n9"),
     ({"include": "n1", "exclude": "n1"}, "n1 slots=2\n", "n1"),
     ({"no_ssh": True}, "n1 slots=2\n", "no --node-rank"),
+    ({"remote": "slurm"}, "n1 slots=4\n", "1 nodes with 4 slots"),
+    ({"remote": "openmpi", "hostfile": None}, None, "none"),
+    ({"remote": "pdsh", "variables": (("NOTE", "x"),)}, "n1 slots=2\n", "NOTE"),
     ({"nodes": 2, "overrides": ("run.dir=a b",)}, "n1 slots=2\nn2 slots=2\n", "a b"),
 ])
 def test_deepspeed_problems(change, hostfile, message):
@@ -192,6 +145,39 @@ def test_mpi():
     assert "ppr:2:node:OVERSUBSCRIBE" in argv
     assert "NCCL_DEBUG" in argv
     assert list(with_mpi.problems(replace(JOB, nodes=2), None))
+
+
+@pytest.mark.parametrize(("change", "hostfile", "message"), [
+    ({}, None, "not there"),
+    ({"nodes": 2}, "n1\n", "2"),
+    ({"ranks_per_node": 4}, "n1 slots=2\n", "4"),
+])
+def test_mpi_problems(change, hostfile, message):
+    job = replace(JOB, **{"hostfile": Path("/hosts")} | change)
+    assert any(message in problem.asked for problem in with_mpi.problems(job, hostfile))
+    assert not list(with_mpi.problems(replace(JOB, hostfile=Path("/hosts")), "n1 slots=2\nn2 # spare\n"))
+
+
+def test_ports_and_devices():
+    assert "export MASTER_PORT=29777\n" in script_of(replace(JOB, master_port=29777))
+    too_many = replace(JOB, ranks_per_node=8, slurm=Slurm(gpus_per_node="h100:4"))
+    assert [problem.where for problem in slurm_problems(too_many)] == ["--ranks-per-node"]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (("@srun", "@sruns"), "@sruns"), (("@srun", "srun"), "without @srun"), (("@name", "a @ b"), "a single @"),
+])
+def test_templates_of_a_cluster(change, message):
+    text = (shipped_folder("slurm") / with_slurm.TEMPLATE).read_text()
+    assert not list(with_slurm.template_problems(JOB, text, "--template x"))
+    problems = with_slurm.template_problems(JOB, text.replace(*change), "--template x")
+    assert any(message in problem.asked for problem in problems)
+
+
+def test_supervisors_of_a_job_started_by_hand_share_its_name():
+    by_hand = replace(JOB, nodes=2, master_address="n1", master_port=29500)
+    assert replace(by_hand, node_rank=0).token == replace(by_hand, node_rank=1).token == "tiny@n1:29500"
+    assert JOB.token is None
 
 
 @pytest.mark.parametrize("change", [

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers import supervise as supervise_module
 from launchers.outcome import Outcome, close, decide
 from parallel.rank_info import alone, process_environment
 from pretrain.status import Status, begin, first_failure, note_failure, read, write
@@ -104,6 +105,67 @@ def test_signals_become_a_request_in_the_run_folder(tmp_path):
     process.stderr.close()
 
 
+def test_a_warning_before_the_launcher_starts_is_kept(tmp_path):
+    """While nodes are checked, no rank is there to be asked: nothing is started, and the job is requeued."""
+    programs = {"srun": f"touch {tmp_path}/checking; sleep 2", "scontrol": f"echo $1 >{tmp_path}/did"}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.supervise", "--slurm", "--requeue", "--check-nodes=1", str(tmp_path), "--",
+         "touch", str(tmp_path / "started")], stderr=subprocess.PIPE, text=True,
+        env=process_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    wait_for((tmp_path / "checking").exists)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == 75, process.stderr.read()
+    assert "requeue: SIGUSR1" in process.stderr.read()
+    process.stderr.close()
+    assert (tmp_path / "did").read_text() == "requeue\n"
+    assert not (tmp_path / "started").exists()
+    assert (read(tmp_path).exit_code, read(tmp_path).reason) == (75, "SIGUSR1")
+
+
+def test_a_launcher_that_starts_ranks_again_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise_module, "FAILED_SECONDS", 0.5)
+    (tmp_path / "logs").mkdir()
+    body = f"""
+import json, os, time
+from pathlib import Path
+folder = Path({str(tmp_path)!r})
+note = folder / "logs" / "exit-rank1.json"
+note.write_text(json.dumps({{"rank": 1, "exit_code": 70, "reason": "x", "unix_seconds": time.time()}}))
+time.sleep(2)
+note.unlink()
+(folder / "again").touch()
+"""
+    for restarts in (True, False):
+        (tmp_path / "again").unlink(missing_ok=True)
+        supervisor = supervise_module.Supervisor(tmp_path, [sys.executable, "-c", body], False, "t", restarts)
+        supervisor.run()
+        assert (tmp_path / "again").exists() == restarts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the launcher's children in /proc")
+def test_a_rank_whose_launcher_died_is_asked_to_save(tmp_path):
+    """As when Slurm's step daemon is killed, of which Slurm takes no notice."""
+    package = tmp_path / "stand-in" / "pretrain"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__path__.append({str(ROOT / 'pretrain')!r})\n")
+    (package / "__main__.py").write_text(
+        "import signal, sys\n"
+        f"def save(*_):\n    open({str(tmp_path / 'saved')!r}, 'w').close()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, save)\nsignal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
+        f"open({str(tmp_path / 'up')!r}, 'w').close()\nsignal.pause()\n")
+    launcher = "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'launchers.one_rank', sys.argv[1], 'x'])"
+    process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path)], cwd=tmp_path,
+                               env=process_environment() | {"PYTHONPATH": f"{package.parent}:{ROOT}"})
+    wait_for((tmp_path / "up").exists)
+    process.kill()
+    process.wait()
+    wait_for((tmp_path / "saved").exists)
+
+
 def test_the_keeper_notes_how_its_rank_ended(tmp_path):
     package = tmp_path / "stand-in" / "pretrain"
     package.mkdir(parents=True)
@@ -129,7 +191,9 @@ def ended(code, reason="x", **more):
 
 @pytest.mark.parametrize(("status", "action"), [
     (ended(0), "end"), (ended(2), "end"), (ended(3), "end"), (ended(65), "end"),
-    (ended(75, "SIGUSR1", checkpoint_step=4), "requeue"), (ended(75, "SIGTERM", checkpoint_step=4), "end"),
+    (ended(75, "SIGUSR1", checkpoint_step=4), "requeue"),
+    (ended(75, "SIGUSR1, and no time was left to save", checkpoint_step=4), "requeue"),
+    (ended(75, "SIGTERM", checkpoint_step=4), "end"),
     (ended(70, checkpoint_step=4), "requeue"), (ended(137, checkpoint_step=4), "requeue"), (ended(74), "requeue"),
     (ended(70, history=(asdict(ended(70)),)), "requeue"),
     (ended(70, history=(asdict(ended(70)), asdict(ended(137)))), "hold"),

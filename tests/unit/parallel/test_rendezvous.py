@@ -4,6 +4,7 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,16 @@ def test_a_name_with_only_an_ipv6_address():
 
 
 def test_a_missing_rank_is_named():
-    with pytest.raises(RendezvousError, match=r"rank 0 on n1: 2 of 3 ranks did not join in time: 1, 2;"):
+    with pytest.raises(RendezvousError, match=r"rank 0 on n1: 2 of 3 ranks did not join in time: 1, 2;") as caught:
         join(info(0, 3), timeout_seconds=1)
+    assert (caught.value.is_mistake, caught.value.node) == (False, None)
+
+
+@pytest.mark.parametrize(("nodes", "suspect"), [(("n1", "n2"), "n2"), (("n1", "n2", "n3", "n4"), None)])
+def test_a_node_is_suspected_when_it_alone_sent_nobody(nodes, suspect):
+    with pytest.raises(RendezvousError) as caught:
+        join(replace(info(0, len(nodes)), nodes=nodes), timeout_seconds=1)
+    assert caught.value.node == suspect
 
 
 def test_rank_zero_is_not_there():
@@ -113,8 +122,10 @@ def test_a_chosen_port_that_is_taken():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(RendezvousError, match=f"cannot listen on 127.0.0.1 .*port {port}: .*in use.*MASTER_PORT"):
+        words = f"cannot listen on 127.0.0.1 .*port {port}: .*in use.*MASTER_PORT"
+        with pytest.raises(RendezvousError, match=words) as caught:
             join(info(0, 2, port), timeout_seconds=1)
+        assert caught.value.is_mistake
 
 
 def test_every_interface_is_refused():

@@ -61,7 +61,7 @@ def test_nobody_is_blamed_for_a_node_that_left_no_word(tmp_path):
     note(tmp_path, "exit", 1, 130.0, 137, "ended by SIGKILL")  # the launcher, tidying up
     found = status.first_failure(tmp_path)
     assert (found["rank"], found["node"], found["exit_code"]) == (None, None, 70)
-    assert "ranks 0 lost the connection" in found["reason"]
+    assert "ranks 0: lost the connection" in found["reason"]
 
 
 def test_damaged_files_are_no_status(tmp_path):

@@ -1,0 +1,78 @@
+"""CLIP in transformers (facts: no torch)."""
+
+from pretrain.models.clip.spec import CLIPConfig
+from pretrain.models.hf_map import Architecture, Entry, Free, Must, Only, Same, Shaped, attention_parts, vocabulary
+
+
+def _tower_names(config: CLIPConfig, tower: str, theirs: str) -> tuple[Entry, ...]:
+    block, layer = f"{tower}.blocks.{{n}}", f"{theirs}.encoder.layers.{{n}}"
+    hidden, heads = getattr(config, f"{tower}_hidden"), getattr(config, f"{tower}_heads")
+    return (
+        Entry(f"{block}.attention_norm.{{p}}", f"{layer}.layer_norm1.{{p}}"),
+        Entry(f"{block}.attention.qkv.{{p}}", tuple(f"{layer}.self_attn.{part}_proj.{{p}}" for part in "qkv"),
+              (attention_parts(heads, heads, hidden // heads),)),
+        Entry(f"{block}.attention.out.{{p}}", f"{layer}.self_attn.out_proj.{{p}}"),
+        Entry(f"{block}.feed_forward_norm.{{p}}", f"{layer}.layer_norm2.{{p}}"),
+        Entry(f"{block}.feed_forward.up.{{p}}", f"{layer}.mlp.fc1.{{p}}"),
+        Entry(f"{block}.feed_forward.down.{{p}}", f"{layer}.mlp.fc2.{{p}}"),
+    )
+
+
+def _names(config: CLIPConfig) -> tuple[Entry, ...]:
+    return (
+        Entry("image.embedding.patches", "vision_model.embeddings.patch_embedding.weight"),
+        Entry("image.embedding.class_token", "vision_model.embeddings.class_embedding"),
+        Entry("image.embedding.positions", "vision_model.embeddings.position_embedding.weight"),
+        Entry("image.embedding.norm.{p}", "vision_model.pre_layrnorm.{p}"),
+        *_tower_names(config, "image", "vision_model"),
+        Entry("image.head.norm.{p}", "vision_model.post_layernorm.{p}"),
+        Entry("image.head.projection", "visual_projection.weight"),
+        Entry("text.embedding.table.weight", "text_model.embeddings.token_embedding.weight", (vocabulary(config),)),
+        Entry("text.embedding.positions", "text_model.embeddings.position_embedding.weight"),
+        *_tower_names(config, "text", "text_model"),
+        Entry("text.head.norm.{p}", "text_model.final_layer_norm.{p}"),
+        Entry("text.head.projection", "text_projection.weight"),
+        Entry("scale.logit_scale", "logit_scale", (Shaped((1,), ()),)),
+    )
+
+
+def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) -> tuple:
+    return (
+        Same(f"{tower}_layers", f"{theirs}.num_hidden_layers", 12),
+        Same(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
+        Same(f"{tower}_heads", f"{theirs}.num_attention_heads", heads),
+        Same(f"{tower}_ffn", f"{theirs}.intermediate_size", ffn,
+             value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
+        Same("activation", f"{theirs}.hidden_act", "quick_gelu"),
+        Same("norm_epsilon", f"{theirs}.layer_norm_eps", 1e-5),
+        # Each tower alone would be given this width; both together take the one above them.
+        Free((f"{theirs}.projection_dim", f"{theirs}.initializer_range", f"{theirs}.initializer_factor",
+              f"{theirs}.dropout")),
+        Must(f"{theirs}.attention_dropout", 0.0, 0.0),
+    )
+
+
+CLIP = Architecture(
+    model_type="clip",
+    class_name=lambda config: "CLIPModel",
+    fields=(
+        *_tower_fields("image", "vision_config", hidden=768, ffn=3072, heads=12),
+        *_tower_fields("text", "text_config", hidden=512, ffn=2048, heads=8),
+        Same("image_size", "vision_config.image_size", 224),
+        Same("patch_size", "vision_config.patch_size", 32),
+        Same("vocab_size", "text_config.vocab_size", 49408),
+        Same("sequence_length", "text_config.max_position_embeddings", 77),
+        Same("embedding", "projection_dim", 512),
+        Only("logit_bias", (None,)),
+        Must("vision_config.num_channels", 3, 3),
+        Must("text_config_dict", None, None, "put its values into text_config"),
+        Must("vision_config_dict", None, None, "put its values into vision_config"),
+        Free(("logit_scale_init_value", "initializer_factor")),
+    ),
+    names=_names,
+    free_of_ours=("family", "init_temperature", "pad_vocab_to"),
+    tokens_in="text_config",
+    ignored=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"),
+)
+
+ARCHITECTURES = (CLIP,)

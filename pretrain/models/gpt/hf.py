@@ -1,0 +1,185 @@
+"""GPT decoders in transformers: GPT-2 for learned positions, Llama and Mistral for rotary ones (facts: no torch)."""
+
+from typing import Any
+
+from pretrain.models.gpt.spec import GPTConfig
+from pretrain.models.hf_map import (
+    Architecture,
+    Entry,
+    Free,
+    Joined,
+    Must,
+    Only,
+    Same,
+    Transposed,
+    attention_parts,
+    vocabulary,
+)
+
+ACTIVATIONS = (("gelu_tanh", "gelu_new"), ("gelu_tanh", "gelu_pytorch_tanh"), ("gelu_tanh", "gelu_fast"),
+               ("gelu", "gelu"), ("relu", "relu"))
+FREE_OF_OURS = ("family", "dropout", "attention_dropout", "init_std", "pad_vocab_to")
+
+# -- GPT-2 -------------------------------------------------------------------------------------------------------------
+
+
+def _gpt2_names(config: GPTConfig) -> tuple[Entry, ...]:
+    block, theirs = "blocks.{n}", "transformer.h.{n}"
+    qkv = attention_parts(config.heads, config.heads, config.head_dim)
+    return (
+        Entry("embedding.table.weight", "transformer.wte.weight", (vocabulary(config),)),
+        Entry("positions.weight", "transformer.wpe.weight"),
+        Entry(f"{block}.attention_norm.{{p}}", f"{theirs}.ln_1.{{p}}"),
+        Entry(f"{block}.attention.qkv.{{p}}", f"{theirs}.attn.c_attn.{{p}}",
+              (qkv, Joined((config.hidden,) * 3), Transposed())),
+        Entry(f"{block}.attention.out.{{p}}", f"{theirs}.attn.c_proj.{{p}}", (Transposed(),)),
+        Entry(f"{block}.feed_forward_norm.{{p}}", f"{theirs}.ln_2.{{p}}"),
+        Entry(f"{block}.feed_forward.up.{{p}}", f"{theirs}.mlp.c_fc.{{p}}", (Transposed(),)),
+        Entry(f"{block}.feed_forward.down.{{p}}", f"{theirs}.mlp.c_proj.{{p}}", (Transposed(),)),
+        Entry("final_norm.{p}", "transformer.ln_f.{p}"),
+        Entry("head.weight", "lm_head.weight", (vocabulary(config),)),
+    )
+
+
+GPT2 = Architecture(
+    model_type="gpt2",
+    class_name=lambda config: "GPT2LMHeadModel",
+    fields=(
+        Same("layers", "n_layer", 12),
+        Same("hidden", "n_embd", 768),
+        Same("heads", "n_head", 12),
+        Same("ffn", "n_inner", None, value=lambda config: config.ffn_hidden),
+        Same("vocab_size", "vocab_size", 50257),
+        Same("sequence_length", "n_positions", 1024),
+        Same("activation", "activation_function", "gelu_new", ACTIVATIONS),
+        Same("norm_epsilon", "layer_norm_epsilon", 1e-5),
+        Same("tied_head", "tie_word_embeddings", True),
+        Same("dropout", "resid_pdrop", 0.1),
+        Same("dropout", "embd_pdrop", 0.1),
+        Same("attention_dropout", "attn_pdrop", 0.1),
+        Same("init_std", "initializer_range", 0.02),
+        Only("positions", ("learned",)),
+        Only("norm", ("layernorm",)),
+        Only("norm_position", ("pre",)),
+        Only("bias", (True,)),
+        Only("kv_heads", (True,), value=lambda config: config.num_kv_heads == config.heads, implied=True),
+        Must("scale_attn_weights", True, True),
+        Must("scale_attn_by_inverse_layer_idx", False, False),
+        Must("add_cross_attention", False, False),
+        Free(("reorder_and_upcast_attn", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
+              "summary_proj_to_labels", "summary_first_dropout")),
+    ),
+    names=_gpt2_names,
+    free_of_ours=(*FREE_OF_OURS, "rotary_base"),
+    copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tied_head else {},
+    ignored=("transformer.h.{n}.attn.bias", "transformer.h.{n}.attn.masked_bias"),
+    prefix="transformer.",
+)
+
+# -- Llama and Mistral -------------------------------------------------------------------------------------------------
+
+
+def _llama_names(config: GPTConfig) -> tuple[Entry, ...]:
+    block, theirs = "blocks.{n}", "model.layers.{n}"
+    qkv = attention_parts(config.heads, config.num_kv_heads, config.head_dim)
+    return (
+        Entry("embedding.table.weight", "model.embed_tokens.weight", (vocabulary(config),)),
+        Entry(f"{block}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
+        Entry(f"{block}.attention.qkv.{{p}}",
+              tuple(f"{theirs}.self_attn.{part}_proj.{{p}}" for part in "qkv"), (qkv,)),
+        Entry(f"{block}.attention.out.{{p}}", f"{theirs}.self_attn.o_proj.{{p}}"),
+        Entry(f"{block}.feed_forward_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
+        Entry(f"{block}.feed_forward.gate.{{p}}", f"{theirs}.mlp.gate_proj.{{p}}"),
+        Entry(f"{block}.feed_forward.up.{{p}}", f"{theirs}.mlp.up_proj.{{p}}"),
+        Entry(f"{block}.feed_forward.down.{{p}}", f"{theirs}.mlp.down_proj.{{p}}"),
+        Entry("final_norm.weight", "model.norm.weight"),
+        Entry("head.weight", "lm_head.weight", (vocabulary(config),)),
+    )
+
+
+def rope_read(values: dict[str, Any]) -> dict[str, Any]:
+    """The base of the rotary wavelengths from where newer files hold it; a width of heads that follows from others."""
+    values = dict(values)
+    rope = dict(values.pop("rope_parameters", None) or {})
+    if "rope_theta" in rope:
+        values["rope_theta"] = rope.pop("rope_theta")
+    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
+        values["rope_scaling"] = "as in rope_parameters"
+    hidden, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
+    if isinstance(hidden, int) and isinstance(heads, int) and heads and values.get("head_dim") == hidden // heads:
+        del values["head_dim"]
+    return values
+
+
+def window_read(values: dict[str, Any]) -> dict[str, Any]:
+    """A window that is at least as long as the model's sequences leaves nothing out."""
+    values = rope_read(values)
+    window, length = values.get("sliding_window", 4096), values.get("max_position_embeddings", 4096 * 32)
+    if isinstance(window, int) and isinstance(length, int) and length <= window:
+        values["sliding_window"] = None
+    return values
+
+
+def llama_fields(max_positions: int, ffn: int, kv_heads: int | None, norm_epsilon: float, rotary_base: float) -> tuple:
+    """What Llama and its descendants share; the arguments are the defaults in which they differ."""
+    return (
+        Same("layers", "num_hidden_layers", 32),
+        Same("hidden", "hidden_size", 4096),
+        Same("heads", "num_attention_heads", 32),
+        Same("kv_heads", "num_key_value_heads", kv_heads, value=lambda config: config.num_kv_heads),
+        Same("ffn", "intermediate_size", ffn, value=lambda config: config.ffn_hidden),
+        Same("vocab_size", "vocab_size", 32000),
+        Same("sequence_length", "max_position_embeddings", max_positions),
+        Same("activation", "hidden_act", "silu", (("swiglu", "silu"), ("swiglu", "swish"))),
+        Same("norm_epsilon", "rms_norm_eps", norm_epsilon),
+        Same("rotary_base", "rope_theta", rotary_base),
+        Same("tied_head", "tie_word_embeddings", False),
+        Same("attention_dropout", "attention_dropout", 0.0),
+        Same("init_std", "initializer_range", 0.02),
+        Only("positions", ("rotary",)),
+        Only("norm", ("rmsnorm",)),
+        Only("norm_position", ("pre",)),
+        Must("rope_scaling", None, None, "take a model with unscaled rotary positions"),
+        Must("head_dim", None, None, "take a model whose heads are hidden_size / num_attention_heads wide"),
+    )
+
+
+def _tied(config: GPTConfig) -> dict[str, str]:
+    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied_head else {}
+
+
+LLAMA = Architecture(
+    model_type="llama",
+    class_name=lambda config: "LlamaForCausalLM",
+    fields=(
+        *llama_fields(max_positions=2048, ffn=11008, kv_heads=None, norm_epsilon=1e-6, rotary_base=10000.0),
+        Same("bias", "attention_bias", False),
+        Same("bias", "mlp_bias", False),
+        Free(("pretraining_tp",)),
+    ),
+    names=_llama_names,
+    free_of_ours=FREE_OF_OURS,
+    copies=_tied,
+    ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
+    prefix="model.",
+    read=rope_read,
+)
+
+MISTRAL = Architecture(
+    model_type="mistral",
+    class_name=lambda config: "MistralForCausalLM",
+    fields=(
+        *llama_fields(max_positions=4096 * 32, ffn=14336, kv_heads=8, norm_epsilon=1e-6, rotary_base=10000.0),
+        Only("bias", (False,)),
+        Must("sliding_window", None, 4096, "set max_position_embeddings in config.json to at most sliding_window: up "
+             "to there attention is whole"),
+    ),
+    names=_llama_names,
+    free_of_ours=FREE_OF_OURS,
+    copies=_tied,
+    ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
+    prefix="model.",
+    read=window_read,
+)
+
+ARCHITECTURES = (GPT2, LLAMA, MISTRAL)  # an export takes the first that fits, unless it is told which
