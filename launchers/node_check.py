@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel.rank_info import RankInfoError, alone, read_rank_info
+from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
 from pretrain.errors import ExitCode
 from pretrain.status import NOTES_FOLDER, write_note
 
@@ -34,17 +34,33 @@ def main(argv: Sequence[str]) -> int:
         return 0
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
     sys.stderr.write(f"{reason}\n")
-    note = {"rank": None, "node": info.node, "exit_code": int(ExitCode.NODE), "reason": reason,
-            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
-    try:
-        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{info.node}.json", note)
-    except OSError as error:
-        sys.stderr.write(f"{error}\n")
+    note_node(folder, info, info.node, reason)
     return ExitCode.NODE
 
 
-def problems(folder: Path, devices: int) -> list[str]:
-    """What is wrong with this node for a run in ``folder`` with this many devices (0: none needed)."""
+def note_node(folder: Path, info: RankInfo, node: str, reason: str) -> None:
+    """Names a node that cannot train, for `trainyard status` and for whoever starts the next attempt."""
+    note = {"rank": None, "node": node, "exit_code": int(ExitCode.NODE), "reason": reason,
+            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
+    try:
+        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{node}.json", note)
+    except OSError as error:
+        sys.stderr.write(f"{error}\n")
+
+
+def problems(folder: Path | None, devices: int) -> list[str]:
+    """What is wrong with this node for a run in ``folder`` (None: not looked at) with so many devices (0: none)."""
+    found = _folder_problems(folder) if folder else []
+    found += [f"the package {name} is missing" for name in ("torch", "deepspeed", "megatron.core")
+              if not _is_there(name)]
+    if devices:
+        seen = devices_here()
+        if seen is not None and seen < devices:
+            found.append(f"{seen} devices answer, {devices} are needed")
+    return found
+
+
+def _folder_problems(folder: Path) -> list[str]:
     found = []
     probe = folder / NOTES_FOLDER / f".probe-{uuid.uuid4().hex}"
     try:
@@ -54,12 +70,6 @@ def problems(folder: Path, devices: int) -> list[str]:
             found.append(f"less than 1 GiB is free in {folder}")
     except OSError as error:
         found.append(f"{folder} cannot be written: {error.strerror}")
-    found += [f"the package {name} is missing" for name in ("torch", "deepspeed", "megatron.core")
-              if not _is_there(name)]
-    if devices:
-        seen = devices_here()
-        if seen is not None and seen < devices:
-            found.append(f"{seen} devices answer, {devices} are needed")
     return found
 
 

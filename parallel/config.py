@@ -8,7 +8,7 @@ STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=Fals
 
 
 class ParallelConfig(BaseModel):
-    """The degrees of every axis and the batch. The data degree follows: ranks / (tensor * pipeline)."""
+    """The degrees of every axis and the batch. The data degree follows: ranks / (tensor x context x pipeline)."""
 
     model_config = STRICT
 
@@ -16,7 +16,15 @@ class ParallelConfig(BaseModel):
     sequence: bool = Field(
         False, description="split activations between the matrices along the sequence over the tensor ranks"
     )
+    context: int = Field(
+        1, ge=1, description="ranks that share the sequence of the same samples (context parallel degree); attention "
+        "trades its part of the sequence for a part of the heads"
+    )
     pipeline: int = Field(1, ge=1, description="stages the layers are cut into (pipeline parallel degree)")
+    expert: int = Field(
+        1, ge=1, description="neighbouring data ranks that share the experts of a layer out among them (expert "
+        "parallel degree); it divides the data degree"
+    )
     zero_stage: int = Field(
         0, ge=0, le=3, description="what data ranks share out: 1 optimizer state, 2 also gradients, 3 also weights"
     )
@@ -42,7 +50,13 @@ class PrecisionConfig(BaseModel):
 
     model_config = STRICT
 
-    compute: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="number format of forward and backward")
+    compute: Literal["fp32", "bf16", "fp16", "fp8"] = Field(
+        "fp32", description="number format of forward and backward; `fp8` is not there yet and refused"
+    )
+    reduce: Literal["fp32", "compute"] = Field(
+        "fp32", description="number format in which gradients travel between data and context ranks and are summed: "
+        "`compute` is that of precision.compute, which halves the bytes of bf16 and fp16"
+    )
     initial_scale_power: int = Field(
         16, ge=0, le=32, description="fp16 only: the loss scale starts at 2 to this power"
     )

@@ -1,12 +1,14 @@
 """The doorway to megatron-core: rank groups, tensor-parallel layers and regions. No other file imports it.
 
-Tensor shapes in this file: s sequence, b micro-batch, h hidden, v vocabulary; t is the tensor-parallel degree.
+Tensor shapes in this file: s the part of the sequence that this context rank holds, b micro-batch, h hidden,
+v vocabulary; t is the tensor-parallel degree.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.model_parallel_config import ModelParallelConfig
 
+from parallel.context import ContextShard
 from parallel.initialise import Std, plan_parameter
 from parallel.layout import Layout
 
@@ -30,13 +33,22 @@ class Groups:
     layout: Layout
     rank: int
     tensor: dist.ProcessGroup
+    context: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
-    model: dist.ProcessGroup  # tp x pp: everybody who holds a part of one model replica
+    expert: dist.ProcessGroup  # ep: data ranks that together hold every expert of a layer once
+    expert_data: dist.ProcessGroup  # edp: data ranks that hold the same experts
+    model: dist.ProcessGroup  # tp x ep x pp: everybody who holds a part of one model replica
+    replicas: dist.ProcessGroup  # cp x dp: everybody who holds the same part of the model
 
     @property
     def coordinates(self):
         return self.layout.coordinates(self.rank)
+
+    @property
+    def replica(self) -> int:
+        """This rank's place among those that hold the same weights."""
+        return self.layout.replica(self.rank)
 
 
 def answer_for_cuda() -> None:
@@ -49,8 +61,11 @@ def answer_for_cuda() -> None:
         torch.cuda.current_device = lambda: torch.device("cpu")
 
 
-def build_groups(layout: Layout) -> Groups:
+def build_groups(layout: Layout, timeout_seconds: float = 1800.0) -> Groups:
     """Create every axis's group and check them against the layout's own arithmetic.
+
+    Args:
+        timeout_seconds: how long a collective on one of them may take.
 
     Raises:
         RuntimeError: megatron-core places a rank in another group than `Layout` says (an internal error).
@@ -60,17 +75,26 @@ def build_groups(layout: Layout) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     groups = Groups(
         layout=layout,
         rank=rank,
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
+        model=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+        replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
-    for axis, group in (("tp", groups.tensor), ("pp", groups.pipeline), ("dp", groups.data), ("model", groups.model)):
+    for axis, group in (("tp", groups.tensor), ("cp", groups.context), ("pp", groups.pipeline), ("dp", groups.data),
+                        ("ep", groups.expert), ("edp", groups.expert_data), ("model", groups.model),
+                        ("replicas", groups.replicas)):
         expected, found = layout.group(axis, rank), dist.get_process_group_ranks(group)
         if sorted(expected) != sorted(found):
             raise RuntimeError(f"rank {rank}: axis {axis} should hold ranks {expected}, megatron-core built {found}")
@@ -84,7 +108,15 @@ def destroy_groups() -> None:
 
 
 class Units:
-    """The model-parallel unit (`mpu`) that DeepSpeed asks for groups, answered by megatron-core under its names."""
+    """The model-parallel unit (`mpu`) that DeepSpeed asks for groups, answered by megatron-core under its names.
+
+    What DeepSpeed calls data parallel are the ranks that hold the same weights, so the context axis is part of it.
+    """
+
+    get_data_parallel_group = staticmethod(partial(parallel_state.get_data_parallel_group, True))
+    get_data_parallel_world_size = staticmethod(partial(parallel_state.get_data_parallel_world_size, True))
+    get_data_parallel_rank = staticmethod(partial(parallel_state.get_data_parallel_rank, True))
+    get_data_parallel_src_rank = staticmethod(partial(parallel_state.get_data_parallel_src_rank, True))
 
     def __getattr__(self, name: str):
         return getattr(parallel_state, name.replace("get_model_parallel", "get_tensor_model_parallel"))
@@ -144,10 +176,13 @@ class TensorShard:
 
     def __init__(self, groups: Groups | None, device: torch.device, dtype: torch.dtype = torch.float32):
         """With `groups` None the layers are those of a single rank (counting, generation before a group exists)."""
+        self.groups = groups
         self.group = groups.tensor if groups else None
         self.size = groups.layout.tensor if groups else 1
         self.rank = groups.coordinates.tp if groups else 0
         self.sequence = bool(groups and groups.layout.sequence and self.size > 1)
+        self.context = ContextShard(groups.context, groups.layout.context, groups.coordinates.cp) if groups \
+            else ContextShard()
         self.device = device
         self.config = ModelParallelConfig(
             tensor_model_parallel_size=self.size,
@@ -204,9 +239,7 @@ class TensorShard:
         """[s(/t), b, h] -> [s, b, h] as input of a column-sliced product; backward sums over the tensor axis."""
         if self.sequence:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
-        if self.size > 1:
-            return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
-        return x
+        return self.whole_for_columns(x)
 
     def leave_whole(self, x: Tensor) -> Tensor:
         """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; its gradient is not summed."""
@@ -217,11 +250,18 @@ class TensorShard:
 
     def whole_for_columns(self, x: Tensor) -> Tensor:
         """x equal on all tensor ranks, as input of a column-sliced product; backward sums over the tensor axis."""
-        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
+        # megatron-core's own region sums a copy of a gradient that is not contiguous, and hands on what came in
+        return _SumGradientOverTensorAxis.apply(x, self.group) if self.size > 1 else x
+
+    def reduce_rows(self, x: Tensor) -> Tensor:
+        """Partial sums [s, b, h] of row-sliced products -> their sum over the tensor axis, [s(/t), b, h]."""
+        if self.sequence:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
 
     def full_length(self, x: Tensor) -> int:
         """Length of the whole sequence of which x [s(/t), b, h] is here."""
-        return x.shape[0] * (self.size if self.sequence else 1)
+        return x.shape[0] * (self.size if self.sequence else 1) * self.context.size
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """[.., n/t] -> [.., n] on every tensor rank, without gradient (megatron-core's own gather needs CUDA)."""

@@ -96,6 +96,31 @@ def highest(number: int) -> int:
     return int(largest.item())
 
 
+class Progress:
+    """What this rank begins, kept in the store, so that the others can tell who has not come as far as they have."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self._store, self._rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        self._world_size, self._number = dist.get_world_size(), 0
+        self.what = "the start"
+
+    def begin(self, what: str) -> None:
+        """All ranks begin the same things in the same order."""
+        self._number, self.what = self._number + 1, what
+        self._store.set(f"trainyard/begun/{self._rank}", str(self._number))
+
+    def behind(self) -> list[int]:
+        """The ranks that have not begun what this one has; rank 0, which hosts the store, when it does not answer."""
+        try:
+            keys = {rank: f"trainyard/begun/{rank}" for rank in range(self._world_size)}
+            return [rank for rank, key in keys.items()
+                    if not self._store.check([key]) or int(self._store.get(key)) < self._number]
+        except RuntimeError:
+            return [0]
+
+
 def exchange(text: str) -> list[str]:
     """What every rank says, by rank. A collective."""
     import torch

@@ -1,9 +1,9 @@
 """Whether ranks that must hold the same weights do, bit for bit.
 
-A weight is held more than once along the tensor axis (what is not sliced), along the data axis (at ZeRO 0 to 2 the
-weights that the model computes with; at ZeRO 3 the small ones that stay whole) and on two stages (a tied table). Each
-rank takes a fingerprint of every weight it holds, all fingerprints meet on every rank, and those of one name and place
-must agree. So every rank comes to the same finding, whatever its layout, with one collective.
+A weight is held more than once along the tensor axis (what is not sliced), along the context and data axes (at ZeRO 0
+to 2 the weights that the model computes with; at ZeRO 3 the small ones that stay whole) and on two stages (a tied
+table). Each rank takes a fingerprint of every weight it holds, all fingerprints meet on every rank, and those of one
+name and place must agree. So every rank comes to the same finding, whatever its layout, with one collective.
 """
 
 from __future__ import annotations

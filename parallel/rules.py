@@ -26,8 +26,12 @@ class ModelFacts:
     vocab_size: int
     sequence_length: int
     target_length: int | None = None  # of the decoder, where it has a length of its own
+    experts: int = 0  # of a layer; 0: every layer is dense
+    expert_ffn: int = 0  # inner width of one expert
+    shared_expert_ffn: int = 0  # of the expert that every token meets; 0: there is none
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
+    why_no_context: str = ""  # empty: its layers and its losses can be cut along the sequence
     predicts_tokens: bool = True  # its loss is one over the vocabulary
     pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
     keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
@@ -44,7 +48,17 @@ class Case:
 
     @property
     def model_ranks(self) -> int:
-        return self.parallel.tensor * self.parallel.pipeline
+        return self.parallel.tensor * self.parallel.context * self.parallel.pipeline
+
+    @property
+    def head_ranks(self) -> int:
+        """Ranks over which attention spreads the heads."""
+        return self.parallel.tensor * self.parallel.context
+
+    @property
+    def sequence_unit(self) -> int:
+        """Ranks over which activations between the matrices are spread along the sequence."""
+        return self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
 
     @property
     def data(self) -> int | None:
@@ -95,7 +109,13 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _legal_tensors(model: ModelFacts) -> list[int]:
-    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size))
+    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size, model.expert_ffn,
+                        model.shared_expert_ffn))
+
+
+def _legal_experts(case: Case) -> list[int]:
+    """Degrees of expert parallelism that divide the experts and, where they are known, the data ranks."""
+    return divisors(gcd(case.model.experts, case.data or 0) or 1)
 
 
 def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int], remedy: str) -> Rule:
@@ -121,6 +141,46 @@ def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts
     )
 
 
+def _context_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int]) -> Rule:
+    """In attention the context ranks share out the heads that each tensor rank holds."""
+
+    def change(case: Case) -> str:
+        common = gcd(case.model.heads, case.model.kv_heads)
+        fitting = divisors(common // case.parallel.tensor) if common % case.parallel.tensor == 0 else [1]
+        return (f"set parallel.context to {_either(fitting)} (with tensor={case.parallel.tensor}), or {where} to "
+                f"{_either(nearest_multiples(size(case.model), case.head_ranks))}")
+
+    return Rule(
+        name=name,
+        where=where,
+        broken=lambda case: not case.model.why_no_context and size(case.model) % case.parallel.tensor == 0
+        and size(case.model) % case.head_ranks != 0,
+        asked=lambda case: f"{size(case.model)} {what} over tensor={case.parallel.tensor} x "
+        f"context={case.parallel.context} ranks",
+        possible=lambda case: f"a multiple of {case.head_ranks} {what}: in attention every rank has the whole "
+        "sequence and a part of the heads",
+        change=change,
+    )
+
+
+def _split_asked(case: Case) -> str:
+    sequence = f"tensor={case.parallel.tensor} ranks by parallel.sequence"
+    context = f"context={case.parallel.context}"
+    if not case.parallel.sequence:
+        return f"{context} ranks"
+    return sequence if case.parallel.context == 1 else f"{context} x {sequence}"
+
+
+def _split_change(case: Case) -> str:
+    length, parallel = case.model.sequence_length, case.parallel
+    without = "parallel.sequence=false and parallel.context=1"
+    if length % parallel.context == 0:
+        without = "parallel.sequence=false"
+    elif not parallel.sequence or length % parallel.tensor == 0:
+        without = "parallel.context=1"
+    return f"set model.sequence_length to {_either(nearest_multiples(length, case.sequence_unit))}, or {without}"
+
+
 def _legal_micro_batches(case: Case) -> list[int]:
     share, remainder = divmod(case.parallel.global_batch, case.data or 1)
     return [] if remainder else divisors(share)
@@ -137,7 +197,8 @@ RULES: tuple[Rule, ...] = (
         name="world-divides",
         where="parallel",
         broken=lambda c: c.world_size is not None and c.world_size % c.model_ranks != 0,
-        asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor} x pipeline={c.parallel.pipeline}",
+        asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
+        + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
         possible=lambda c: f"a multiple of {c.model_ranks} ranks (the rest is the data degree)",
         change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.model_ranks))} ranks, or choose degrees "
         f"whose product is one of {_listed(divisors(c.world_size))}",
@@ -151,6 +212,48 @@ RULES: tuple[Rule, ...] = (
     _tensor_divides("tensor-vocab", "model.vocab_size", "rows of the embedding (model.vocab_size, padded)",
                     lambda m: m.vocab_size,
                     "pad the vocabulary: model.pad_vocab_to={tensor} or a multiple of it"),
+    _tensor_divides("tensor-expert-ffn", "model.expert_ffn", "columns of an expert's matrix", lambda m: m.expert_ffn,
+                    "model.expert_ffn to {multiples}"),
+    _tensor_divides("tensor-shared-expert-ffn", "model.shared_expert_ffn", "columns of the shared expert's matrix",
+                    lambda m: m.shared_expert_ffn, "model.shared_expert_ffn to {multiples}"),
+    Rule(
+        name="expert-needs-experts",
+        where="parallel.expert",
+        broken=lambda c: c.parallel.expert > 1 and c.model.experts == 0,
+        asked=lambda c: f"expert={c.parallel.expert} for a model without experts",
+        possible=lambda c: "expert=1 where every layer is dense (model.experts=0)",
+        change=lambda c: f"set parallel.expert=1, or model.experts to a multiple of {c.parallel.expert}",
+    ),
+    Rule(
+        name="expert-divides",
+        where="model.experts",
+        broken=lambda c: c.model.experts % c.parallel.expert != 0,
+        asked=lambda c: f"{c.model.experts} experts over parallel.expert={c.parallel.expert} ranks",
+        possible=lambda c: f"parallel.expert one of {_listed(divisors(c.model.experts))} (a divisor of "
+        f"{c.model.experts}): each rank holds as many experts",
+        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or model.experts to "
+        f"{_either(nearest_multiples(c.model.experts, c.parallel.expert))}",
+    ),
+    Rule(
+        name="expert-data",
+        where="parallel.expert",
+        broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
+        asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
+        f"{c.model_ranks})",
+        possible=lambda c: f"expert one of {_listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
+        "the experts",
+        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or start "
+        f"{_either(nearest_multiples(c.world_size, c.model_ranks * c.parallel.expert))} ranks",
+    ),
+    Rule(
+        name="expert-zero",
+        where="parallel.zero_stage",
+        broken=lambda c: c.parallel.expert > 1 and c.parallel.zero_stage == 3,
+        asked=lambda c: f"zero_stage=3 with expert={c.parallel.expert}",
+        possible=lambda c: "zero_stage 0, 1 or 2 with expert parallelism: at stage 3 DeepSpeed cuts every parameter "
+        "over all data ranks, which do not hold the same experts",
+        change=lambda c: "set parallel.zero_stage=2, or parallel.expert=1 to keep stage 3",
+    ),
     Rule(
         name="sequence-needs-tensor",
         where="parallel.sequence",
@@ -164,13 +267,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="sequence-divides",
         where="model.sequence_length",
-        broken=lambda c: c.parallel.sequence and not c.model.pads_sequence
-        and c.model.sequence_length % c.parallel.tensor != 0,
-        asked=lambda c: f"{c.model.sequence_length} tokens split over tensor={c.parallel.tensor} ranks by "
-        "parallel.sequence",
-        possible=lambda c: f"a multiple of {c.parallel.tensor} tokens",
-        change=lambda c: "set model.sequence_length to "
-        f"{_either(nearest_multiples(c.model.sequence_length, c.parallel.tensor))}, or parallel.sequence=false",
+        broken=lambda c: not c.model.pads_sequence and c.model.sequence_length % c.sequence_unit != 0,
+        asked=lambda c: f"{c.model.sequence_length} tokens split over {_split_asked(c)}",
+        possible=lambda c: f"a multiple of {c.sequence_unit} tokens",
+        change=_split_change,
     ),
     Rule(
         name="target-divides",
@@ -183,6 +283,17 @@ RULES: tuple[Rule, ...] = (
         f"{nearest_multiples(c.model.target_length or 0, c.parallel.tensor)[-1]} (what is too much is filled up), or "
         "parallel.sequence=false",
     ),
+    Rule(
+        name="context-supported",
+        where="parallel.context",
+        broken=lambda c: c.parallel.context > 1 and bool(c.model.why_no_context),
+        asked=lambda c: f"context={c.parallel.context}",
+        possible=lambda c: f"context=1: {c.model.why_no_context}",
+        change=lambda c: "set parallel.context=1; parallel.tensor with parallel.sequence=true also shares out "
+        "activations along the sequence",
+    ),
+    _context_divides("context-heads", "model.heads", "attention heads", lambda m: m.heads),
+    _context_divides("context-kv-heads", "model.kv_heads", "key and value heads", lambda m: m.kv_heads),
     Rule(
         name="pipeline-supported",
         where="parallel.pipeline",
@@ -217,6 +328,15 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: f"a multiple of {c.batch_unit}"
         + (" (micro_batch x data ranks)" if c.data else " (micro_batch), times the data ranks"),
         change=_batch_change,
+    ),
+    Rule(
+        name="fp8",
+        where="precision.compute",
+        broken=lambda c: c.precision.compute == "fp8",
+        asked=lambda c: "fp8",
+        possible=lambda c: "fp32, bf16 and fp16: fp8 needs scaled matrix products and a history of their scales, which "
+        "no layer here has yet",
+        change=lambda c: "set precision.compute=bf16",
     ),
     Rule(
         name="loss-chunks",

@@ -22,9 +22,9 @@ def derive(seed: int, *purpose: object) -> int:
 
 
 def seed_step(seed: int, step: int, groups: Groups) -> None:
-    """Start the default stream of this step: equal along tp, different along dp and pp."""
+    """Start the default stream of this step: equal along tp, different along cp, dp and pp."""
     at = groups.coordinates
-    torch.manual_seed(derive(seed, "step", step, "dp", at.dp, "pp", at.pp))
+    torch.manual_seed(derive(seed, "step", step, "cp", at.cp, "dp", at.dp, "pp", at.pp))
 
 
 def dropout(x: Tensor, probability: float, shard: TensorShard, *, sliced: bool) -> Tensor:

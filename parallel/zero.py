@@ -12,16 +12,19 @@ from functools import partial
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from deepspeed.utils import groups as expert_groups
 from torch import Tensor, nn
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, Units
 from parallel.pipeline import LayerSpec, Stage, WholeModel
+from parallel.planner.memory import BUCKET_ELEMENTS
 from parallel.vocabulary_loss import ChunkedCrossEntropy
 
 
@@ -34,13 +37,14 @@ def deepspeed_config(
     return {
         "train_micro_batch_size_per_gpu": parallel.micro_batch,
         "gradient_accumulation_steps": parallel.global_batch // (parallel.micro_batch * layout.data),
-        "train_batch_size": parallel.global_batch,
+        # its ranks of data are our replicas, which count a sample once on each context rank
+        "train_batch_size": parallel.global_batch * layout.context,
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "zero_allow_untested_optimizer": False,
-        "communication_data_type": "fp32",
+        "communication_data_type": precision.compute if precision.reduce == "compute" else "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": half == "bf16", "immediate_grad_update": True},
         "fp16": {
@@ -57,8 +61,8 @@ def deepspeed_config(
             "contiguous_gradients": True,
             "reduce_scatter": True,
             "round_robin_gradients": False,
-            "reduce_bucket_size": 500_000_000,
-            "allgather_bucket_size": 500_000_000,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": 100_000,
             "stage3_prefetch_bucket_size": 50_000_000,
             "stage3_max_live_parameters": 1_000_000_000,
@@ -77,7 +81,7 @@ def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager
     """A context in which ZeRO-3 cuts each parameter as soon as its module exists, so no rank ever holds the whole."""
     if config["zero_optimization"]["stage"] < 3:
         return nullcontext()
-    return deepspeed.zero.Init(data_parallel_group=groups.data, config_dict_or_path=config, mpu=Units())
+    return deepspeed.zero.Init(data_parallel_group=groups.replicas, config_dict_or_path=config, mpu=Units())
 
 
 class _StagePipeline(PipelineModule):
@@ -89,7 +93,7 @@ class _StagePipeline(PipelineModule):
         self._built = (stage, wrapped)
         tied = {spec.tied_to for spec in specs if spec.tied_to}
         layers = [self._describe(spec, tied) for spec in specs]
-        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.data)
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.replicas)
         super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
 
     @staticmethod
@@ -125,16 +129,71 @@ def _call_tied(layer: Callable, tied: nn.Module, state):
     return layer(state, tied)
 
 
+class _SpreadExperts(MoE):
+    """Tells DeepSpeed that parameters are spread over the expert axis, and the groups of that axis.
+
+    It takes notice of experts only where it finds a module of its own class. This one has no parameters and is never
+    called; DeepSpeed calls `set_deepspeed_parallelism` before it asks for groups.
+    """
+
+    def __init__(self, groups: Groups):
+        nn.Module.__init__(self)
+        self.num_experts = groups.layout.expert  # DeepSpeed keeps it for its own checkpoints
+        self.groups = groups
+
+    def set_deepspeed_parallelism(self, *_) -> None:
+        name, layout, rank = _expert_group_name(self.groups), self.groups.layout, self.groups.rank
+        for table, value in ((expert_groups._EXPERT_PARALLEL_GROUP, self.groups.expert),
+                             (expert_groups._EXPERT_PARALLEL_GROUP_RANKS, layout.group("ep", rank)),
+                             (expert_groups._EXPERT_DATA_PARALLEL_GROUP, self.groups.expert_data),
+                             (expert_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, layout.group("edp", rank))):
+            table.clear()  # DeepSpeed keeps those of an earlier engine of this process
+            table[name] = value
+
+
+def _expert_group_name(groups: Groups) -> str:
+    return f"ep_size_{groups.layout.expert}"  # DeepSpeed reads the degree from it
+
+
+def _separate_experts(model: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups) -> None:
+    """Mark the experts' parameters as reduced over the expert-data group only, and give them groups of their own."""
+    name = _expert_group_name(groups)
+    separated = []
+    for group in optimizer.param_groups:
+        experts = [p for p in group["params"] if p.plan.stack]
+        for parameter in experts:
+            parameter.allreduce, parameter.group_name = False, name
+        rest = [p for p in group["params"] if not p.plan.stack]
+        if rest:
+            separated.append({**group, "params": rest})
+        if experts:
+            separated.append({**group, "params": experts, "moe": True, "name": name})
+    if any(group.get("moe") for group in separated):
+        model.spread_experts = _SpreadExperts(groups)
+        optimizer.param_groups[:] = separated
+
+
 def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
-                 loss: Callable[[Tensor, tuple], Tensor], layout: Layout, optimizer: torch.optim.Optimizer):
+                 loss: Callable[[Tensor, tuple], Tensor], groups: Groups, optimizer: torch.optim.Optimizer):
     """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise."""
-    if layout.pipeline > 1:
-        model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout)
+    layout = groups.layout
+    _fit_buckets(config, stage)
+    piped = layout.pipeline > 1
+    model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
+    if layout.expert > 1:
+        _separate_experts(model, optimizer, groups)
+    if piped:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     else:
-        model = WholeModel(stage, wrapped, loss)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
     return engine
+
+
+def _fit_buckets(config: dict, stage: Stage) -> None:
+    """No bucket larger than what is to be exchanged: ZeRO-3 holds one all the time."""
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters())
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        config["zero_optimization"][key] = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # an even number
 
 
 def chunked_cross_entropy(shard: TensorShard, chunk_tokens: int) -> ChunkedCrossEntropy:

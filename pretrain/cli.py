@@ -14,6 +14,7 @@ VERBS = {  # verb: what it does; one file each in pretrain/commands, imported on
     "train": "train on this machine, or join the ranks that a launcher started",
     "plan": "predict memory and speed before a queue wait is spent",
     "rehearse": "build and step one rank of a large job on this machine",
+    "selfcheck": "whether the ranks of a launcher could train together",
     "submit": "check, plan and start a job on a cluster",
     "status": "what became of a run",
     "cancel": "end the jobs of a run",

@@ -124,16 +124,22 @@ def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]
     Raises:
         UserError: more ranks on this machine than devices, or fp16 without an accelerator.
     """
-    if torch.cuda.is_available():
-        if info.local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
-                            f"{torch.cuda.device_count()} devices: start at most one rank for each device")
-        torch.cuda.set_device(info.local_rank)
-        return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
-    if config.precision.compute == "fp16":
+    device, name = local_device(info)
+    if config.precision.compute == "fp16" and device.type == "cpu":
         raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
                         "accelerator refuses it: set precision.compute=bf16 or fp32")
-    return torch.device("cpu"), "cpu"
+    return device, name
+
+
+def local_device(info: RankInfo) -> tuple[torch.device, str]:
+    """The device of this rank's number on its node, and its name. Raises UserError for more ranks than devices."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "cpu"
+    if info.local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {info.rank} is number {info.local_rank} on {info.node}, which has "
+                        f"{torch.cuda.device_count()} devices: start at most one rank for each device")
+    torch.cuda.set_device(info.local_rank)
+    return torch.device("cuda", info.local_rank), torch.cuda.get_device_name(info.local_rank)
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
@@ -251,6 +257,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         run.unit: step * run.tokens_per_step, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
+    if result.routing:
+        record.update(result.routing)
     if result.skipped:
         record["skipped"] = True
     flops = config.spec.flops_per_token(config.model, config.window_tokens)

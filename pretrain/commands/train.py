@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
     parser.add_argument("overrides", metavar="section.key=value", nargs="*", help="settings that win over the file")
     parser.add_argument("--nproc", type=int, metavar="N",
-                        help="ranks to start on this machine (default: what one model needs, tensor x pipeline)")
+                        help="ranks to start on this machine (default: for one model, tensor x context x pipeline)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,11 +30,12 @@ def run(args: argparse.Namespace) -> int:
         rank_info = read_rank_info()
     except RankInfoError as error:
         raise UserError(str(error)) from None
-    _check_nproc(args.nproc, rank_info)
+    check_nproc(args.nproc, rank_info)
     world_size = rank_info.world_size if rank_info else args.nproc
     config = _load(args, rank_info, world_size)
     if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
-        world_size = config.parallel.tensor * config.parallel.pipeline
+        parallel = config.parallel
+        world_size = parallel.tensor * parallel.context * parallel.pipeline
         config = _load(args, rank_info, world_size)
         _check_default(world_size)
     if rank_info is None and world_size > 1:
@@ -61,7 +62,7 @@ def _tell_of_compiling(quiet: Quiet, info: RankInfo) -> None:
             quiet.terminal.write(f"{notice}\n")
 
 
-def _check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
+def check_nproc(nproc: int | None, rank_info: RankInfo | None) -> None:
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: at least 1 rank is needed")
     if nproc is not None and rank_info is not None:
@@ -73,10 +74,10 @@ def _check_default(world_size: int) -> None:
     """A layout made for a cluster is not started on a laptop because --nproc was forgotten."""
     most = RANKS_PER_CORE * usable_cores()
     if world_size > most:
-        raise UserError(f"one model of this layout takes {world_size} ranks (tensor x pipeline), more than the {most} "
-                        f"that this machine's {usable_cores()} cores run by default: start it with `trainyard submit`, "
-                        f"torchrun or srun, say --nproc {world_size} to start them all here, or lower parallel.tensor "
-                        "and parallel.pipeline")
+        raise UserError(f"one model of this layout takes {world_size} ranks (tensor x context x pipeline), more than "
+                        f"the {most} that this machine's {usable_cores()} cores run by default: start it with "
+                        f"`trainyard submit`, torchrun or srun, say --nproc {world_size} to start them all here, or "
+                        "lower these degrees")
 
 
 def _load(args: argparse.Namespace, rank_info: RankInfo | None, world_size: int) -> RunConfig:

@@ -168,6 +168,8 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     config, layout = run.config, run.layout
     parallel = config.parallel
     axes = [f"tensor {layout.tensor}", f"pipeline {layout.pipeline}", f"data {layout.data}"]
+    if layout.context > 1:
+        axes.insert(1, f"context {layout.context}")
     words = [" × ".join(axes)]
     if layout.sequence:
         words.append("sequence parallel")

@@ -15,6 +15,11 @@ from pretrain.models.blocks import Norm
 from pretrain.models.family import TextConfig
 
 
+def lookup_cost(hidden: int) -> float:
+    """Of a token table, in blocks of 12 h^2 multiply-adds a token: h numbers are copied, and added in the backward."""
+    return 2 * hidden / (12 * hidden**2)
+
+
 class Embedding(nn.Module):
     """Token table, sliced over the vocabulary. `weight` is also what a tied head multiplies with.
 
@@ -88,7 +93,7 @@ class Head(Logits):
 
 def entered(x: Tensor, shard: TensorShard, probability: float) -> Tensor:
     """[b, s, h] -> [s(/t), b, h], with dropout where the probability is not 0."""
-    x = shard.enter(x.transpose(0, 1).contiguous())
+    x = shard.enter(x.transpose(0, 1)).contiguous()  # a slice of its own, or all of x would live as long as it does
     return dropout(x, probability, shard, sliced=shard.sequence) if probability else x
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from parallel.context import ContextShard
 from parallel.megatron import TensorShard
 from parallel.vocabulary_loss import WaitingHead, token_losses
 
@@ -16,6 +17,11 @@ class CausalLM:
 
     def __init__(self, shard: TensorShard):
         self.shard = shard
+
+    def part(self, batch: dict[str, Tensor], context: ContextShard) -> dict[str, Tensor]:
+        """The batch of this context rank's part of the sequence; its last target is the next part's first token."""
+        own = {**batch, "tokens": context.part(batch["tokens"], overlap=1)}
+        return {**own, "weights": context.part(batch["weights"])} if "weights" in batch else own
 
     def inputs(self, batch: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """ids [b, s], every token but the last; or (ids, prefix)."""

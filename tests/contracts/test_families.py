@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from parallel import rules
 from parallel.megatron import TensorShard
 from parallel.pipeline import Stage, cut
 from pretrain.config import load_config
@@ -58,6 +59,9 @@ def test_layers_are_named_once_and_can_be_cut(family, alone, tmp_path):
     assert all(spec.tied_to in names[: number] for number, spec in enumerate(specs) if spec.tied_to)
     blocks = sum(spec.recompute for spec in specs)
     assert blocks == config.spec.facts(config.model).layers
+    if config.spec.facts(config.model).pipeline_supported:
+        costs = {spec.name: spec.cost for spec in specs}
+        assert 0 < costs["embedding"] < costs["head"], "the ends count in the cut"
     for num_stages in range(1, blocks + 1):
         bounds = cut([spec.cost for spec in specs], num_stages, [spec.with_next for spec in specs])
         assert not any(specs[bound - 1].with_next for bound in bounds[1:])
@@ -82,10 +86,22 @@ def test_flops_grow_with_the_model(family, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_objectives_of_a_family_have_its_form(family, name):
+def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
     assert family_spec(family).form in OBJECTIVES[name].losses
     loss = make_loss(name, family, TensorShard(None, torch.device("cpu")))
     assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
+    in_parts = not family_spec(family).facts(config_of(family, tmp_path).model).why_no_context
+    assert callable(getattr(loss, "part", None)) == in_parts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_ranks_are_taken_or_refused_with_the_reason(family, tmp_path):
+    config = config_of(family, tmp_path)
+    asked = config.parallel.model_copy(update={"context": 2, "global_batch": config.parallel.micro_batch})
+    found = list(rules.problems(asked, config.precision, 2, config.spec.facts(config.model)))
+    reason = config.spec.facts(config.model).why_no_context
+    assert [(where, reason in possible, "parallel.context=1" in change) for where, _, possible, change in found] \
+        == ([("parallel.context", True, True)] if reason else [])
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

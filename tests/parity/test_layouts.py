@@ -83,6 +83,11 @@ def test_shapes_of_block(layout, extra, tmp_path, recipe, reference):
     check(layout, extra, tmp_path, recipe, reference)
 
 
+@pytest.mark.parametrize("layout", [(1, 2, 1, 1, False), (1, 3, 1, 0, False)], ids=str)
+def test_blocks_that_do_not_divide_into_stages(layout, tmp_path, recipe, reference):
+    check(layout, ["model.layers=5"], tmp_path, recipe, reference)
+
+
 @pytest.mark.parametrize("layout", [(1, 1, 1, 1, False), (2, 1, 2, 1, True), (1, 1, 2, 3, False), (2, 2, 1, 1, True),
                                     (1, 1, 2, 2, False), (1, 2, 2, 0, False)], ids=str)  # fmt: skip
 def test_bf16_curve_is_close(layout, tmp_path, recipe, reference):

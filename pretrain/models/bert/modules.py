@@ -17,8 +17,9 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.bert.spec import BERTConfig
-from pretrain.models.blocks import ACTIVATIONS, Block, BlockShape, Norm, seen
-from pretrain.models.vocabulary import Embedding, Logits, PositionedInput
+from pretrain.models.blocks import Block, BlockShape, Norm, seen
+from pretrain.models.feed_forward import ACTIVATIONS
+from pretrain.models.vocabulary import Embedding, Logits, PositionedInput, lookup_cost
 
 State = tuple[Tensor, ...]
 
@@ -29,7 +30,8 @@ def layers(config: BERTConfig, shard: TensorShard) -> list[LayerSpec]:
     Output: logits of the positions [p, b, v/t], and with `next_sentence` beside them the scores [b, 2] of the pair.
     """
     shape = block_shape(config)
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard, config.init_std), cost=0.0),
+    table = partial(Embedding, config, shard, config.init_std)
+    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
              LayerSpec("input", partial(Input, config, shard), cost=0.0)]
     for index in range(config.layers):
         name = f"blocks.{index}"

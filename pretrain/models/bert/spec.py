@@ -71,6 +71,7 @@ def facts(config: BERTConfig) -> ModelFacts:
     return ModelFacts(
         layers=config.layers, heads=config.heads, kv_heads=config.heads, hidden=config.hidden, ffn=config.ffn_hidden,
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
+        why_no_context="the head predicts chosen tokens of a sequence that it needs whole",
     )
 
 

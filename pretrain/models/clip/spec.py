@@ -90,6 +90,7 @@ def facts(config: CLIPConfig) -> ModelFacts:
         hidden=gcd(config.image_hidden, config.text_hidden), ffn=gcd(config.image_ffn_hidden, config.text_ffn_hidden),
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length, pads_sequence=True,
         predicts_tokens=False, pipeline_supported=False, why_no_pipeline=NO_PIPELINE,
+        why_no_context="each tower speaks for an image or a caption through one token of it, and both are short",
         keys={"model.heads": "model.image_heads, model.text_heads",
               "model.kv_heads": "model.image_heads, model.text_heads",
               "model.ffn": "model.image_ffn, model.text_ffn"},

@@ -30,11 +30,39 @@ NEGATIVE = [
     ("tensor-ffn", {"tensor": 4, "model": {"ffn": 1022}}, "model.ffn", "1020 or 1024", {"model": {"ffn": 1024}}),
     ("tensor-vocab", {"tensor": 4, "model": {"vocab_size": 4097}}, "model.vocab_size", "model.pad_vocab_to=4",
      {"model": {"vocab_size": 4100}}),
+    ("tensor-expert-ffn", {"tensor": 4, "model": {"experts": 4, "expert_ffn": 94}}, "model.expert_ffn", "92 or 96",
+     {"model": {"experts": 4, "expert_ffn": 96}}),
+    ("tensor-shared-expert-ffn", {"tensor": 4, "model": {"experts": 4, "shared_expert_ffn": 6}},
+     "model.shared_expert_ffn", "one of 1, 2", {"tensor": 2}),
+    ("expert-needs-experts", {"expert": 2}, "parallel.expert", "model.experts to a multiple of 2", {"expert": 1}),
+    ("expert-divides", {"expert": 4, "model": {"experts": 6}}, "model.experts",
+     "one of 1, 2, or model.experts to 4 or 8", {"model": {"experts": 8}}),
+    ("expert-data", {"expert": 8, "tensor": 2, "model": {"experts": 8}}, "parallel.expert",
+     "one of 1, 2, 4, or start 16", {"expert": 4, "model": {"experts": 8}}),
+    ("expert-data", {"expert": 4, "world_size": 6, "model": {"experts": 8}, "global_batch": 24}, "parallel.expert",
+     "6 data ranks", {"expert": 2, "model": {"experts": 8}}),
+    ("expert-zero", {"expert": 2, "zero_stage": 3, "model": {"experts": 8}}, "parallel.zero_stage", "zero_stage=2",
+     {"zero_stage": 2, "model": {"experts": 8}}),
     ("sequence-needs-tensor", {"sequence": True}, "parallel.sequence", "one of 2, 4", {"tensor": 2}),
     ("sequence-divides", {"sequence": True, "tensor": 4, "model": {"sequence_length": 250}}, "model.sequence_length",
      "248 or 252", {"model": {"sequence_length": 252}}),
     ("target-divides", {"sequence": True, "tensor": 4, "model": {"target_length": 114}}, "model.target_length",
      "set model.target_length to 116", {"model": {"target_length": 116}}),
+    ("sequence-divides", {"context": 4, "model": {"sequence_length": 250}}, "model.sequence_length",
+     "250 tokens split over context=4 ranks", {"context": 1}),
+    ("sequence-divides", {"context": 2, "sequence": True, "tensor": 4, "model": {"sequence_length": 250}},
+     "model.sequence_length", "a multiple of 8 tokens | set model.sequence_length to 248 or 256, or "
+     "parallel.sequence=false", {"sequence": False}),
+    ("context-supported", {"context": 2, "model": {"why_no_context": "two towers"}}, "parallel.context", "two towers",
+     {"context": 1}),
+    ("context-heads", {"context": 4, "model": {"heads": 6, "kv_heads": 6}}, "model.heads", "parallel.context to 1 or 2",
+     {"context": 2}),
+    ("context-heads", {"context": 4, "tensor": 2}, "model.heads", "4 attention heads over tensor=2 x context=4 ranks",
+     {"model": {"heads": 8, "kv_heads": 8}}),
+    ("context-kv-heads", {"context": 4, "model": {"kv_heads": 2}}, "model.kv_heads", "or model.kv_heads to 4",
+     {"model": {"kv_heads": 4}}),
+    ("world-divides", {"tensor": 2, "context": 2, "world_size": 6}, "parallel", "tensor=2 x context=2 x pipeline=1",
+     {"world_size": 8}),
     ("pipeline-supported", {"pipeline": 2, "model": {"pipeline_supported": False, "why_no_pipeline": "two towers"}},
      "parallel.pipeline", "two towers", {"pipeline": 1}),
     ("pipeline-blocks", {"pipeline": 8}, "parallel.pipeline", "4 or less", {"pipeline": 4}),
@@ -46,6 +74,7 @@ NEGATIVE = [
     ("batch-divides", {"global_batch": 12}, "parallel.global_batch", "to 16", {"global_batch": 16}),
     ("batch-divides", {"global_batch": 31, "world_size": None}, "parallel.global_batch", "30 or 32",
      {"global_batch": 30}),
+    ("fp8", {"compute": "fp8"}, "precision.compute", "set precision.compute=bf16", {"compute": "bf16"}),
     ("loss-chunks", {"loss_chunk_tokens": 256, "model": {"predicts_tokens": False}}, "parallel.loss_chunk_tokens",
      "compares samples", {"loss_chunk_tokens": 0}),
     ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",
@@ -80,18 +109,19 @@ def test_several_broken_rules_are_all_told():
 
 def test_tiny_runs_on_every_layout_of_up_to_8_ranks_that_it_promises():
     for layout in (layout for world_size in (1, 2, 4, 8) for layout in legal(world_size)):
-        if layout.tensor <= 4 and layout.pipeline <= 4:
+        if layout.tensor * layout.context <= 4 and layout.pipeline <= 4:
             for zero_stage in (0, 1) if layout.pipeline > 1 else (0, 1, 2, 3):
-                assert found(layout.world_size, tensor=layout.tensor, pipeline=layout.pipeline,
-                             sequence=layout.tensor > 1, zero_stage=zero_stage) == []
+                assert found(layout.world_size, tensor=layout.tensor, context=layout.context,
+                             pipeline=layout.pipeline, sequence=layout.tensor > 1, zero_stage=zero_stage) == []
 
 
-@given(world_size=st.integers(1, 512), tensor=st.integers(1, 12), pipeline=st.integers(1, 12),
-       micro_batch=st.integers(1, 40), global_batch=st.integers(1, 5000), zero_stage=st.integers(0, 3),
-       sequence=st.booleans())
-def test_no_problem_means_that_the_numbers_work(world_size, **parallel):
+@given(world_size=st.integers(1, 512), tensor=st.integers(1, 12), context=st.integers(1, 4),
+       pipeline=st.integers(1, 12), micro_batch=st.integers(1, 40), global_batch=st.integers(1, 5000),
+       zero_stage=st.integers(0, 3), sequence=st.booleans(), expert=st.integers(1, 12), experts=st.integers(0, 40))
+def test_no_problem_means_that_the_numbers_work(world_size, experts, **parallel):
     config = ParallelConfig(**parallel)
-    told = list(problems(config, PrecisionConfig(), world_size, MODEL))  # never raises, whatever the numbers
+    model = replace(MODEL, experts=experts)
+    told = list(problems(config, PrecisionConfig(), world_size, model))  # never raises, whatever the numbers
     if not told:
         layout = Layout.of(config, world_size)
         assert layout.world_size == world_size

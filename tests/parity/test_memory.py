@@ -1,0 +1,141 @@
+"""Bytes measured in the real engine against the formulas of parallel/planner/memory.py."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from parallel.planner.memory import Activations, state_bytes
+from tests.helpers.ranks import run_ranks
+from tests.helpers.recipes import GPT
+
+SEQUENCE_LENGTH, MICRO_BATCH, HIDDEN, HEADS, BLOCKS, VOCAB_SIZE = 64, 8, 64, 4, 4, 512
+STATES = [(compute, stage) for stage in (0, 1, 2, 3) for compute in ("fp32", "bf16")]
+DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
+LLAMA = {"norm": "rmsnorm", "activation": "swiglu", "positions": "rotary", "bias": False}
+RUNS = [(shape, recompute) for shape in ({}, DROPOUT, LLAMA) for recompute in ("none", "selective", "full")]
+
+
+def open_engine(groups, model: dict, parallel: dict, compute: str = "fp32"):
+    import torch
+
+    from pretrain.config import config_from
+    from pretrain.loop import build_engine
+
+    values = {**GPT, "model": {**GPT["model"], **model}, "parallel": parallel, "precision": {"compute": compute},
+              "data": {"train": "none"}}
+    return build_engine(config_from(values, "test"), groups, torch.device("cpu"))
+
+
+def joined(info, tensor: int = 1, sequence: bool = False):
+    from parallel.layout import Layout
+    from parallel.megatron import build_groups
+    from parallel.rendezvous import join
+
+    join(info)
+    return build_groups(Layout(tensor=tensor, data=info.world_size // tensor, sequence=sequence))
+
+
+def bytes_of(tensors) -> dict[int, int]:
+    """Bytes by storage: two views of the same memory count once."""
+    storages = (tensor.untyped_storage() for tensor in tensors if tensor is not None)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+
+
+def states_of(engine) -> dict[str, int]:
+    """Bytes of weights and optimizer state, and of all other tensors of this process: gradients and buffers."""
+    parameters = [slot.parameter for slot in engine.slots.values()]
+    weights = bytes_of([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)])
+    optimizer = bytes_of(f.tensor for kind in ("weight", "exp_avg", "exp_avg_sq") for f in engine.state.fragments(kind))
+    gc.collect()
+    everything = bytes_of(found for found in gc.get_objects() if _is_tensor(found))
+    return {"weights": sum(weights.values()),
+            "optimizer": sum(size for place, size in optimizer.items() if place not in weights),
+            "others": sum(size for place, size in everything.items() if place not in weights | optimizer)}
+
+
+def _is_tensor(found) -> bool:
+    import torch
+
+    return type(found) in (torch.Tensor, torch.nn.Parameter)
+
+
+def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int, int, int]:
+    """(largest bytes by kind over a step, parameters, those that ZeRO-3 keeps whole, the largest tensor)."""
+    import torch
+
+    groups = joined(info)
+    engine = open_engine(groups, {"hidden": 192}, {"micro_batch": 1, "global_batch": 8, "zero_stage": stage}, compute)
+    numels = [getattr(slot.parameter, "ds_numel", slot.parameter.numel()) for slot in engine.slots.values()]
+    batches = [{"tokens": torch.randint(VOCAB_SIZE, (1, 33))} for _ in range(2)]
+    engine.train_step(batches, 1, 1e-3)
+    largest: dict[str, int] = {}
+    clip, step = engine._clip, engine.deepspeed.step
+
+    def look() -> None:
+        for kind, size in states_of(engine).items():
+            largest[kind] = max(size, largest.get(kind, 0))
+
+    def after_backward() -> None:
+        if not engine.deepspeed.is_gradient_accumulation_boundary():
+            look()
+        step()
+
+    def before_optimizer() -> None:
+        look()
+        clip()
+
+    engine._clip, engine.deepspeed.step = before_optimizer, after_backward
+    engine.train_step(batches, 2, 1e-3)
+    kept = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
+    return largest, sum(numels), sum(parameter.ds_numel for parameter in kept), max(numels)
+
+
+@pytest.mark.parametrize(("compute", "stage"), STATES)
+def test_model_states(compute, stage):
+    for found, num_parameters, num_gathered, largest in run_ranks(measure_states, 4, compute, stage):
+        expected = state_bytes(num_parameters, stage, 4, compute, num_gathered)
+        assert found["weights"] == pytest.approx(expected.weights, rel=0.03)
+        assert found["optimizer"] == pytest.approx(expected.optimizer, rel=0.03)
+        # in fp32 a gradient that the end of a share cuts stays whole on both of its ranks
+        cut = 4 * 2 * largest if (compute, stage) == ("fp32", 2) else 0
+        others = expected.gradients + expected.communication
+        assert 0.97 * others <= found["others"] <= 1.03 * others + cut
+
+
+def measure_activations(info, tensor: int, sequence: bool) -> list[tuple[int, int]]:
+    """(bytes alive between forward and backward, largest bytes) of each of RUNS, where gradients exist already."""
+    import torch
+
+    from tests.helpers.live_bytes import LiveBytes
+
+    groups, found = joined(info, tensor, sequence), []
+    for shape, recompute in RUNS:
+        model = {"layers": BLOCKS, "hidden": HIDDEN, "heads": HEADS, "sequence_length": SEQUENCE_LENGTH, **shape}
+        engine = open_engine(groups, model, {"micro_batch": MICRO_BATCH, "global_batch": 4 * MICRO_BATCH,
+                                             "tensor": tensor, "sequence": sequence, "recompute": recompute})
+        (inputs, targets), = engine._items([{"tokens": torch.randint(VOCAB_SIZE, (MICRO_BATCH, SEQUENCE_LENGTH + 1))}],
+                                           weight=1.0)
+        for _ in range(2):
+            with LiveBytes() as live:
+                loss = engine.deepspeed(inputs, targets)
+                kept = live.current_bytes
+                engine.deepspeed.backward(loss)
+            del loss
+        found.append((kept, live.peak_bytes))
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
+def test_activations(tensor, sequence):
+    measured = run_ranks(measure_activations, tensor, tensor, sequence)[0]
+    for (shape, recompute), (kept, peak) in zip(RUNS, measured, strict=True):
+        formula = Activations(
+            tokens=SEQUENCE_LENGTH * MICRO_BATCH, sequence_length=SEQUENCE_LENGTH, hidden=HIDDEN, heads=HEADS,
+            kv_heads=HEADS, head_width=HIDDEN // HEADS, ffn=4 * HIDDEN, vocab_size=VOCAB_SIZE, element_bytes=4,
+            gated=shape is LLAMA, rotary=shape is LLAMA, dropout=shape is DROPOUT, scores_kept=shape is DROPOUT,
+            norm_tensors=3 if shape is LLAMA else 2, tensor=tensor, sequence=sequence)
+        assert kept == pytest.approx(formula.kept(BLOCKS, recompute), rel=0.1), (shape, recompute)
+        assert peak == pytest.approx(formula.peak(BLOCKS, recompute), rel=0.1), (shape, recompute)
