@@ -1,4 +1,4 @@
-"""Times forward and backward of one micro-batch in a number format: `python -m pretrain.probe CONFIG COMPUTE THREADS`.
+"""Times forward and backward of one micro-batch in a number format: `python -m pretrain.probe CONFIG COMPUTE THREADS [OVERRIDE ..]`.
 
 Prints the seconds. Used by `trainyard demo` to choose the format that is faster on this machine.
 """
@@ -50,4 +50,4 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    sys.stdout.write(f"{micro_batch_seconds(load_config(sys.argv[1]), sys.argv[2])}\n")
+    sys.stdout.write(f"{micro_batch_seconds(load_config(sys.argv[1], sys.argv[4:]), sys.argv[2])}\n")

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for what, argv in demo.prepare:
         if code := _call(what, argv):
             return code
-    overrides = [f"run.dir={folder}", *demo.overrides, *(_timed(folder, recipe, args.nproc) if demo.is_timed else ())]
+    overrides = [f"run.dir={folder}", *demo.overrides, *(_timed(demo, folder, recipe, args.nproc) if demo.is_timed else ())]
     if code := _call("training", ["train", str(recipe), "--nproc", str(args.nproc), *overrides]):
         return code
     if code := demo.show(folder):
@@ -107,15 +107,15 @@ def _newest(folder: Path) -> Path:
 # -- how long ----------------------------------------------------------------------------------------------------------
 
 
-def _timed(folder: Path, recipe: Path, nproc: int) -> list[str]:
+def _timed(demo: Demo, folder: Path, recipe: Path, nproc: int) -> list[str]:
     """Precision and length that suit this machine; those of the run folder when it has been begun already."""
     begun = folder / "config.yaml"
     if begun.exists():
         earlier = load_config(begun)
         return _as_overrides(earlier.precision.compute, earlier.run.steps)
     _say("\n== which number format is faster here")
-    config = load_config(recipe)
-    seconds = {name: _step_seconds(recipe, config, name, nproc) for name in ("fp32", "bf16")}
+    config = load_config(recipe, demo.overrides)
+    seconds = {name: _step_seconds(demo, recipe, config, name, nproc) for name in ("fp32", "bf16")}
     compute = min(seconds, key=seconds.__getitem__)
     steps = max(MIN_STEPS, min(config.run.steps, int(TRAIN_SECONDS / seconds[compute])))
     _say(", ".join(f"{name} {value:.2f} s a step" for name, value in seconds.items())
@@ -128,10 +128,10 @@ def _as_overrides(compute: str, steps: int) -> list[str]:
             f"schedule.warmup_steps={max(1, steps // 10)}"]
 
 
-def _step_seconds(recipe: Path, config: RunConfig, compute: str, nproc: int) -> float:
+def _step_seconds(demo: Demo, recipe: Path, config: RunConfig, compute: str, nproc: int) -> float:
     """Time of one optimizer step, from a forward and backward of one micro-batch on as many threads as a rank gets."""
     threads = max(1, (os.cpu_count() or 1) // nproc)
-    argv = [sys.executable, "-m", "pretrain.probe", str(recipe), compute, str(threads)]
+    argv = [sys.executable, "-m", "pretrain.probe", str(recipe), compute, str(threads), *demo.overrides]
     result = subprocess.run(argv, check=True, capture_output=True, text=True)
     micro_batches = config.parallel.global_batch / (config.parallel.micro_batch * nproc)
     return float(result.stdout.splitlines()[-1]) * micro_batches
@@ -191,6 +191,6 @@ def _named_shapes(folder: Path) -> int:
 
 DEMOS = {
     "gpt": Demo("gpt/tiny.yaml", STDLIB, _completions),
-    "t5": Demo("t5/tiny.yaml", STDLIB, _filled_spans),
+    "t5": Demo("t5/tiny.yaml", STDLIB, _filled_spans, ("parallel.micro_batch=8",)),
     "clip": Demo("clip/tiny.yaml", DRAWN, _named_shapes, ("parallel.micro_batch=64",), is_timed=False),
 }
