@@ -2,6 +2,7 @@
 # make demo      prepares data, trains the tiny GPT and shows the result
 # make demo-t5   the same with the tiny T5, which fills in hidden spans
 # make demo-clip draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
+# make gpu-check  on one GPU: what must agree there, then the speed of two models, in about eight minutes
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
 # make faults    signals, lost nodes, killed launchers, hostile values: ARGS="--rows F3,F8 --trials 2 --seed 7"
 #
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo demo-t5 demo-clip test quick faults lint docs
+.PHONY: install demo demo-t5 demo-clip gpu-check test quick faults lint docs
 
 install: $(STAMP)
 
@@ -30,6 +31,9 @@ demo-t5: install
 
 demo-clip: install
 	$(BIN)/trainyard demo clip
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py
 
 test:
 	.ci/run

@@ -1,6 +1,7 @@
-"""Times forward and backward of one micro-batch in a number format: `python -m pretrain.probe CONFIG COMPUTE THREADS [OVERRIDE ..]`.
+"""Times forward and backward of one micro-batch in a number format.
 
-Prints the seconds. Used by `trainyard demo` to choose the format that is faster on this machine.
+`python -m pretrain.probe CONFIG COMPUTE THREADS [section.key=value ...]` prints the seconds. `trainyard demo` uses it
+to choose the format that is faster on this machine, and the number of steps.
 """
 
 from __future__ import annotations

@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     for what, argv in demo.prepare:
         if code := _call(what, argv):
             return code
-    overrides = [f"run.dir={folder}", *demo.overrides, *(_timed(demo, folder, recipe, args.nproc) if demo.is_timed else ())]
+    overrides = [f"run.dir={folder}", *demo.overrides]
+    if demo.is_timed:
+        overrides += _timed(demo, folder, recipe, args.nproc)
     if code := _call("training", ["train", str(recipe), "--nproc", str(args.nproc), *overrides]):
         return code
     if code := demo.show(folder):
