@@ -173,6 +173,8 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     words = [" × ".join(axes)]
     if layout.sequence:
         words.append("sequence parallel")
+    if layout.expert > 1:
+        words.append(f"experts over {layout.expert}")
     words.append(f"ZeRO {parallel.zero_stage}")
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
@@ -184,8 +186,11 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         batch = f"{run.tokens_per_step:,} tokens: {batch}"
     if accumulation > 1:
         batch += f", {accumulation} accumulated"
+    parameters = f"{short_number(run.num_parameters)} ({run.num_parameters:,})"
+    if run.num_active_parameters < run.num_parameters:
+        parameters += f", {short_number(run.num_active_parameters)} met by a token"
     facts = [
-        ("parameters", f"{short_number(run.num_parameters)} ({run.num_parameters:,})"),
+        ("parameters", parameters),
         ("each step", batch),
         ("layout", ", ".join(words)),
         ("precision", config.precision.compute),
