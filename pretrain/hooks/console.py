@@ -167,14 +167,9 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     """The facts a run starts with, as (name, fact)."""
     config, layout = run.config, run.layout
     parallel = config.parallel
-    axes = [f"tensor {layout.tensor}", f"pipeline {layout.pipeline}", f"data {layout.data}"]
-    if layout.context > 1:
-        axes.insert(1, f"context {layout.context}")
-    words = [" × ".join(axes)]
+    words = [layout.words]
     if layout.sequence:
         words.append("sequence parallel")
-    if layout.expert > 1:
-        words.append(f"experts over {layout.expert}")
     words.append(f"ZeRO {parallel.zero_stage}")
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.image import imread
 
+from parallel.layout import Layout
 from pretrain.hooks import ConsoleHook, CurveHook, Hook, Hooks, MetricsFileHook, TensorBoardHook, standard_hooks
 from pretrain.hooks.console import banner, duration, short_number
 from pretrain.hooks.curve import draw_curve, smoothed
@@ -30,8 +31,7 @@ def make_run(folder, start_step=0, total_steps=20, is_main=True):
         precision=SimpleNamespace(compute="fp32"),
     )
     return SimpleNamespace(
-        config=config, rank=0, world_size=4,
-        layout=SimpleNamespace(tensor=2, context=1, pipeline=1, data=2, sequence=False, expert=1),
+        config=config, layout=Layout(tensor=2, data=2), rank=0, world_size=4,
         folder=Path(folder), is_main=is_main, start_step=start_step, total_steps=total_steps,
         num_parameters=124_439_808, num_active_parameters=124_439_808, tokens_per_step=2048, device_name="cpu",
         node="here", engine=None,
@@ -177,10 +177,10 @@ def test_one_live_line_on_a_terminal(tmp_path, size):
 
 def test_the_banner_tells_of_experts(tmp_path):
     run = make_run(tmp_path)
-    run.layout.expert, run.num_active_parameters = 2, 24_439_808
+    run.layout, run.num_active_parameters = Layout(tensor=2, data=2, expert=2), 24_439_808
     facts = dict(banner(run))
     assert facts["parameters"].endswith(f"(124,439,808), {short_number(24_439_808)} met by a token")
-    assert facts["layout"] == "tensor 2 × pipeline 1 × data 2, experts over 2, ZeRO 1, 4 ranks"
+    assert facts["layout"] == "tensor 2 × pipeline 1 × data 2 (experts over 2), ZeRO 1, 4 ranks"
 
 
 def test_the_banner_states_the_facts(tmp_path):
