@@ -65,6 +65,10 @@ class Run:
         return self.config.spec.parameter_count(self.config.model)
 
     @property
+    def num_active_parameters(self) -> int:
+        return self.num_parameters - self.config.spec.idle_parameter_count(self.config.model)
+
+    @property
     def tokens_per_step(self) -> int:
         samples = self.config.parallel.global_batch
         return samples * self.config.window_tokens if self.unit == "tokens" else samples

@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 
 TOP_2 = ("model.experts=4", "model.top_k=2", "model.router=top_k_softmax", "model.expert_every=2",
-         "model.expert_ffn=96", "model.z_loss=1e-3")  # fmt: skip
+         "model.expert_ffn=96", "model.z_loss=1e-3", "run.check_every=12")  # fmt: skip
 TOP_1 = ("model.experts=4", "model.capacity_factor=1.0", "model.bias_rate=1e-3", "model.shared_expert_ffn=32",
          "model.balance_loss=0.05")  # fmt: skip
 ROUTING = ("balance_loss", "z_loss", "expert_load_max", "dropped_fraction", "router_entropy")
