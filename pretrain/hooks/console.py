@@ -170,13 +170,12 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     """The facts a run starts with, as (name, fact)."""
     config, layout = run.config, run.layout
     parallel = config.parallel
-    axes = [f"tensor {layout.tensor}", f"pipeline {layout.pipeline}", f"data {layout.data}"]
-    if layout.context > 1:
-        axes.insert(1, f"context {layout.context}")
-    words = [" × ".join(axes)]
+    words = [layout.words]
     if layout.sequence:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")
+    if parallel.offload != "none":
+        words.append(f"{parallel.offload} in host memory")
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
         words.append(f"recompute {parallel.recompute}{every}")
@@ -187,8 +186,11 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         batch = f"{run.tokens_per_step:,} tokens: {batch}"
     if accumulation > 1:
         batch += f", {accumulation} accumulated"
+    parameters = f"{short_number(run.num_parameters)} ({run.num_parameters:,})"
+    if run.num_active_parameters < run.num_parameters:
+        parameters += f", {short_number(run.num_active_parameters)} met by a token"
     facts = [
-        ("parameters", f"{short_number(run.num_parameters)} ({run.num_parameters:,})"),
+        ("parameters", parameters),
         ("each step", batch),
         ("layout", ", ".join(words)),
         ("precision", config.precision.compute),
