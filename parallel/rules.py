@@ -301,10 +301,31 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="pipeline-blocks",
         where="parallel.pipeline",
-        broken=lambda c: c.parallel.pipeline > c.model.layers,
-        asked=lambda c: f"pipeline={c.parallel.pipeline} stages from {c.model.layers} blocks",
+        broken=lambda c: c.parallel.num_stages > c.model.layers,
+        asked=lambda c: f"pipeline={c.parallel.pipeline} " + ("(two stages a rank with schedule=dualpipev) " if
+        c.parallel.folded else "stages ") + f"from {c.model.layers} blocks",
         possible=lambda c: f"1 to {c.model.layers} stages: each holds at least one block",
-        change=lambda c: f"set parallel.pipeline to {c.model.layers} or less",
+        change=lambda c: f"set parallel.pipeline to {c.model.layers // (2 if c.parallel.folded else 1)} or less"
+        + (", or parallel.schedule=1f1b" if c.parallel.folded else ""),
+    ),
+    Rule(
+        name="schedule-needs-pipeline",
+        where="parallel.schedule",
+        broken=lambda c: c.parallel.folded and c.parallel.pipeline == 1,
+        asked=lambda c: "schedule=dualpipev with pipeline=1",
+        possible=lambda c: "dualpipev with pipeline of at least 2: one rank alone has nobody to hand activations to",
+        change=lambda c: "set parallel.schedule=1f1b, or parallel.pipeline=2",
+    ),
+    Rule(
+        name="dualpipev-batch",
+        where="parallel.global_batch",
+        broken=lambda c: c.parallel.folded and c.parallel.global_batch % c.batch_unit == 0
+        and c.parallel.global_batch < c.batch_unit * c.parallel.num_stages,
+        asked=lambda c: f"{c.parallel.global_batch // c.batch_unit} micro-batches a step with schedule=dualpipev and "
+        f"pipeline={c.parallel.pipeline}",
+        possible=lambda c: f"at least {c.parallel.num_stages}: {c.parallel.pipeline} ranks with two stages each are to be filled",
+        change=lambda c: f"set parallel.global_batch to {c.batch_unit * c.parallel.num_stages} or more, or "
+        "parallel.schedule=1f1b",
     ),
     Rule(
         name="pipeline-zero",
