@@ -30,6 +30,8 @@ PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BE
     "bert/base": 110_106_428,
     "bert/large": 336_226_108,
     "bert/roberta-base": 124_697_433,
+    "moe/switch-base-8": 619_339_008,
+    "moe/mixtral-8x7b": 46_702_792_704,
 }
 PUBLISHED_CLIP = {  # of the released checkpoints
     "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
@@ -96,7 +98,15 @@ def test_gpt3_is_the_table(size, shape):
     assert config.run.steps * config.parallel.global_batch * 2048 == pytest.approx(300e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "whole", "active"), [  # billions: Jiang et al. 2024, table 2; DeepSpeed-MoE, table 1
+    ("mixtral-8x7b", 46.7, 12.9), ("gpt3-1.3b-moe-128", 52.5, 1.32), ("switch-base-8", 0.619, 0.223)])
+def test_experts_that_a_token_does_not_meet_are_idle(name, whole, active):
+    config = load_config(CONFIGS / "moe" / f"{name}.yaml")
+    count, idle = (of(config.model) for of in (config.spec.parameter_count, config.spec.idle_parameter_count))
+    assert (count / 1e9, (count - idle) / 1e9) == pytest.approx((whole, active), rel=5e-3)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "moe"])
 def test_tiny_divides_by_4(family):
     config = load_config(CONFIGS / family / "tiny.yaml")
     facts = config.spec.facts(config.model)
