@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from parallel.case import ModelFacts, nearest_multiples
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout, legal
-from parallel.rules import RULES, ModelFacts, nearest_multiples, problems
+from parallel.rules import RULES, problems
 
 MODEL = ModelFacts(layers=4, heads=4, kv_heads=4, hidden=256, ffn=1024, vocab_size=4096, sequence_length=256)
 
