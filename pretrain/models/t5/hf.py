@@ -1,5 +1,6 @@
 """T5 in transformers, both versions (facts: no torch)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pretrain.models.hf_map import (
@@ -67,6 +68,11 @@ def copies(config: T5Config) -> dict[str, str]:
     return {**sides, "lm_head.weight": "shared.weight"} if config.tied_head else sides
 
 
+def stand_ins(values: Mapping[str, Any]) -> dict[str, str]:
+    """transformers 5 also ties a head that is not scaled (version 1.1) unless both tensors are there."""
+    return {"lm_head.weight": "shared.weight"} if values.get("tie_word_embeddings", True) else {}
+
+
 def _read(values: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes the scaled head under a name of its own, and calls every model tied."""
     values = dict(values)
@@ -100,6 +106,7 @@ T5 = Architecture(
     names=_names,
     free_of_ours=("family", "attention_dropout", "target_length", "pad_vocab_to"),
     copies=copies,
+    stand_ins=stand_ins,
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     read=_read,
 )
