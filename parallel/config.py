@@ -21,6 +21,10 @@ class ParallelConfig(BaseModel):
         "trades its part of the sequence for a part of the heads"
     )
     pipeline: int = Field(1, ge=1, description="stages the layers are cut into (pipeline parallel degree)")
+    expert: int = Field(
+        1, ge=1, description="neighbouring data ranks that share the experts of a layer out among them (expert "
+        "parallel degree); it divides the data degree"
+    )
     zero_stage: int = Field(
         0, ge=0, le=3, description="what data ranks share out: 1 optimizer state, 2 also gradients, 3 also weights"
     )

@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel import zero
+from parallel.balance import Balances
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.initialise import draw, slice_of
 from parallel.megatron import Groups, TensorShard
@@ -49,11 +50,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping."""
+    """One step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping.
+
+    `routing` is what routers of experts report (`Balances.end_step`); their auxiliary losses are not in `loss`.
+    """
 
     loss: float
     grad_norm: float
     skipped: bool
+    routing: dict[str, Any] | None
 
 
 class Engine:
@@ -82,25 +87,33 @@ class Engine:
         self.bounds = cut([spec.cost for spec in specs], self.layout.pipeline, [spec.with_next for spec in specs])
         with zero.sharded_construction(config, groups):
             stage = Stage(specs, self.bounds[at.pp], self.bounds[at.pp + 1])
-        self.stage, self.slots, self._borrowed = stage, self._make_slots(stage), stage.borrowed()
+        slots = self._make_slots(stage)
+        self.slots = {name: slot for slot in slots for name in slot.names}
+        self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
-        named = [(slot.name, slot.parameter) for slot in self.slots.values()]
-        self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, self.layout,
-                                           make_optimizer(named))
-        self.state = open_state(self.deepspeed, list(self.slots.values()), parallel.zero_stage, groups.replica)
+        optimizer = make_optimizer(list(stage.named_global_parameters()))
+        self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
+                                           optimizer)
+        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
         self._hold_bounds()
-        self.fill(lambda name, kind, shape: draw(name, shape, self._plan(name), seed) if kind == "weight" else None)
+        self.fill(self._initial)
 
     # -- construction -------------------------------------------------------------------------------------------------
 
-    def _make_slots(self, stage: Stage) -> dict[str, Slot]:
-        slots = {}
+    def _make_slots(self, stage: Stage) -> list[Slot]:
+        slots = []
         for name, parameter in stage.named_global_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is already cut
-            slots[name] = Slot(name, parameter, shape, parameter.plan.slice_dim)
+            stack = parameter.plan.stack
+            names, shape = (stack.names(name), shape[1:]) if stack else ((name,), shape)
+            slots.append(Slot(names, parameter, shape, parameter.plan.slice_dim))
         return slots
+
+    def _initial(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The tensor that a new run starts with; moments and buffers start at zero."""
+        return draw(name, shape, self._plan(name), self.seed) if kind == "weight" and name in self.slots else None
 
     def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
               ) -> dict[str, Callable]:
@@ -148,6 +161,7 @@ class Engine:
         seed_step(self.seed, step, self.groups)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
+        self.balances.begin_step(self._loss_scale() / self.accumulation)
         items = self._items(batches, weight=None)
         if self.layout.pipeline > 1:
             loss = self.deepspeed.train_batch(iter(items))
@@ -164,7 +178,11 @@ class Engine:
             if self.layout.replicas > 1:
                 dist.all_reduce(loss, group=self.groups.replicas)  # replicas: each saw its share of the batch's tokens
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return StepResult(float(loss), float(self._grad_norm), skipped)
+        return StepResult(float(loss), float(self._grad_norm), skipped, self.balances.end_step(taken=not skipped))
+
+    def _loss_scale(self) -> float:
+        """What DeepSpeed multiplies the loss with before the backward: above 1 in fp16 only."""
+        return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
 
     def _passes(self, items: list, loss: Tensor) -> Iterator[tuple]:
         """(inputs, what to do with the outputs) of each micro-batch's pass with gradient; adds to `loss`, as a mean.
@@ -277,19 +295,18 @@ class Engine:
     def _clip(self) -> None:
         """Global L2 norm with every parameter counted once, then scale so that it is at most `clip_norm`.
 
-        A tensor-sliced parameter counts on each tensor rank, a full one on the first; a tied copy not at all; ZeRO
-        pieces on the rank that holds them.
+        A tensor-sliced parameter counts on each tensor rank, a full one on the first; an expert where it is, the rest
+        on the first of the expert group; a tied copy not at all; ZeRO pieces on the rank that holds them.
         """
         gradients = list(self.state.gradients())
         counted = [g.tensor for g in gradients if self._counts(g.name)]
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if counted:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
-        # stage 0: replicas hold equal gradients, so only tp x pp is summed; else every rank holds its own pieces
+        # stage 0: replicas hold equal gradients, so only tp x ep x pp is summed; else every rank holds its own pieces
         group = self.groups.model if self.stage_zero else None
         dist.all_reduce(square, group=group)
-        scale = float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
-        self._grad_norm = (square.sqrt() / scale).float()
+        self._grad_norm = (square.sqrt() / self._loss_scale()).float()
         norm = float(self._grad_norm)
         if not norm < float("inf"):
             if self.deepspeed.fp16_enabled():
@@ -299,8 +316,12 @@ class Engine:
             torch._foreach_mul_([g.tensor for g in gradients], self.clip_norm / (norm + 1e-6))
 
     def _counts(self, name: str) -> bool:
-        sliced = self.slots[name].slice_dim is not None
-        return name not in self._borrowed and (sliced or self.groups.coordinates.tp == 0)
+        """Whether this rank's piece of a tensor is the one that counts, and is stored."""
+        slot, at = self.slots[name], self.groups.coordinates
+        first = slot.slice_dim is not None or at.tp == 0
+        if self.stage_zero and not slot.parameter.plan.stack:
+            first = first and at.dp % self.layout.expert == 0
+        return name not in self._borrowed and first
 
     # -- state by global name -----------------------------------------------------------------------------------------
 
@@ -324,13 +345,19 @@ class Engine:
                 local = slice_of(whole, self.slots[fragment.name].slice_dim, tp, self.layout.tensor)
                 flat = local.reshape(-1)[fragment.start : fragment.start + fragment.tensor.numel()]
                 fragment.tensor.copy_(flat)
+        for name, buffer in self.stage.named_global_buffers():
+            whole = source(name, "weight", tuple(buffer.shape))
+            buffer.zero_() if whole is None else buffer.copy_(whole)
         set_adam_step(self.state.base, adam_step)
         self.state.refresh()
 
     def owned_fragments(self) -> Iterator[OwnedFragment]:
         """What this rank must store so that all ranks together store everything exactly once."""
         at = self.groups.coordinates
-        if self.stage_zero and self.groups.replica > 0:
+        if self.groups.replica == at.tp == 0:
+            for name, buffer in self.stage.named_global_buffers():
+                yield OwnedFragment(name, "weight", tuple(buffer.shape), None, 0, 1, 0, buffer.view(-1))
+        if self.stage_zero and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
             return
         for kind in KINDS:
             for name, start, tensor in self.state.fragments(kind):

@@ -12,25 +12,47 @@ Std = float | tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A parameter whose first dim holds equal tensors, each a tensor of its own by global name.
+
+    `module` is the part of the name behind which each one's index stands: of "experts" and 7, `experts.up.weight` is
+    `experts.7.up.weight`.
+    """
+
+    module: str
+    indices: range
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """The global names of the tensors that the parameter of this name holds."""
+        head, module, tail = name.rpartition(f"{self.module}.")
+        return tuple(f"{head}{module}{index}.{tail}" for index in self.indices)
+
+
+@dataclass(frozen=True)
 class ParameterPlan:
     """How a parameter starts and how the tensor axis cuts it: N(mean, std^2); `slice_dim` None means held in full.
 
-    A fused matrix may hold rows of several kinds: `std` is then ((rows, std), ...), repeated until the rows end.
+    A fused matrix may hold rows of several kinds: `std` is then ((rows, std), ...), repeated until the rows end. With
+    `stack` all of that is said of each tensor of the stack.
     """
 
     mean: float
     std: Std
     slice_dim: int | None
     most: float | None = None  # each element is held at or below this after every step
+    stack: Stack | None = None
+    keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
 
 
 def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0, slice_dim: int | None = None,
-                   no_decay: bool | None = None, most: float | None = None) -> None:
+                   no_decay: bool | None = None, most: float | None = None, stack: Stack | None = None,
+                   keep_fp32: bool = False) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim, most)
+    parameter.plan = ParameterPlan(mean, std, slice_dim, most, stack, keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
-    dims = len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 flattens a parameter as soon as it exists
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
+    dims = len(shape) - (stack is not None)
     parameter.no_decay = dims < 2 if no_decay is None else no_decay
 
 

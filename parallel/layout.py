@@ -5,17 +5,21 @@ ranks are neighbours, then context ranks, then data ranks, and stages are furthe
 
 *Replicas* are the cp x dp ranks that hold the same weights: what DeepSpeed and ZeRO know as data ranks. Samples are
 spread over dp alone; the context ranks of a data rank share out the sequence of the same samples.
+
+Expert parallelism adds no ranks: `expert` neighbours along dp share the experts of a layer out among them (an `ep`
+group), and the ranks that hold the same ones form an `edp` group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import NamedTuple, Protocol
 
 AXES = ("tp", "cp", "dp", "pp")  # from the fastest to the slowest; a further axis takes its place in this order
-GROUPS = {  # group name: the axes it runs along
-    "tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "pp": ("pp",), "model": ("tp", "pp"), "replicas": ("cp", "dp"),
+GROUPS = {  # group name: the axes it runs along; ep and edp are the two directions of dp
+    "tp": ("tp",), "cp": ("cp",), "dp": ("dp",), "pp": ("pp",), "ep": ("ep",), "edp": ("cp", "edp"),
+    "model": ("tp", "ep", "pp"), "replicas": ("cp", "dp"),
 }  # fmt: skip
 
 
@@ -26,6 +30,7 @@ class Degrees(Protocol):
     context: int
     pipeline: int
     sequence: bool
+    expert: int
 
 
 class Coordinates(NamedTuple):
@@ -39,17 +44,20 @@ class Coordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The set of degrees of a run. `sequence` adds no ranks: it reuses the tensor ranks."""
+    """The set of degrees of a run. `sequence` and `expert` add no ranks: they reuse the tensor and the data ranks."""
 
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
     context: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tensor, self.context, self.pipeline, self.data) < 1:
+        if min(self.tensor, self.context, self.pipeline, self.data, self.expert) < 1:
             raise ValueError(f"every degree of a layout is at least 1, not {self}")
+        if self.data % self.expert:
+            raise ValueError(f"{self.data} data ranks do not divide into groups of {self.expert} that share experts")
 
     @classmethod
     def of(cls, parallel: Degrees, world_size: int) -> "Layout":
@@ -60,7 +68,8 @@ class Layout:
         model_ranks = parallel.tensor * parallel.context * parallel.pipeline
         if world_size < 1 or world_size % model_ranks:
             raise ValueError(f"{world_size} ranks do not divide into models of {model_ranks} ranks")
-        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence, parallel.context)
+        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence, parallel.context,
+                   parallel.expert)
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -100,8 +109,18 @@ class Layout:
         """The ranks, ascending, that `rank` shares the group `name` (a key of GROUPS) with, itself included."""
         along = GROUPS[name]
         here = self.coordinates(rank)._asdict()
-        choices = [range(degree) if axis in along else [here[axis]] for axis, degree in self.degrees.items()]
+        choices = [self._indices(axis, here[axis], along) for axis in AXES]
         return sorted(self.rank(**dict(zip(AXES, indices, strict=True))) for indices in product(*choices))
+
+    def _indices(self, axis: str, index: int, along: tuple[str, ...]) -> Sequence[int]:
+        """The indices on `axis` of a group along these axes, seen from a rank at `index`."""
+        if axis in along:
+            return range(self.degrees[axis])
+        if axis == "dp" and "ep" in along:
+            return range(index - index % self.expert, index - index % self.expert + self.expert)
+        if axis == "dp" and "edp" in along:
+            return range(index % self.expert, self.data, self.expert)
+        return [index]
 
     def replica(self, rank: int) -> int:
         """The place of `rank` among those that hold the same weights."""

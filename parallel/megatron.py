@@ -36,7 +36,9 @@ class Groups:
     context: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     data: dist.ProcessGroup
-    model: dist.ProcessGroup  # tp x pp: everybody who holds a part of one model replica
+    expert: dist.ProcessGroup  # ep: data ranks that together hold every expert of a layer once
+    expert_data: dist.ProcessGroup  # edp: data ranks that hold the same experts
+    model: dist.ProcessGroup  # tp x ep x pp: everybody who holds a part of one model replica
     replicas: dist.ProcessGroup  # cp x dp: everybody who holds the same part of the model
 
     @property
@@ -74,6 +76,7 @@ def build_groups(layout: Layout, timeout_seconds: float = 1800.0) -> Groups:
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_seconds / 60,
     )
@@ -84,11 +87,14 @@ def build_groups(layout: Layout, timeout_seconds: float = 1800.0) -> Groups:
         context=parallel_state.get_context_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
-        model=parallel_state.get_model_parallel_group(),
+        expert=parallel_state.get_expert_model_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
+        model=parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
         replicas=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
     for axis, group in (("tp", groups.tensor), ("cp", groups.context), ("pp", groups.pipeline), ("dp", groups.data),
-                        ("model", groups.model), ("replicas", groups.replicas)):
+                        ("ep", groups.expert), ("edp", groups.expert_data), ("model", groups.model),
+                        ("replicas", groups.replicas)):
         expected, found = layout.group(axis, rank), dist.get_process_group_ranks(group)
         if sorted(expected) != sorted(found):
             raise RuntimeError(f"rank {rank}: axis {axis} should hold ranks {expected}, megatron-core built {found}")
@@ -170,6 +176,7 @@ class TensorShard:
 
     def __init__(self, groups: Groups | None, device: torch.device, dtype: torch.dtype = torch.float32):
         """With `groups` None the layers are those of a single rank (counting, generation before a group exists)."""
+        self.groups = groups
         self.group = groups.tensor if groups else None
         self.size = groups.layout.tensor if groups else 1
         self.rank = groups.coordinates.tp if groups else 0
@@ -232,9 +239,7 @@ class TensorShard:
         """[s(/t), b, h] -> [s, b, h] as input of a column-sliced product; backward sums over the tensor axis."""
         if self.sequence:
             return tensor_parallel.gather_from_sequence_parallel_region(x, group=self.group)
-        if self.size > 1:
-            return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group)
-        return x
+        return self.whole_for_columns(x)
 
     def leave_whole(self, x: Tensor) -> Tensor:
         """[s(/t), b, h] -> [s, b, h] for what every tensor rank computes in full; its gradient is not summed."""
@@ -245,7 +250,14 @@ class TensorShard:
 
     def whole_for_columns(self, x: Tensor) -> Tensor:
         """x equal on all tensor ranks, as input of a column-sliced product; backward sums over the tensor axis."""
-        return tensor_parallel.copy_to_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
+        # megatron-core's own region sums a copy of a gradient that is not contiguous, and hands on what came in
+        return _SumGradientOverTensorAxis.apply(x, self.group) if self.size > 1 else x
+
+    def reduce_rows(self, x: Tensor) -> Tensor:
+        """Partial sums [s, b, h] of row-sliced products -> their sum over the tensor axis, [s(/t), b, h]."""
+        if self.sequence:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(x, group=self.group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=self.group) if self.size > 1 else x
 
     def full_length(self, x: Tensor) -> int:
         """Length of the whole sequence of which x [s(/t), b, h] is here."""

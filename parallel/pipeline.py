@@ -95,6 +95,22 @@ class Stage(nn.Module):
             for name, parameter in module.named_parameters():
                 yield f"{layer}.{name}", parameter
 
+    def named_global_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(global name, buffer) of what a layer learns without a gradient; whole on every rank, and part of a
+        checkpoint.
+        """
+        for layer, module in self.by_name.items():
+            for name, buffer in module.named_buffers():
+                yield f"{layer}.{name}", buffer
+
+    def named_global_tensors(self) -> Iterator[tuple[str, Tensor, int | None]]:
+        """(global name, local tensor, slice dim) of everything a checkpoint stores of this stage; not under ZeRO-3."""
+        for name, parameter in self.named_global_parameters():
+            plan = parameter.plan
+            parts = zip(plan.stack.names(name), parameter, strict=True) if plan.stack else [(name, parameter)]
+            yield from ((part, tensor, plan.slice_dim) for part, tensor in parts)
+        yield from ((name, buffer, None) for name, buffer in self.named_global_buffers())
+
     def borrowed(self) -> set[str]:
         """Global names of parameters that belong to an earlier stage and are here only because they are tied."""
         own = {spec.name for spec in self.specs}

@@ -6,8 +6,9 @@
 | bf16 | fp32 weights and gradients; cast on use below | DeepSpeed: bf16 weights, fp32 master weights and gradients |
 | fp16 | refused | DeepSpeed: fp16 weights, fp32 master weights, dynamic loss scale |
 
-Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables. parallel/README.md has the
-whole table. Gradients travel between replicas in fp32, or in the compute type (`precision.reduce`).
+Always fp32: the loss from the logits on, Adam's moments, the gradient norm, rotary tables, the products and
+probabilities of a router of experts (its weight is not cast at ZeRO 0). parallel/README.md has the whole table.
+Gradients travel between replicas in fp32, or in the compute type (`precision.reduce`).
 """
 
 from __future__ import annotations
@@ -32,5 +33,5 @@ class CastOnUse(nn.Module):
         self.dtype = dtype
 
     def forward(self, *state, **options):
-        low = {name: p.to(self.dtype) for name, p in self.layer.named_parameters()}
+        low = {name: p if p.plan.keep_fp32 else p.to(self.dtype) for name, p in self.layer.named_parameters()}
         return functional_call(self.layer, low, state, options)

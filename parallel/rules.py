@@ -26,6 +26,9 @@ class ModelFacts:
     vocab_size: int
     sequence_length: int
     target_length: int | None = None  # of the decoder, where it has a length of its own
+    experts: int = 0  # of a layer; 0: every layer is dense
+    expert_ffn: int = 0  # inner width of one expert
+    shared_expert_ffn: int = 0  # of the expert that every token meets; 0: there is none
     pipeline_supported: bool = True
     why_no_pipeline: str = ""
     why_no_context: str = ""  # empty: its layers and its losses can be cut along the sequence
@@ -106,7 +109,13 @@ def _listed(numbers: list[int]) -> str:
 
 
 def _legal_tensors(model: ModelFacts) -> list[int]:
-    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size))
+    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size, model.expert_ffn,
+                        model.shared_expert_ffn))
+
+
+def _legal_experts(case: Case) -> list[int]:
+    """Degrees of expert parallelism that divide the experts and, where they are known, the data ranks."""
+    return divisors(gcd(case.model.experts, case.data or 0) or 1)
 
 
 def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int], remedy: str) -> Rule:
@@ -203,6 +212,48 @@ RULES: tuple[Rule, ...] = (
     _tensor_divides("tensor-vocab", "model.vocab_size", "rows of the embedding (model.vocab_size, padded)",
                     lambda m: m.vocab_size,
                     "pad the vocabulary: model.pad_vocab_to={tensor} or a multiple of it"),
+    _tensor_divides("tensor-expert-ffn", "model.expert_ffn", "columns of an expert's matrix", lambda m: m.expert_ffn,
+                    "model.expert_ffn to {multiples}"),
+    _tensor_divides("tensor-shared-expert-ffn", "model.shared_expert_ffn", "columns of the shared expert's matrix",
+                    lambda m: m.shared_expert_ffn, "model.shared_expert_ffn to {multiples}"),
+    Rule(
+        name="expert-needs-experts",
+        where="parallel.expert",
+        broken=lambda c: c.parallel.expert > 1 and c.model.experts == 0,
+        asked=lambda c: f"expert={c.parallel.expert} for a model without experts",
+        possible=lambda c: "expert=1 where every layer is dense (model.experts=0)",
+        change=lambda c: f"set parallel.expert=1, or model.experts to a multiple of {c.parallel.expert}",
+    ),
+    Rule(
+        name="expert-divides",
+        where="model.experts",
+        broken=lambda c: c.model.experts % c.parallel.expert != 0,
+        asked=lambda c: f"{c.model.experts} experts over parallel.expert={c.parallel.expert} ranks",
+        possible=lambda c: f"parallel.expert one of {_listed(divisors(c.model.experts))} (a divisor of "
+        f"{c.model.experts}): each rank holds as many experts",
+        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or model.experts to "
+        f"{_either(nearest_multiples(c.model.experts, c.parallel.expert))}",
+    ),
+    Rule(
+        name="expert-data",
+        where="parallel.expert",
+        broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
+        asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
+        f"{c.model_ranks})",
+        possible=lambda c: f"expert one of {_listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
+        "the experts",
+        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or start "
+        f"{_either(nearest_multiples(c.world_size, c.model_ranks * c.parallel.expert))} ranks",
+    ),
+    Rule(
+        name="expert-zero",
+        where="parallel.zero_stage",
+        broken=lambda c: c.parallel.expert > 1 and c.parallel.zero_stage == 3,
+        asked=lambda c: f"zero_stage=3 with expert={c.parallel.expert}",
+        possible=lambda c: "zero_stage 0, 1 or 2 with expert parallelism: at stage 3 DeepSpeed cuts every parameter "
+        "over all data ranks, which do not hold the same experts",
+        change=lambda c: "set parallel.zero_stage=2, or parallel.expert=1 to keep stage 3",
+    ),
     Rule(
         name="sequence-needs-tensor",
         where="parallel.sequence",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -42,18 +43,29 @@ class OwnedFragment:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned."""
+    """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned.
 
-    name: str
+    It holds one global tensor, or a stack of several of this shape, one behind the other.
+    """
+
+    names: tuple[str, ...]
     parameter: nn.Parameter
     shape: tuple[int, ...]
     slice_dim: int | None
+
+    def fragments(self, start: int, tensor: Tensor) -> Iterator[Fragment]:
+        """Elements [start, start + len) of the flattened parameter as fragments of the global tensors in it."""
+        size, end = prod(self.shape), start + tensor.numel()
+        for index, name in enumerate(self.names):
+            begin, stop = max(start, index * size), min(end, (index + 1) * size)
+            if begin < stop:
+                yield Fragment(name, begin - index * size, tensor[begin - start : stop - start])
 
 
 def whole_weights(slots: list[Slot]) -> Iterator[tuple[str, int | None, Tensor]]:
     """(name, None, the weights as the model computes with them) where no rank holds less than its tensor slice."""
     for slot in slots:
-        yield slot.name, None, slot.parameter.data
+        yield from ((name, None, weights) for name, _, weights in slot.fragments(0, slot.parameter.data.view(-1)))
 
 
 class WholeState:
@@ -66,7 +78,7 @@ class WholeState:
     def fragments(self, kind: str) -> Iterator[Fragment]:
         for slot in self.slots:
             whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
-            yield Fragment(slot.name, 0, whole.view(-1))
+            yield from slot.fragments(0, whole.view(-1))
 
     def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
         return whole_weights(self.slots)
@@ -74,7 +86,7 @@ class WholeState:
     def gradients(self) -> Iterator[Fragment]:
         for slot in self.slots:
             if slot.parameter.grad is not None:
-                yield Fragment(slot.name, 0, slot.parameter.grad.view(-1))
+                yield from slot.fragments(0, slot.parameter.grad.view(-1))
 
     def refresh(self) -> None:
         """Nothing to do: the weights are the fragments."""
@@ -95,7 +107,8 @@ class PartitionedState:
             flat = self.base.param_groups[mapping.param_group_index]["params"][0]
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             address = mapping.get_hp_fragment_address()
-            yield Fragment(slot.name, mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+            piece = source.narrow(0, address.start, address.numel)
+            yield from slot.fragments(mapping.lp_fragment_address.start, piece)
 
     def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
         return whole_weights(self.all_slots)
@@ -109,7 +122,7 @@ class PartitionedState:
                 gradient = whole[mapping.param_group_index].narrow(0, address.start, address.numel)
             else:
                 gradient = mapping.get_lp_grad_fragment(slot.parameter._index_in_param_group).view(-1)
-            yield Fragment(slot.name, mapping.lp_fragment_address.start, gradient)
+            yield from slot.fragments(mapping.lp_fragment_address.start, gradient)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's weights and gather the others' (replicas)."""
@@ -141,7 +154,7 @@ class FullySharded:
             flat = self.optimizer.fp32_partitioned_groups_flat[group]
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             if count:
-                yield Fragment(slot.name, start, source.narrow(0, offset, count))
+                yield from slot.fragments(start, source.narrow(0, offset, count))
 
     def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
         """This rank's pieces, and whole what DeepSpeed keeps gathered."""
@@ -150,14 +163,16 @@ class FullySharded:
             if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
                 held = parameter.partition_numel()
                 count = max(0, min(held, parameter.ds_numel - self.replica * held))  # behind it lies padding
-                yield slot.name, self.replica, parameter.ds_tensor.view(-1)[:count]
+                start, piece = self.replica * held, parameter.ds_tensor.view(-1)[:count]
+                yield from ((name, self.replica, weights) for name, _, weights in slot.fragments(start, piece))
             if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
-                yield slot.name, None, parameter.data
+                yield from whole_weights([slot])
 
     def gradients(self) -> Iterator[Fragment]:
         for slot, group, index, _, start, count in self._places():
             if count:
-                yield Fragment(slot.name, start, self.optimizer.averaged_gradients[group][index].view(-1)[:count])
+                gradient = self.optimizer.averaged_gradients[group][index].view(-1)[:count]
+                yield from slot.fragments(start, gradient)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""

@@ -257,6 +257,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         run.unit: step * run.tokens_per_step, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
+    if result.routing:
+        record.update(result.routing)
     if result.skipped:
         record["skipped"] = True
     flops = config.spec.flops_per_token(config.model, config.window_tokens)

@@ -18,6 +18,7 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.recompute import Recomputable
 from parallel.seeds import attention, dropout
+from pretrain.models.feed_forward import FeedForward, Mixture, MixtureShape
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class BlockShape:
     query_std: float | None = None  # None: std
     up_std: float | None = None  # of the feed-forward part's first matrix; None: std
     down_std: float | None = None  # of the matrix back from the feed-forward part; None: residual_std
+    mixture: MixtureShape | None = None  # of experts, in place of one feed-forward part
 
     @property
     def width(self) -> int:
@@ -208,37 +210,6 @@ def causal_mask(length: int, device: torch.device) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
-}
-GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
-
-
-class FeedForward(Recomputable):
-    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, shape: BlockShape, shard: TensorShard):
-        super().__init__()
-        self.activation = GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
-        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
-        self.gate = None
-        if shape.activation in GATES:
-            self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
-        down_std = shape.residual_std if shape.down_std is None else shape.down_std
-        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
-
-    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
-        if self.gate is None:
-            return self.cheap_before(self.down, self.activation, self.up(x))
-        return self.cheap_before(self.down, self._gated, self.up(x), self.gate(x))
-
-    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.activation(gate) * y
-
-
 class Block(nn.Module):
     """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017).
 
@@ -255,7 +226,7 @@ class Block(nn.Module):
             self.cross_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
             self.cross_attention = CrossAttention(shape, shard)
         self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-        self.feed_forward = FeedForward(shape, shard)
+        self.feed_forward = Mixture(shape, shape.mixture, shard) if shape.mixture else FeedForward(shape, shard)
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:

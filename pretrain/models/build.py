@@ -28,8 +28,8 @@ def filled_stage(model: FamilyConfig, groups: Groups, device: torch.device, tens
     stage = build_stage(model, groups, device)
     at, degree = groups.coordinates, groups.layout.tensor
     with torch.no_grad():
-        for name, parameter in stage.named_global_parameters():
-            parameter.copy_(slice_of(tensor(name), parameter.plan.slice_dim, at.tp, degree))
+        for name, own, slice_dim in stage.named_global_tensors():
+            own.copy_(slice_of(tensor(name), slice_dim, at.tp, degree))
     return stage.eval()
 
 
@@ -39,4 +39,4 @@ def global_shapes(model: FamilyConfig, groups: Groups) -> dict[str, tuple[int, .
     `groups` are those of a single rank.
     """
     stage = build_stage(model, groups, torch.device("meta"))
-    return {name: tuple(parameter.shape) for name, parameter in stage.named_global_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor, _ in stage.named_global_tensors()}

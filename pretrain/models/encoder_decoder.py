@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pydantic import Field
 
 from parallel.rules import ModelFacts
+from pretrain.models import mixture
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import TextConfig
+from pretrain.models.mixture import MixtureFields
 
 
-class EncoderDecoderConfig(TextConfig):
+class EncoderDecoderConfig(MixtureFields, TextConfig):
     """Fields of a model with an encoder for the source and a decoder for the target."""
 
     sequence_length: int = Field(ge=1, description="tokens of the source, what the encoder takes")
@@ -45,8 +47,32 @@ def facts(config: EncoderDecoderConfig) -> ModelFacts:
         layers=config.layers + config.num_decoder_layers, heads=config.heads, kv_heads=config.heads,
         hidden=config.hidden, ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size,
         sequence_length=config.sequence_length, target_length=config.num_targets,
+        experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
         why_no_context="attention from the target to the source needs both sequences whole on every rank",
     )
+
+
+def blocks(config: EncoderDecoderConfig, parts: PartSizes) -> int:
+    """Parameters of the blocks of both sides."""
+    total = config.layers * parts.block() + config.num_decoder_layers * parts.block(cross=True)
+    return total + sum(mixture.added_parameters(config, layers, parts.gated, parts.bias) for layers in sides(config))
+
+
+def sides(config: EncoderDecoderConfig) -> tuple[int, int]:
+    """Blocks of the encoder and of the decoder."""
+    return config.layers, config.num_decoder_layers
+
+
+def idle_parameter_count(sizes: Callable[[EncoderDecoderConfig], PartSizes]) -> Callable[[EncoderDecoderConfig], int]:
+    """The function of a family whose blocks have these sizes: parameters of experts that one token does not meet."""
+
+    def count(config: EncoderDecoderConfig) -> int:
+        parts = sizes(config)
+        return sum(mixture.added_parameters(config, layers, parts.gated, parts.bias)
+                   - mixture.added_active_parameters(config, layers, parts.gated, parts.bias)
+                   for layers in sides(config))
+
+    return count
 
 
 def flops_per_token(sizes: Callable[[EncoderDecoderConfig], PartSizes]) -> Callable[[EncoderDecoderConfig, int], int]:
@@ -58,6 +84,8 @@ def flops_per_token(sizes: Callable[[EncoderDecoderConfig], PartSizes]) -> Calla
         total = config.layers * parts.products(source, source)
         total += config.num_decoder_layers * parts.products(target, target, source)
         total += target * config.hidden * config.padded_vocab_size
+        total += sum(length * mixture.added_active_parameters(config, layers, parts.gated, bias=False)
+                     for length, layers in zip((source, target), sides(config), strict=True))
         return flops(total) // window_tokens
 
     return count

@@ -62,6 +62,8 @@ class FamilySpec:
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
     # forward and backward for one `unit`, for samples of so many tokens of text
     flops_per_token: Callable[[FamilyConfig, int], int]
+    # parameters of experts that one token does not meet; the others are the active ones
+    idle_parameter_count: Callable[[FamilyConfig], int] = lambda config: 0
 
     @property
     def reads(self) -> str:

@@ -17,8 +17,8 @@ PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.ru
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
               "data_pipeline.noise_facts")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",
-              "pretrain.models.encoder_decoder", "pretrain.models.hf_map", "pretrain.models.*.spec",
-              "pretrain.models.*.hf")
+              "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
+              "pretrain.models.*.spec", "pretrain.models.*.hf")
 OBJECTIVE_FACTS = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CONFIG_FACTS = ("pretrain.errors", "pretrain.status", "pretrain.run_lock", "pretrain.config",
                 "pretrain.config_file", "pretrain.config_reference", "pretrain.shipped", "pretrain.stop_files")
@@ -37,7 +37,7 @@ TABLE = {
     "launchers/*": ("launchers", "launchers.*", *FACTS),
     **{f"pretrain/models/*/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS) for name in ("spec", "hf")},
     **{f"pretrain/models/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS)
-       for name in ("__init__", "family", "counting", "encoder_decoder", "hf_map")},
+       for name in ("__init__", "family", "counting", "encoder_decoder", "mixture", "hf_map")},
     "pretrain/models/*": (*FACTS, *CORE, "pretrain.models.*"),
     **{f"pretrain/objectives/{name}.py": (*PARALLEL_FACTS, *DATA_FACTS, *SPEC_FACTS, *OBJECTIVE_FACTS)
        for name in ("__init__", "objective", "*_spec")},

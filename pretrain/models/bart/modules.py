@@ -14,6 +14,7 @@ from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
 from pretrain.models.blocks import Block, BlockShape, seen
+from pretrain.models.feed_forward import of_block
 from pretrain.models.vocabulary import Embedding, Head, PositionedInput, lookup_cost
 
 State = tuple[Tensor, ...]
@@ -21,7 +22,7 @@ State = tuple[Tensor, ...]
 
 def layers(config: BARTConfig, shard: TensorShard) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
-    shape = block_shape(config)
+    dense = block_shape(config)
     decoder_cost = config.num_targets / config.sequence_length * 4 / 3
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
     enter = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS, "hidden": config.hidden,
@@ -31,12 +32,14 @@ def layers(config: BARTConfig, shard: TensorShard) -> list[LayerSpec]:
              LayerSpec("encoder.input", partial(EncoderInput, **enter), cost=0.0)]
     for index in range(config.layers):
         name = f"encoder.blocks.{index}"
-        specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), recompute=True))
+        shape, extra_cost = of_block(dense, config, index)
+        specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), cost=1 + extra_cost, recompute=True))
     specs.append(LayerSpec("decoder.input", partial(DecoderInput, **enter), cost=0.0, tied_to="embedding"))
     for index in range(config.num_decoder_layers):
         name = f"decoder.blocks.{index}"
+        shape, extra_cost = of_block(dense, config, index)
         block = partial(DecoderBlock, shape, shard, name, last=index == config.num_decoder_layers - 1)
-        specs.append(LayerSpec(name, block, cost=decoder_cost, recompute=True))
+        specs.append(LayerSpec(name, block, cost=decoder_cost * (1 + extra_cost), recompute=True))
     specs.append(LayerSpec("head", partial(Head, config, shard, None), cost=head_cost, tied_to="embedding",
                            vocabulary=True))
     return specs

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from parallel.layout import divisors
 from parallel.rules import Found
-from pretrain.models import encoder_decoder
+from pretrain.models import encoder_decoder, mixture
 from pretrain.models.counting import PartSizes
 from pretrain.models.encoder_decoder import EncoderDecoderConfig
 from pretrain.models.family import FamilySpec
@@ -44,6 +44,7 @@ def problems(config: BARTConfig) -> Iterator[Found]:
     if config.max_positions is not None and config.max_positions < longest:
         yield ("model.max_positions", f"{config.max_positions} positions for {longest} tokens",
                f"at least {longest}", f"set model.max_positions={longest}, or leave it out")
+    yield from mixture.problems(config, *encoder_decoder.sides(config))
 
 
 def sizes(config: BARTConfig) -> PartSizes:
@@ -65,7 +66,7 @@ def built_parameter_count(config: BARTConfig) -> int:
 def _parameters(config: BARTConfig, vocab_size: int) -> int:
     parts = sizes(config)
     ends = vocab_size * config.hidden + 2 * (config.num_positions * config.hidden + parts.norm)
-    return ends + config.layers * parts.block() + config.num_decoder_layers * parts.block(cross=True)
+    return ends + encoder_decoder.blocks(config, parts)
 
 
 SPEC = FamilySpec(
@@ -77,4 +78,5 @@ SPEC = FamilySpec(
     parameter_count=parameter_count,
     built_parameter_count=built_parameter_count,
     flops_per_token=encoder_decoder.flops_per_token(sizes),
+    idle_parameter_count=encoder_decoder.idle_parameter_count(sizes),
 )

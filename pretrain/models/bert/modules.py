@@ -17,7 +17,8 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.bert.spec import BERTConfig
-from pretrain.models.blocks import ACTIVATIONS, Block, BlockShape, Norm, seen
+from pretrain.models.blocks import Block, BlockShape, Norm, seen
+from pretrain.models.feed_forward import ACTIVATIONS
 from pretrain.models.vocabulary import Embedding, Logits, PositionedInput, lookup_cost
 
 State = tuple[Tensor, ...]

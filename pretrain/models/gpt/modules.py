@@ -11,6 +11,7 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.blocks import Block, BlockShape, Cache, Norm, causal_mask
+from pretrain.models.feed_forward import of_block
 from pretrain.models.gpt.spec import GPTConfig
 from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
 
@@ -23,15 +24,16 @@ def layers(config: GPTConfig, shard: TensorShard) -> list[LayerSpec]:
     Input: ids [b, s], or (ids, prefix int64 [b]) where the first tokens see each other in both directions; output:
     logits [s, b, v/t]. With context parallelism s is this rank's part of the sequence.
     """
-    shape = block_shape(config)
+    dense = block_shape(config)
     block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
     table = partial(Embedding, config, shard, config.init_std)
     specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
              LayerSpec("positions", partial(Positions, config, shard), cost=0.0, cached=True)]
     for index in range(config.layers):
         name = f"blocks.{index}"
+        shape, extra_cost = of_block(dense, config, index)
         block = partial(DecoderBlock, shape, shard, name, causal=True)
-        specs.append(LayerSpec(name, block, cost=1.0, recompute=True, cached=True))
+        specs.append(LayerSpec(name, block, cost=1 + extra_cost, recompute=True, cached=True))
     if config.norm_position == "pre":
         norm = partial(FinalNorm, config.norm, config.hidden, config.norm_epsilon, shard)
         specs.append(LayerSpec("final_norm", norm, cost=0.0))

@@ -7,10 +7,12 @@ from pydantic import Field
 
 from parallel.layout import divisors
 from parallel.rules import Found, ModelFacts, nearest_multiples
+from pretrain.models import mixture
 from pretrain.models.family import FamilySpec, TextConfig
+from pretrain.models.mixture import MixtureFields
 
 
-class GPTConfig(TextConfig):
+class GPTConfig(MixtureFields, TextConfig):
     """A causal decoder. The defaults are GPT-2's shape of block."""
 
     family: Literal["gpt"] = Field("gpt", description="the architecture")
@@ -67,6 +69,7 @@ def problems(config: GPTConfig) -> Iterator[Found]:
         yield ("model.kv_heads", f"{config.heads} heads that share {config.num_kv_heads} key and value heads",
                "kv_heads that divide heads",
                f"set model.kv_heads to one of {', '.join(map(str, divisors(config.heads)))}")
+    yield from mixture.problems(config, config.layers)
 
 
 def facts(config: GPTConfig) -> ModelFacts:
@@ -74,6 +77,9 @@ def facts(config: GPTConfig) -> ModelFacts:
     return ModelFacts(
         layers=config.layers, heads=config.heads, kv_heads=config.num_kv_heads, hidden=config.hidden,
         ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
+        experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
+        why_no_context="routers of experts look at whole sequences, for their balance and capacity"
+        if config.experts else "",
     )
 
 
@@ -93,11 +99,12 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
     Matrix products only, two FLOPs for each multiply-add and three passes (forward, and two products in the backward);
     attention counts the whole square, the embedding lookup nothing. With ffn = 4 hidden and kv_heads = heads this is
     72 s L h^2 (1 + s/6h + V/12Lh) a sequence: Narayanan et al., SC21, section 5.1, without their recompute factor, and
-    Korthikanti et al., arXiv 2205.05198, appendix A.
+    Korthikanti et al., arXiv 2205.05198, appendix A. Of a mixture the experts count that a token meets.
     """
     width = config.heads * config.head_dim
     weights = config.layers * (_attention_matrices(config) + _ffn_matrices(config)) \
-        + config.padded_vocab_size * config.hidden
+        + config.padded_vocab_size * config.hidden \
+        + mixture.added_active_parameters(config, config.layers, config.activation == "swiglu", bias=False)
     return 6 * weights + 12 * config.layers * width * sequence_length
 
 
@@ -112,7 +119,14 @@ def _parameters(config: GPTConfig, vocab_size: int) -> int:
         block += qkv + hidden + inner_biases * config.ffn_hidden + hidden
     final_norm = norm if config.norm_position == "pre" else 0
     head = 0 if config.tied_head else vocab_size * hidden
-    return embedding + config.layers * block + final_norm + head
+    experts = mixture.added_parameters(config, config.layers, config.activation == "swiglu", config.bias)
+    return embedding + config.layers * block + experts + final_norm + head
+
+
+def idle_parameter_count(config: GPTConfig) -> int:
+    """Parameters of experts that one token does not meet."""
+    form = (config, config.layers, config.activation == "swiglu", config.bias)
+    return mixture.added_parameters(*form) - mixture.added_active_parameters(*form)
 
 
 def _attention_matrices(config: GPTConfig) -> int:
@@ -132,4 +146,5 @@ SPEC = FamilySpec(
     parameter_count=parameter_count,
     built_parameter_count=built_parameter_count,
     flops_per_token=flops_per_token,
+    idle_parameter_count=idle_parameter_count,
 )

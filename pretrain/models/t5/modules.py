@@ -16,6 +16,7 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.blocks import Block, BlockShape, Norm, causal_mask, seen
+from pretrain.models.feed_forward import of_block
 from pretrain.models.t5.spec import T5Config
 from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
 
@@ -24,7 +25,7 @@ State = tuple[Tensor, ...]
 
 def layers(config: T5Config, shard: TensorShard) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
-    shape = block_shape(config)
+    dense = block_shape(config)
     norm = partial(FinalNorm, "rmsnorm", config.hidden, config.norm_epsilon, shard)
     decoder_cost = config.num_targets / config.sequence_length * 4 / 3
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
@@ -39,9 +40,10 @@ def layers(config: T5Config, shard: TensorShard) -> list[LayerSpec]:
         specs.append(LayerSpec(f"{side}.bias", bias, cost=0.0, with_next=True))
         for index in range(count):
             name = f"{side}.blocks.{index}"
+            shape, extra_cost = of_block(dense, config, index)
             last = {"last": index == count - 1} if side == "decoder" else {}
-            specs.append(LayerSpec(name, partial(block, shape, shard, name, **last), cost=cost, recompute=True,
-                                   tied_to=f"{side}.bias"))
+            specs.append(LayerSpec(name, partial(block, shape, shard, name, **last), cost=cost * (1 + extra_cost),
+                                   recompute=True, tied_to=f"{side}.bias"))
         specs.append(LayerSpec(f"{side}.final_norm", norm, cost=0.0))
     small = config.hidden**-0.5  # either way the first logits vary by about 1
     head = partial(Head, config, shard, None, small) if config.tied_head else partial(Head, config, shard, small)

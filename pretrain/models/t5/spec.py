@@ -7,7 +7,7 @@ from pydantic import Field
 
 from parallel.layout import divisors
 from parallel.rules import Found
-from pretrain.models import encoder_decoder
+from pretrain.models import encoder_decoder, mixture
 from pretrain.models.counting import PartSizes
 from pretrain.models.encoder_decoder import EncoderDecoderConfig
 from pretrain.models.family import FamilySpec
@@ -46,6 +46,7 @@ def problems(config: T5Config) -> Iterator[Found]:
         yield ("model.relative_max_distance", f"{config.relative_max_distance} with {config.relative_buckets} buckets",
                f"more than {2 * exact}, the distances that have a bucket each",
                f"set model.relative_max_distance={2 * exact + 1} or more")
+    yield from mixture.problems(config, *encoder_decoder.sides(config))
 
 
 def sizes(config: T5Config) -> PartSizes:
@@ -68,8 +69,7 @@ def _parameters(config: T5Config, vocab_size: int) -> int:
     parts = sizes(config)
     tables = vocab_size * config.hidden * (1 if config.tied_head else 2)
     biases = 2 * config.relative_buckets * config.heads
-    blocks = config.layers * parts.block() + config.num_decoder_layers * parts.block(cross=True)
-    return tables + biases + blocks + 2 * config.hidden
+    return tables + biases + encoder_decoder.blocks(config, parts) + 2 * config.hidden
 
 
 SPEC = FamilySpec(
@@ -81,4 +81,5 @@ SPEC = FamilySpec(
     parameter_count=parameter_count,
     built_parameter_count=built_parameter_count,
     flops_per_token=encoder_decoder.flops_per_token(sizes),
+    idle_parameter_count=encoder_decoder.idle_parameter_count(sizes),
 )

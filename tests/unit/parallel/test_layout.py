@@ -1,5 +1,6 @@
 """Layouts are pure integers, so every layout of 1 to 64 ranks is tried."""
 
+from dataclasses import replace
 from itertools import product
 from math import prod
 
@@ -9,6 +10,8 @@ from parallel.config import ParallelConfig
 from parallel.layout import AXES, GROUPS, Layout, divisors, legal
 
 ALL = [layout for world_size in range(1, 65) for layout in legal(world_size)]
+ALL += [replace(layout, expert=expert) for layout in ALL if layout.context == 1 and layout.world_size <= 24
+        for expert in divisors(layout.data)[1:]]
 
 
 def test_legal_lists_every_factorisation_once():
@@ -33,9 +36,8 @@ def test_rank_is_the_inverse_of_coordinates():
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups_partition_the_ranks(name):
     for layout in ALL:
-        size = 1
-        for axis in GROUPS[name]:
-            size *= layout.degrees[axis]
+        degrees = {**layout.degrees, "ep": layout.expert, "edp": layout.data // layout.expert}
+        size = prod(degrees[axis] for axis in GROUPS[name])
         groups = layout.groups(name)
         assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
         assert all(len(group) == size for group in groups)
@@ -49,7 +51,12 @@ def test_members_of_a_group_differ_along_its_axes_only(name):
             group = layout.group(name, rank)
             assert rank in group
             for other in map(layout.coordinates, group):
-                assert all(getattr(here, axis) == getattr(other, axis) for axis in AXES if axis not in GROUPS[name])
+                same = {axis: getattr(here, axis) == getattr(other, axis) for axis in AXES}
+                same["ep"] = here.dp % layout.expert == other.dp % layout.expert
+                same["edp"] = here.dp // layout.expert == other.dp // layout.expert
+                along = {*GROUPS[name], *(("dp",) if {"ep", "edp"} & {*GROUPS[name]} else ())}
+                along |= {"ep", "edp"} if "dp" in GROUPS[name] else set()
+                assert all(same[axis] for axis in same if axis not in along)
 
 
 def test_order_tensor_then_context_then_data_then_pipeline():
@@ -66,6 +73,16 @@ def test_order_tensor_then_context_then_data_then_pipeline():
     assert layout.group("cp", 5) == [5, 7]
     assert layout.group("replicas", 5) == [1, 3, 5, 7]
     assert [layout.replica(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_experts_are_shared_by_neighbours_along_dp():
+    layout = Layout(tensor=2, pipeline=2, data=4, expert=2)
+    assert layout.group("ep", 1) == [1, 3]
+    assert layout.group("edp", 1) == [1, 5]
+    assert layout.group("ep", 14) == [12, 14]
+    assert layout.group("model", 0) == [0, 1, 2, 3, 8, 9, 10, 11]
+    with pytest.raises(ValueError, match="4 data ranks do not divide into groups of 3"):
+        Layout(data=4, expert=3)
 
 
 def test_of_takes_the_data_degree_from_the_world():

@@ -30,6 +30,19 @@ NEGATIVE = [
     ("tensor-ffn", {"tensor": 4, "model": {"ffn": 1022}}, "model.ffn", "1020 or 1024", {"model": {"ffn": 1024}}),
     ("tensor-vocab", {"tensor": 4, "model": {"vocab_size": 4097}}, "model.vocab_size", "model.pad_vocab_to=4",
      {"model": {"vocab_size": 4100}}),
+    ("tensor-expert-ffn", {"tensor": 4, "model": {"experts": 4, "expert_ffn": 94}}, "model.expert_ffn", "92 or 96",
+     {"model": {"experts": 4, "expert_ffn": 96}}),
+    ("tensor-shared-expert-ffn", {"tensor": 4, "model": {"experts": 4, "shared_expert_ffn": 6}},
+     "model.shared_expert_ffn", "one of 1, 2", {"tensor": 2}),
+    ("expert-needs-experts", {"expert": 2}, "parallel.expert", "model.experts to a multiple of 2", {"expert": 1}),
+    ("expert-divides", {"expert": 4, "model": {"experts": 6}}, "model.experts",
+     "one of 1, 2, or model.experts to 4 or 8", {"model": {"experts": 8}}),
+    ("expert-data", {"expert": 8, "tensor": 2, "model": {"experts": 8}}, "parallel.expert",
+     "one of 1, 2, 4, or start 16", {"expert": 4, "model": {"experts": 8}}),
+    ("expert-data", {"expert": 4, "world_size": 6, "model": {"experts": 8}, "global_batch": 24}, "parallel.expert",
+     "6 data ranks", {"expert": 2, "model": {"experts": 8}}),
+    ("expert-zero", {"expert": 2, "zero_stage": 3, "model": {"experts": 8}}, "parallel.zero_stage", "zero_stage=2",
+     {"zero_stage": 2, "model": {"experts": 8}}),
     ("sequence-needs-tensor", {"sequence": True}, "parallel.sequence", "one of 2, 4", {"tensor": 2}),
     ("sequence-divides", {"sequence": True, "tensor": 4, "model": {"sequence_length": 250}}, "model.sequence_length",
      "248 or 252", {"model": {"sequence_length": 252}}),
@@ -104,10 +117,11 @@ def test_tiny_runs_on_every_layout_of_up_to_8_ranks_that_it_promises():
 
 @given(world_size=st.integers(1, 512), tensor=st.integers(1, 12), context=st.integers(1, 4),
        pipeline=st.integers(1, 12), micro_batch=st.integers(1, 40), global_batch=st.integers(1, 5000),
-       zero_stage=st.integers(0, 3), sequence=st.booleans())
-def test_no_problem_means_that_the_numbers_work(world_size, **parallel):
+       zero_stage=st.integers(0, 3), sequence=st.booleans(), expert=st.integers(1, 12), experts=st.integers(0, 40))
+def test_no_problem_means_that_the_numbers_work(world_size, experts, **parallel):
     config = ParallelConfig(**parallel)
-    told = list(problems(config, PrecisionConfig(), world_size, MODEL))  # never raises, whatever the numbers
+    model = replace(MODEL, experts=experts)
+    told = list(problems(config, PrecisionConfig(), world_size, model))  # never raises, whatever the numbers
     if not told:
         layout = Layout.of(config, world_size)
         assert layout.world_size == world_size

@@ -1,0 +1,209 @@
+"""Feed-forward parts of a block: one for all tokens, or a mixture of experts. Shapes as in blocks.py.
+
+In a mixture: T = s x b tokens, E experts, k choices of each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.balance import Balance
+from parallel.experts import Dispatch, ExpertShard
+from parallel.initialise import plan_parameter
+from parallel.megatron import TensorShard
+from parallel.recompute import Recomputable
+from pretrain.models.mixture import MixtureFields, added_active_parameters
+
+if TYPE_CHECKING:
+    from pretrain.models.blocks import BlockShape
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
+}
+GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
+
+
+def activation_of(shape: BlockShape) -> Callable[[Tensor], Tensor]:
+    """What is applied to the up matrix's output, or to the gate's where there is one."""
+    return GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
+
+
+class FeedForward(Recomputable):
+    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, shape: BlockShape, shard: TensorShard):
+        super().__init__()
+        self.activation = activation_of(shape)
+        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
+        self.gate = None
+        if shape.activation in GATES:
+            self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        down_std = shape.residual_std if shape.down_std is None else shape.down_std
+        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
+
+    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
+        if self.gate is None:
+            return self.cheap_before(self.down, self.activation, self.up(x))
+        return self.cheap_before(self.down, self._gated, self.up(x), self.gate(x))
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.activation(gate) * y
+
+
+@dataclass(frozen=True)
+class MixtureShape:
+    """What a mixture is made of, free of any family's config; `shared_ffn` 0 for no shared expert."""
+
+    experts: int
+    top_k: int
+    ffn: int
+    shared_ffn: int
+    renormalised: bool
+    capacity_factor: float | None
+    balance_loss: float
+    z_loss: float
+    bias_rate: float
+
+
+def of_block(dense: BlockShape, config: MixtureFields, index: int) -> tuple[BlockShape, float]:
+    """The shape of the block of this index of a side, and what it costs beyond a dense one, in blocks of 12 h^2."""
+    if not config.is_mixture(index):
+        return dense, 0.0
+    mixture = MixtureShape(
+        experts=config.experts, top_k=config.top_k, ffn=config.expert_width, shared_ffn=config.shared_width,
+        renormalised=config.router == "top_k_softmax", capacity_factor=config.capacity_factor,
+        balance_loss=config.balance_loss, z_loss=config.z_loss, bias_rate=config.bias_rate,
+    )
+    extra = added_active_parameters(config, config.expert_every, dense.activation in GATES, bias=False)
+    return replace(dense, mixture=mixture), extra / (12 * dense.hidden**2)
+
+
+class Router(nn.Module):
+    """Which experts a token is sent to, with which weights; in fp32 whatever the compute type.
+
+    Everything that looks at several tokens looks at one sequence (the group of Lepikhin et al. 2020, GShard, section
+    2.2), so that no layout and no size of micro-batch changes it.
+    """
+
+    def __init__(self, mixture: MixtureShape, hidden: int, std: float, shard: TensorShard):
+        super().__init__()
+        self.mixture = mixture
+        self.weight = nn.Parameter(torch.empty(mixture.experts, hidden, device=shard.device))
+        plan_parameter(self.weight, std=std, keep_fp32=True)
+        self.balance = Balance(mixture.experts, mixture.bias_rate, shard.device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x [s, b, h], whole sequences -> experts int64 [s, b, k], their weights fp32 [s, b, k], and bool [s, b, k],
+        False where a choice is dropped (None: all are kept).
+        """
+        logits = F.linear(x.float(), self.weight.float())
+        probabilities = logits.softmax(-1)
+        preference = probabilities if self.balance.bias is None else probabilities + self.balance.bias
+        chosen = preference.topk(self.mixture.top_k).indices
+        weights = probabilities.gather(-1, chosen)
+        if self.mixture.renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        kept = None
+        if self.training and self.mixture.capacity_factor is not None:
+            kept = within_capacity(chosen, self.mixture.experts, self.mixture.capacity_factor)
+        if self.training and weights.requires_grad:
+            weights = self._balanced(weights, logits, probabilities, chosen, kept)
+        return chosen, weights, kept
+
+    def _balanced(self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, kept: Tensor | None
+                  ) -> Tensor:
+        """The weights, with the auxiliary losses attached to their backward.
+
+        Load balance: E sum_i f_i P_i of each sequence, f_i the share of its choices that fall on expert i (before any
+        is dropped) and P_i its mean probability; 1 when even (Fedus et al. 2021, Switch, eq. 4 to 6, which has k = 1).
+        z: mean square of the log-sum-exp of the logits (Zoph et al. 2022, ST-MoE, eq. 5).
+        """
+        mixture, (length, count, _) = self.mixture, logits.shape
+        load = F.one_hot(chosen, mixture.experts).sum((0, 2))  # [b, E]
+        balance = mixture.experts * (load / (length * mixture.top_k) * probabilities.mean(0)).sum(-1)  # [b]
+        z = logits.logsumexp(-1).square().mean(0)  # [b]
+        statistics = {
+            "tokens": load.new_tensor(length * count), "kept": load.sum() if kept is None else kept.sum(),
+            "entropy": torch.special.entr(probabilities).sum(), "sequences": load.new_tensor(count),
+            "balance_loss": balance.sum(), "z_loss": z.sum(),
+        }
+        loss = mixture.balance_loss * balance.mean() + mixture.z_loss * z.mean()
+        return self.balance.attach(weights, loss, load.sum(0), statistics)
+
+
+def within_capacity(chosen: Tensor, num_experts: int, capacity_factor: float) -> Tensor:
+    """Which choices int64 [s, b, k] an expert has room for, bool of the same shape.
+
+    In each sequence an expert takes ceil(capacity_factor k s / E) choices (Lepikhin et al. 2020, GShard, section 2.2):
+    all first choices come before all second ones, and earlier tokens before later ones.
+    """
+    length, count, top_k = chosen.shape
+    capacity = ceil(capacity_factor * top_k * length / num_experts)
+    queue = chosen.permute(1, 2, 0).flatten(1)  # [b, k s], in order of precedence
+    by_expert = queue.argsort(dim=1, stable=True)
+    load = F.one_hot(queue, num_experts).sum(1)  # [b, E]
+    begins = load.cumsum(1) - load
+    sorted_experts = queue.gather(1, by_expert)
+    place = torch.arange(top_k * length, device=chosen.device) - begins.gather(1, sorted_experts)
+    kept = torch.empty_like(queue, dtype=torch.bool).scatter_(1, by_expert, place < capacity)
+    return kept.view(count, top_k, length).permute(2, 0, 1)
+
+
+class Experts(Recomputable):
+    """The feed-forward parts of this rank's experts; shapes and names are those of `FeedForward`, stacked."""
+
+    def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
+        super().__init__()
+        self.shard = ExpertShard(mixture.experts, shard)
+        self.activation = activation_of(shape)
+        self.up = self.shard.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.up_std or shape.std)
+        self.gate = None
+        if shape.activation in GATES:
+            self.gate = self.shard.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.std)
+        down_std = shape.residual_std if shape.down_std is None else shape.down_std
+        self.down = self.shard.row(mixture.ffn, shape.hidden, bias=shape.bias, std=down_std)
+
+    def forward(self, x: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
+        """x [T, h], chosen and kept [T, k] -> [k, T, h], a partial sum over the tensor axis; 0 where dropped."""
+        way = Dispatch(chosen, kept, self.shard)
+        rows = way.there(x)
+        down, y = partial(self.down, counts=way.counts), self.up(rows, way.counts)
+        if self.gate is None:
+            return way.back(self.cheap_before(down, self.activation, y))
+        return way.back(self.cheap_before(down, self._gated, y, self.gate(rows, way.counts)))
+
+    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        return self.activation(gate) * y
+
+
+class Mixture(nn.Module):
+    """Each token's sum of a few experts' outputs, by the router's weights, in place of one feed-forward part."""
+
+    def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
+        super().__init__()
+        self.tensor = shard
+        self.router = Router(mixture, shape.hidden, shape.std, shard)
+        self.experts = Experts(shape, mixture, shard)
+        self.shared = FeedForward(replace(shape, ffn=mixture.shared_ffn), shard) if mixture.shared_ffn else None
+
+    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
+        # Every tensor rank routes alike, so the router's gradient is whole on each. The experts' outputs are partial
+        # sums until the end, and so is what they say of the weights.
+        chosen, weights, kept = self.router(self.tensor.leave_whole(x))
+        weights = self.tensor.whole_for_columns(weights)
+        whole = self.tensor.leave_for_columns(x)
+        y = self.experts(whole.flatten(0, 1), chosen.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
+        y = (y * weights.flatten(0, 1).t().unsqueeze(-1).to(y.dtype)).sum(0).view(whole.shape)
+        y = self.tensor.reduce_rows(y)
+        return y if self.shared is None else y + self.shared(x)
