@@ -44,6 +44,11 @@ class ParallelConfig(BaseModel):
         1, ge=1, description="recompute every n-th block of the model, beginning with the first; the others keep all"
     )
 
+    @property
+    def model_ranks(self) -> int:
+        """The fewest ranks that this layout runs on: those of one data rank."""
+        return self.tensor * self.context * self.pipeline
+
 
 class PrecisionConfig(BaseModel):
     """The number format of the forward and backward; master weights and optimizer state stay fp32."""

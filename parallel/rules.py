@@ -47,10 +47,6 @@ class Case:
     world_size: int | None = None
 
     @property
-    def model_ranks(self) -> int:
-        return self.parallel.tensor * self.parallel.context * self.parallel.pipeline
-
-    @property
     def head_ranks(self) -> int:
         """Ranks over which attention spreads the heads."""
         return self.parallel.tensor * self.parallel.context
@@ -63,9 +59,9 @@ class Case:
     @property
     def data(self) -> int | None:
         """The data degree, None while it is unknown or not whole."""
-        if self.world_size is None or self.world_size % self.model_ranks:
+        if self.world_size is None or self.world_size % self.parallel.model_ranks:
             return None
-        return self.world_size // self.model_ranks
+        return self.world_size // self.parallel.model_ranks
 
     @property
     def batch_unit(self) -> int:
@@ -196,12 +192,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="world-divides",
         where="parallel",
-        broken=lambda c: c.world_size is not None and c.world_size % c.model_ranks != 0,
+        broken=lambda c: c.world_size is not None and c.world_size % c.parallel.model_ranks != 0,
         asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
         + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
-        possible=lambda c: f"a multiple of {c.model_ranks} ranks (the rest is the data degree)",
-        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.model_ranks))} ranks, or choose degrees "
-        f"whose product is one of {_listed(divisors(c.world_size))}",
+        possible=lambda c: f"a multiple of {c.parallel.model_ranks} ranks (the rest is the data degree)",
+        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
+        f"degrees whose product is one of {_listed(divisors(c.world_size))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
                     "model.heads to {multiples}"),
@@ -239,11 +235,11 @@ RULES: tuple[Rule, ...] = (
         where="parallel.expert",
         broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
         asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
-        f"{c.model_ranks})",
+        f"{c.parallel.model_ranks})",
         possible=lambda c: f"expert one of {_listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
         "the experts",
         change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or start "
-        f"{_either(nearest_multiples(c.world_size, c.model_ranks * c.parallel.expert))} ranks",
+        f"{_either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
     ),
     Rule(
         name="expert-zero",

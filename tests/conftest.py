@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.shapes import write_shapes
+from tests.helpers import devices
 from tests.helpers.recipes import write_dataset_of_this_project, write_recipe
+
+devices.hide()
 
 # What `make quick` takes of the suites that start many ranks; the rest of them is marked slow.
 QUICK = ("[tied-tp2-pp1-dp2-zero1-sp1]", "[tied-tp1-pp2-dp2-zero1-sp0]", "[tied-tp1-pp1-dp2-zero3-sp0]",

@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     world_size = rank_info.world_size if rank_info else args.nproc
     config = _load(args, rank_info, world_size)
     if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
-        parallel = config.parallel
-        world_size = parallel.tensor * parallel.context * parallel.pipeline
+        world_size = config.parallel.model_ranks
         config = _load(args, rank_info, world_size)
         _check_default(world_size)
     if rank_info is None and world_size > 1:

@@ -167,10 +167,7 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     """The facts a run starts with, as (name, fact)."""
     config, layout = run.config, run.layout
     parallel = config.parallel
-    axes = [f"tensor {layout.tensor}", f"pipeline {layout.pipeline}", f"data {layout.data}"]
-    if layout.context > 1:
-        axes.insert(1, f"context {layout.context}")
-    words = [" × ".join(axes)]
+    words = [layout.words]
     if layout.sequence:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.image import imread
 
+from parallel.layout import Layout
 from pretrain.hooks import ConsoleHook, CurveHook, Hook, Hooks, MetricsFileHook, TensorBoardHook, standard_hooks
 from pretrain.hooks.console import banner, duration, short_number
 from pretrain.hooks.curve import draw_curve, smoothed
@@ -30,8 +31,7 @@ def make_run(folder, start_step=0, total_steps=20, is_main=True):
         precision=SimpleNamespace(compute="fp32"),
     )
     return SimpleNamespace(
-        config=config, layout=SimpleNamespace(tensor=2, context=1, pipeline=1, data=2, sequence=False), rank=0,
-        world_size=4,
+        config=config, layout=Layout(tensor=2, data=2), rank=0, world_size=4,
         folder=Path(folder), is_main=is_main, start_step=start_step, total_steps=total_steps,
         num_parameters=124_439_808, tokens_per_step=2048, device_name="cpu",
         node="here", engine=None,
