@@ -32,6 +32,10 @@ class ParallelConfig(BaseModel):
     global_batch: int = Field(
         ge=1, description="sequences in one step over all ranks; gradient accumulation follows from it"
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what ZeRO keeps in host memory: `optimizer` master weights, moments and the step, "
+        "`parameters` also the weights (stage 3)"
+    )
     loss_chunk_tokens: int = Field(
         0, ge=0, description="tokens whose logits are made at a time, and again in the backward, so that a large "
         "vocabulary never has all of its logits in memory; 0: all at once"

@@ -78,9 +78,10 @@ class Layout:
 
     @property
     def words(self) -> str:
-        """The degrees as a person reads them; the context degree where there is one."""
+        """The degrees as a person reads them; the context and the expert degree where there is one."""
         context = f"context {self.context} × " if self.context > 1 else ""
-        return f"tensor {self.tensor} × {context}pipeline {self.pipeline} × data {self.data}"
+        experts = f" (experts over {self.expert})" if self.expert > 1 else ""
+        return f"tensor {self.tensor} × {context}pipeline {self.pipeline} × data {self.data}{experts}"
 
     @property
     def replicas(self) -> int:

@@ -335,6 +335,34 @@ RULES: tuple[Rule, ...] = (
         change=lambda c: "set precision.compute=bf16",
     ),
     Rule(
+        name="offload-zero",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload != "none" and c.parallel.zero_stage == 0,
+        asked=lambda c: f"offload={c.parallel.offload} with zero_stage=0",
+        possible=lambda c: "zero_stage of at least 1: at stage 0 DeepSpeed ignores offload without a word",
+        change=lambda c: f"set parallel.zero_stage={3 if c.parallel.offload == 'parameters' else 1} (on one data rank "
+        "stage 1 splits nothing and only moves the optimizer), or parallel.offload=none",
+    ),
+    Rule(
+        name="offload-parameters",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload == "parameters" and c.parallel.zero_stage in (1, 2),
+        asked=lambda c: f"offload=parameters with zero_stage={c.parallel.zero_stage}",
+        possible=lambda c: "zero_stage=3, which fetches each layer's weights when they are used; "
+        "offload=optimizer with stages 1, 2 and 3",
+        change=lambda c: "set parallel.offload=optimizer, or parallel.zero_stage=3 without a pipeline",
+    ),
+    Rule(
+        name="offload-pipeline",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload == "optimizer" and c.parallel.zero_stage > 0 and c.parallel.pipeline > 1
+        and c.precision.compute != "fp32",
+        asked=lambda c: f"offload=optimizer with pipeline={c.parallel.pipeline} in {c.precision.compute}",
+        possible=lambda c: "offload in a pipeline with precision.compute=fp32, or in 16 bits without a pipeline: "
+        "DeepSpeed 0.19.8 loses a part of the gradient where both meet",
+        change=lambda c: "set parallel.offload=none, or parallel.pipeline=1",
+    ),
+    Rule(
         name="loss-chunks",
         where="parallel.loss_chunk_tokens",
         broken=lambda c: c.parallel.loss_chunk_tokens > 0 and not c.model.predicts_tokens,

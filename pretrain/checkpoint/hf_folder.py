@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.checkpoint.hf_config import by_model_type, read_config
 from pretrain.checkpoint.hf_tensors import to_ours, to_theirs
 from pretrain.errors import ExitCode, Problem, UserError, render
+from pretrain.models import family_spec
 from pretrain.models.hf_map import Converted, converted, pattern
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -71,6 +72,7 @@ class HFFolder:
         if self.read.model is None:
             raise HFError(folder / CONFIG, self.read.problems)
         self.model = self.read.model
+        self._check_size()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._converted: dict[str, Converted] = {}
         self._places: dict[str, Place] = {}
@@ -82,6 +84,22 @@ class HFFolder:
             raise HFError(self.folder / CONFIG, [Problem("model_type", named, ", ".join(known),
                                                          "take a model of one of these architectures")])
         return known[asked]
+
+    def _check_size(self) -> None:
+        """No number of config.json may go beyond what the folder holds: a wrong one could ask for a model without end.
+
+        Raises:
+            HFError: one does.
+        """
+        facts = family_spec(self.family).facts(self.model)
+        longest = max((size for place in self._renamed.values() for size in place.shape), default=0)
+        limits = {"layers": len(self._renamed), "hidden": longest, "ffn": longest, "vocab_size": longest,
+                  "heads": longest, "experts": len(self._renamed)}
+        problems = [Problem(f"{name} in {CONFIG}", f"{getattr(facts, name):,}", f"at most {limit:,}, going by the "
+                            "tensors in the folder", "put back the config.json or the tensors that belong together")
+                    for name, limit in limits.items() if getattr(facts, name) > limit]
+        if problems:
+            raise HFError(self.folder, problems, ExitCode.DATA)
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find a place for every tensor of our model, given its global names and shapes.
