@@ -65,6 +65,7 @@ class HFFolder:
                                            "safetensors files", "check the path")])
         values = _json(folder / CONFIG)
         self.family, self.architecture = self._architecture(values)
+        self._stand_ins = self.architecture.stand_ins(values)
         found = _places(folder)
         self._renamed = {_modern(name, self.architecture.renamed): place for name, place in found.items()}
         self.read = read_config(self.family, self.architecture, values, self._renamed.keys())
@@ -117,6 +118,9 @@ class HFFolder:
         for copy, original in copies.items():  # some folders keep only the copy
             if copy in self._places:
                 self._places.setdefault(original, self._places[copy])
+        for absent, source in self._stand_ins.items():
+            if absent in wanted and source in self._places:
+                self._places.setdefault(absent, self._places[source])
         problems = [Problem(f"tensor {name}", "nothing by that name", "a tensor for every part that config.json names",
                             "take a folder that holds the whole model, with its head")
                     for name in wanted if name not in self._places]

@@ -215,6 +215,8 @@ class Architecture:
     free_of_ours: tuple[str, ...] = ()
     # theirs: the tensor that it repeats, where the folder holds it all the same
     copies: Callable[[FamilyConfig], Mapping[str, str]] = lambda config: {}
+    # theirs: the tensor it is read from where the folder leaves it out; given config.json
+    stand_ins: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda values: {}
     zeros: tuple[str, ...] = ()  # tensors of theirs that ours lacks, and that must be zero where they are there
     ignored: tuple[str, ...] = ()  # patterns of buffers that hold nothing learnt
     prefix: str = ""  # what names of older folders lack

@@ -67,6 +67,8 @@ THEIRS = {  # name of the case: class of transformers, settings
     "roberta": ("RobertaForMaskedLM", {**BERT, "type_vocab_size": 1, "max_position_embeddings": 26, "pad_token_id": 1}),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "t5-1.1-one-table": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu",
+                                                        "tie_word_embeddings": False}),
     "switch": ("SwitchTransformersForConditionalGeneration", SWITCH),
     "switch-all-sparse": ("SwitchTransformersForConditionalGeneration", {
         **SWITCH, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}),
@@ -116,7 +118,7 @@ def saved(case: str, folder: Path) -> Path:
     name, settings = THEIRS[case]
     cls = getattr(transformers, name)
     model = cls(cls.config_class(**settings))
-    if case == "t5-1.1":  # transformers 5 ties the head of every new T5
+    if case == "t5-1.1":  # transformers 5 ties the head of every new T5, and leaves it out of the folder
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
