@@ -21,14 +21,14 @@ from launchers.children import dying_with_parent
 from launchers.outcome import Outcome, close, decide, is_closed, outcome
 from launchers.processes import adopt_orphans, end_descendants
 from launchers.rank_logs import failure_text
-from parallel.rank_info import ATTEMPT, process_environment
+from parallel.rank_info import ATTEMPT, SUPERVISOR, process_environment
 from pretrain.errors import ExitCode
 from pretrain.status import NOTES_FOLDER, Status, first_failure, read, write_note
 from pretrain.stop_files import ask_to_go_on_later, forget
 
 POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
-FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 60.0, 8.0
+FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 90.0, 8.0
 # The same for a launcher that starts failed ranks again: until they have met and forgotten the failure.
 RESTART_SECONDS = 900.0
 # scontrol: asking again would not help, or Slurm has requeued the job already.
@@ -66,9 +66,11 @@ class Supervisor:
         # A session of its own: what a terminal or scheduler sends to our group is passed on by us, once.
         self.process = subprocess.Popen(
             list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
-            env=process_environment() | {ATTEMPT: self.token},
+            env=process_environment() | {ATTEMPT: self.token, SUPERVISOR: str(os.getpid())},
             preexec_fn=dying_with_parent(held_back=()),  # noqa: PLW1509 (this process has one thread)
         )
+        if self.asked:  # while the launcher was being started
+            self._on_signal(signal.Signals[self.asked], None)
         self._wait()
         if self.process.returncode is None or not self.by_signal:
             end_descendants(POLITE_SECONDS if self.interrupts < 2 else 0)

@@ -6,6 +6,7 @@ matters is written out here.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,12 +14,15 @@ from functools import partial
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups as expert_groups
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
@@ -56,6 +60,7 @@ def deepspeed_config(
             "min_loss_scale": 1,
         },
         "zero_optimization": {
+            **_offload(parallel.offload, on_accelerator),
             "stage": parallel.zero_stage,
             "overlap_comm": on_accelerator and parallel.zero_stage >= 2,
             "contiguous_gradients": True,
@@ -75,6 +80,35 @@ def deepspeed_config(
         "flops_profiler": {"enabled": False},
         "comms_logger": {"enabled": False},
     }
+
+
+def _offload(what: str, on_accelerator: bool) -> dict:
+    """What of the states lies in host memory, pinned where an accelerator copies from it."""
+    host = {"device": "cpu", "pin_memory": on_accelerator}
+    sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(sections[what], host)
+
+
+def lacking_for_offload(what: str, device_type: str) -> str | None:
+    """What this machine has not got for `parallel.offload`, and what to do; None when nothing is missing."""
+    if what == "none":
+        return None
+    if what == "parameters" and device_type == "cpu":
+        return ("parallel.offload=parameters needs an accelerator: it moves weights out of device memory, and here "
+                "they are in host memory already. Set parallel.offload=optimizer or none")
+    compiler = cpp_extension.get_cxx_compiler()
+    missing = [] if shutil.which(compiler) else [f"the C++ compiler {compiler}"]
+    missing += [] if cpp_extension.is_ninja_available() else ["ninja"]
+    if not missing:
+        return None
+    return (f"parallel.offload={what} steps with DeepSpeed's Adam for the CPU, which is compiled on the machine, and "
+            f"{' and '.join(missing)} cannot be found: install it (Debian: apt-get install g++ ninja-build; another "
+            "compiler by the variable CXX), or set parallel.offload=none")
+
+
+def adamw(offload: str) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW where the optimizer's state is: torch's fused one, or DeepSpeed's for host memory."""
+    return partial(torch.optim.AdamW, fused=True) if offload == "none" else partial(DeepSpeedCPUAdam, adamw_mode=True)
 
 
 def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager:
@@ -109,20 +143,40 @@ class _StagePipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def _build(self) -> None:
-        stage, wrapped = self._built
-        self.stage = stage
-        tied = {spec.tied_to for spec in stage.specs if spec.tied_to}
+        self.stage, _ = self._built
         for layer in self._layer_specs:
-            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in stage.by_name:
-                self.tied_modules[layer.key] = stage.by_name[layer.key.replace("/", ".")]
+            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in self.stage.by_name:
+                self.tied_modules[layer.key] = self.stage.by_name[layer.key.replace("/", ".")]
                 self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
-        for spec in stage.specs:
-            call = wrapped.get(spec.name, stage.by_name[spec.name])
-            if spec.tied_to in tied:
-                call = partial(_call_tied, call, stage.by_name[spec.tied_to])
-            self.forward_funcs.append(call)
+        self._build_calls()
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
+
+    def _build_calls(self) -> None:
+        self.forward_funcs = self._calls(self.stage.specs)
+
+    def _calls(self, specs: list[LayerSpec]) -> list[Callable]:
+        stage, wrapped = self._built
+        calls = []
+        for spec in specs:
+            call = wrapped.get(spec.name, stage.by_name[spec.name])
+            calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
+        return calls
+
+
+class _FoldedPipeline(_StagePipeline, DualPipeVModule):
+    """The same over the two spans of layers that a rank has in DeepSpeed's DualPipeV."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.num_stages *= 2
+        super()._partition_layers(method)
+        back = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[back], self.parts[back + 1])]
+
+    def _build_calls(self) -> None:
+        self.phase_funcs = [self._calls(span) for span in self.stage.spans]
+        self.phase_checkpointable = [[], []]
+        self.activate_phase(0)
 
 
 def _call_tied(layer: Callable, tied: nn.Module, state):
@@ -179,7 +233,8 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
     layout = groups.layout
     _fit_buckets(config, stage)
     piped = layout.pipeline > 1
-    model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
+    kind = _FoldedPipeline if len(stage.spans) == 2 else _StagePipeline
+    model = kind(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
     if layout.expert > 1:
         _separate_experts(model, optimizer, groups)
     if piped:

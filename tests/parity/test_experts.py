@@ -97,6 +97,13 @@ def test_encoder_decoder_with_recompute(run):
     check(run("t5", case, (*options, "parallel.recompute=full")), run("t5", Case(), options))
 
 
+@pytest.mark.parametrize("case", [Case(data=2, zero=2, expert=2), Case(pipeline=2, data=2, zero=1, expert=2)], ids=str)
+def test_with_what_saves_memory(case, run):
+    """Offload, selective recompute and logits in chunks beside experts."""
+    saving = ("parallel.offload=optimizer", "parallel.recompute=selective", "parallel.loss_chunk_tokens=24")
+    check(run("gpt", case, (*TOP_2, *saving)), run("gpt", Case(), TOP_2))
+
+
 @pytest.mark.parametrize("case", [Case(data=2, zero=1, expert=2), Case(data=2, zero=0, expert=2)], ids=str)
 def test_bf16_curve_is_close(case, run):
     found, expected = (run("gpt", place, (*TOP_2, *extra)) for place, extra in (

@@ -27,7 +27,7 @@ def make_run(folder, start_step=0, total_steps=20, is_main=True):
         model=SimpleNamespace(family="gpt"),
         objective=SimpleNamespace(name="causal_lm"),
         log=SimpleNamespace(every=5, tensorboard=True),
-        parallel=SimpleNamespace(zero_stage=1, recompute="none", micro_batch=2, global_batch=16),
+        parallel=SimpleNamespace(zero_stage=1, offload="none", recompute="none", micro_batch=2, global_batch=16),
         precision=SimpleNamespace(compute="fp32"),
     )
     return SimpleNamespace(
