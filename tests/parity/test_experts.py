@@ -104,6 +104,11 @@ def test_with_what_saves_memory(case, run):
     check(run("gpt", case, (*TOP_2, *saving)), run("gpt", Case(), TOP_2))
 
 
+def test_in_a_folded_pipeline(run):
+    folded = ("parallel.schedule=dualpipev", "parallel.micro_batch=1")
+    check(run("gpt", Case(pipeline=2, data=2, zero=1, expert=2), (*TOP_2, *folded)), run("gpt", Case(), TOP_2))
+
+
 @pytest.mark.parametrize("case", [Case(data=2, zero=1, expert=2), Case(data=2, zero=0, expert=2)], ids=str)
 def test_bf16_curve_is_close(case, run):
     found, expected = (run("gpt", place, (*TOP_2, *extra)) for place, extra in (
