@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -156,6 +157,18 @@ class _StagePipeline(PipelineModule):
             self.forward_funcs.append(call)
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
+
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights with the groups of stages that hold them, for the sum of their gradients.
+
+        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
+        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
+        """
+        found = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
+        return [(weight if total is None else SimpleNamespace(grad=total), group)
+                for (weight, group), total in zip(found, sums, strict=True)]
 
 
 def _call_tied(layer: Callable, tied: nn.Module, state):
