@@ -164,6 +164,17 @@ class _StagePipeline(PipelineModule):
             calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
         return calls
 
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights with the groups of stages that hold them, for the sum of their gradients.
+
+        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
+        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
+        """
+        found = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
+        return [(weight if total is None else SimpleNamespace(grad=total), group)
+                for (weight, group), total in zip(found, sums, strict=True)]
+
 
 class _FoldedPipeline(_StagePipeline, DualPipeVModule):
     """The same over the two spans of layers that a rank has in DeepSpeed's DualPipeV."""
@@ -178,18 +189,6 @@ class _FoldedPipeline(_StagePipeline, DualPipeVModule):
         self.phase_funcs = [self._calls(span) for span in self.stage.spans]
         self.phase_checkpointable = [[], []]
         self.activate_phase(0)
-
-
-    def get_tied_weights_and_groups(self) -> list:
-        """Tied weights with the groups of stages that hold them, for the sum of their gradients.
-
-        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
-        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
-        """
-        found = super().get_tied_weights_and_groups()
-        sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
-        return [(weight if total is None else SimpleNamespace(grad=total), group)
-                for (weight, group), total in zip(found, sums, strict=True)]
 
 
 def _call_tied(layer: Callable, tied: nn.Module, state):
