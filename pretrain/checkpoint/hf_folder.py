@@ -172,6 +172,15 @@ class HFFolder:
         if problems:
             raise HFError(self.folder, problems, ExitCode.DATA)
 
+    def notes(self) -> list[str]:
+        """What the folder says and an import does not carry over: settings of training, or of how inputs are made."""
+        found = list(self.read.notes)
+        for name, ours in self.architecture.files(self.model).items():
+            theirs = _json(self.folder / name) if (self.folder / name).is_file() else {}
+            found += [f"{name} says {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
+                      if not isinstance(value, dict | str) and key in theirs and theirs[key] != value]
+        return found
+
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
         """The whole tensor of our global name, fp32 on the CPU; a folder of transformers holds weights only.
 

@@ -223,6 +223,7 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()  # endings of names in older folders, and what they are today
     read: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # other spellings of config.json into the one above
     write: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # and back
+    files: Callable[[FamilyConfig], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
     tokens_in: str = ""  # the section of config.json that names token ids, where it is not the top
     pads_with: Callable[[FamilyConfig], int | None] = lambda config: None  # an id that it takes for padding anywhere
 
