@@ -19,7 +19,7 @@ from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
 from parallel.rank_info import RankInfo
-from parallel.rendezvous import RendezvousError, join, leave
+from parallel.rendezvous import RendezvousError, join, leave, total
 from parallel.zero import lacking_for_offload
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
@@ -268,6 +268,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         run.unit: step * run.tokens_per_step, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
+    if config.spec.reads == "pairs":  # each data rank has counted its own, and all its tensor ranks the same
+        record["bad_samples"] = total(loader.num_bad) // run.layout.tensor
     if result.routing:
         record.update(result.routing)
     if result.skipped:

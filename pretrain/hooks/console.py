@@ -144,6 +144,9 @@ class ConsoleHook(Hook):
             facts.append(("loss", f"{self._first_loss:.4f} -> {self._last['loss']:.4f}"))
         if self._heldout_loss is not None:
             facts.append(("held-out", f"{self._heldout_loss:.4f}"))
+        if self._last.get("bad_samples"):
+            facts.append(("passed over", f"{self._last['bad_samples']:,} samples that could not be used, the first "
+                          f"named in {run.folder / 'logs'}"))
         facts.append(("run folder", str(run.folder)))
         for name, path in (("metrics", run.folder / METRICS_FILE), ("curve", run.folder / CURVE_FILE)):
             if path.exists():

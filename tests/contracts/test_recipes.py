@@ -12,7 +12,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "clusters" not in path.parts)
 NEEDS_THE_MACHINE = ("data.", "run.dir")  # what the recipe cannot bring along
 
-PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BERT with its heads for pretraining
+# Exact counts, of the released checkpoints with padding left out: openai-community/gpt2, meta-llama, google-t5/t5-*,
+# google/t5-v1_1-*, facebook/bart-*, google-bert/bert-*-uncased with its heads for pretraining, FacebookAI/roberta-base.
+PUBLISHED = {
     "gpt/gpt1-117m": 116_534_784,
     "gpt/gpt2-124m": 124_439_808,
     "gpt/gpt2-1.5b": 1_557_611_200,
@@ -33,7 +35,7 @@ PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BE
     "moe/switch-base-8": 619_339_008,
     "moe/mixtral-8x7b": 46_702_792_704,
 }
-PUBLISHED_CLIP = {  # of the released checkpoints
+PUBLISHED_CLIP = {  # openai/clip-vit-*, laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
     "vit-h-14": 986_109_441,
 }  # fmt: skip

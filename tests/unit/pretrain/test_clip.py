@@ -8,17 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.pairs import PairsDataset
+from data_pipeline.pairs_writer import RawPair, write_pairs
 from parallel.initialise import draw
 from parallel.megatron import TensorShard
 from parallel.pipeline import Stage
 from parallel.two_pass import DataRows, GradientCache, surrogate
 from pretrain.config import config_from
+from pretrain.metrics import read_metrics
 from pretrain.models import family_spec
 from pretrain.models.clip.modules import layers
 from pretrain.models.clip.spec import CLIPConfig
 from pretrain.objectives.contrastive import Contrastive, SigLIP
-from tests.helpers.ranks import run_ranks
-from tests.helpers.recipes import CLIP
+from tests.helpers.ranks import run_ranks, train_on
+from tests.helpers.recipes import CLIP, write_recipe
 
 SHARD = TensorShard(None, torch.device("cpu"))
 ROWS = DataRows()
@@ -41,7 +44,7 @@ def in_one_process(info, work: str):
 
 def built(config: CLIPConfig) -> Stage:
     specs = layers(config, SHARD)
-    stage = Stage(specs, 0, len(specs))
+    stage = Stage(specs, (0, len(specs)))
     with torch.no_grad():
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
@@ -158,3 +161,30 @@ def test_a_tensor_degree_that_does_not_divide_names_both_towers():
     config = config_from({**CLIP, "data": {"train": "unused"}, "parallel": parallel}, "test")
     wheres = [problem.where for problem in config.problems(3)]
     assert "model.image_heads, model.text_heads" in wheres
+
+
+@pytest.fixture(scope="module")
+def damaged(shapes, tmp_path_factory):
+    """A folder of pairs of which four cannot be used."""
+    good = PairsDataset.open(shapes / "train", 24)
+    pairs = []
+    for number in range(60):
+        image, caption = good.pair(number)
+        content = {7: b"not an image", 21: image[:90]}.get(number, image)
+        pairs.append(RawPair(f"pair {number}", ".png", content, {33: " ", 50: ""}.get(number, caption)))
+    folder = tmp_path_factory.mktemp("damaged")
+    write_pairs(pairs, good.tokenizer, folder / "train", "train", "four of 60 damaged")
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "extra"), [(1, []), (2, []), (2, ["parallel.tensor=2"])])
+def test_a_run_counts_what_it_passes_over(ranks, extra, damaged, tmp_path):
+    """Once an epoch of 60 pairs has gone by, all four were met, whoever read them; the person is told at the end."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)
+    overrides = [f"run.dir={tmp_path / 'run'}", "run.steps=15", "parallel.micro_batch=2", "parallel.global_batch=4",
+                 "data.heldout=null", "data.max_bad_fraction=0.5", *extra]
+    assert set(train_on(ranks, recipe, overrides)) == {0}
+    counts = [record["bad_samples"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == sorted(counts)
+    assert counts[-1] == 4
+    assert "passed over" in (tmp_path / "run" / "logs" / "train.log").read_text(encoding="utf-8")
