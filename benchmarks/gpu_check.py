@@ -53,6 +53,7 @@ class Check:
     reference_device: str | None = None
 
 
+EXPERTS = ("model.experts=4", "model.top_k=2", "model.bias=false")
 CHECKS = (
     Check("ZeRO 1 against ZeRO 0", ("parallel.zero_stage=1",)),
     Check("ZeRO 3 against ZeRO 0", ("parallel.zero_stage=3",)),
@@ -62,6 +63,8 @@ CHECKS = (
     Check("selective recompute against none", ("parallel.recompute=selective",)),
     Check("full recompute against none", ("parallel.recompute=full",)),
     Check("loss in chunks against whole", ("parallel.loss_chunk_tokens=48",)),
+    Check("experts in bf16 (grouped products) against fp32", (*EXPERTS, "precision.compute=bf16"), EXPERTS, HALF),
+    Check("experts against the CPU", EXPERTS, EXPERTS, KERNELS, reference_device="cpu"),
     Check("compiled blocks against eager", (), compiled=True, bound=KERNELS),
     Check("this device against the CPU", (), bound=KERNELS, reference_device="cpu"),
 )
