@@ -1,6 +1,7 @@
 # make install   a virtual environment in .venv with the tested versions; nothing to do the second time
-# make demo      prepares data, trains the tiny model and shows the result
-# make demo-clip  draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
+# make demo      prepares data, trains the tiny GPT and shows the result
+# make demo-t5   the same with the tiny T5, which fills in hidden spans
+# make demo-clip draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
 # make gpu-check  on one GPU: what must agree there, then the speed of two models, in about eight minutes
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
 # make faults    signals, lost nodes, killed launchers, hostile values: ARGS="--rows F3,F8 --trials 2 --seed 7"
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo demo-clip gpu-check test quick faults lint docs
+.PHONY: install demo demo-t5 demo-clip gpu-check test quick faults lint docs
 
 install: $(STAMP)
 
@@ -22,13 +23,14 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo-clip: install
-	$(BIN)/trainyard data shapes --to data/shapes --num-train 12000 --num-test 480 --seed 0
-	OMP_NUM_THREADS=1 $(BIN)/trainyard train configs/clip/tiny.yaml --nproc 2 run.dir=runs/demo-clip parallel.micro_batch=64
-	$(BIN)/trainyard evaluate runs/demo-clip --data data/shapes/zero-shot data/shapes/heldout
-
 demo: install
 	$(BIN)/trainyard demo
+
+demo-t5: install
+	$(BIN)/trainyard demo t5
+
+demo-clip: install
+	$(BIN)/trainyard demo clip
 
 gpu-check: install
 	$(BIN)/python benchmarks/gpu_check.py

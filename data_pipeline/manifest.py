@@ -137,6 +137,18 @@ class PairsManifest(_Manifest):
     shards: tuple[PairsEntry, ...] = Field(min_length=1)
 
 
+def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:
+    """The manifest of a dataset folder of either kind. Raises DataError naming what is missing or wrong."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        is_small = path.stat().st_size <= MAX_MANIFEST_BYTES
+        content = json.loads(path.read_text(encoding="utf-8")) if is_small else None
+    except (OSError, ValueError, RecursionError):
+        content = None  # which is told when it is read as one kind or the other
+    is_pairs = isinstance(content, dict) and content.get("kind") == "pairs"
+    return (PairsManifest if is_pairs else Manifest).load(folder)
+
+
 def shard_faults(folder: Path, entry: ShardFile, sizes: dict[str, int]) -> list[str]:
     """Faults of one shard and its index visible in `sizes` (name -> bytes of the files in `folder`), files named."""
     faults = []

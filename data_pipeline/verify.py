@@ -1,4 +1,5 @@
-"""Recompute everything a dataset folder claims about itself: checksums, sample counts, every member, every token id."""
+"""Recompute everything a dataset folder claims about itself: checksums, sample counts, every member, every token id or
+image."""
 
 import hashlib
 import os
@@ -10,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.errors import DataError
+from data_pipeline.images import BadImage, decode
 from data_pipeline.index import TOKENS_SUFFIX, Shard, load_index
-from data_pipeline.manifest import Manifest, ShardEntry
+from data_pipeline.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
+from data_pipeline.pairs import BadPair, PairsDataset
 from data_pipeline.tokenizer import Tokenizer
 
 READ_BYTES = 1 << 20
@@ -20,12 +23,17 @@ MAX_MEMBER_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in one file of a dataset: nothing wrong when `problems` is empty."""
+    """What was found in one file of a dataset: nothing wrong when `problems` is empty.
+
+    `num_samples` are documents, or pairs of image and caption; `unusable` are pairs that are stored as the manifest
+    says and that training passes over.
+    """
 
     name: str
-    num_documents: int
+    num_samples: int
     num_tokens: int
     problems: tuple[str, ...]
+    unusable: tuple[str, ...] = ()
 
 
 def verify(folder: str | os.PathLike) -> Iterator[FileReport]:
@@ -34,13 +42,46 @@ def verify(folder: str | os.PathLike) -> Iterator[FileReport]:
     Raises DataError when there is no readable manifest.
     """
     folder = Path(folder)
-    manifest = Manifest.load(folder)
+    manifest = load_manifest(folder)
     yield FileReport(manifest.tokenizer.file, 0, 0, tuple(_tokenizer_problems(folder, manifest)))
+    if isinstance(manifest, PairsManifest):
+        yield from _pairs_reports(folder, manifest)
+        return
     for entry in manifest.shards:
         yield _shard_report(folder, manifest, entry)
 
 
-def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _pairs_reports(folder: Path, manifest: PairsManifest) -> Iterator[FileReport]:
+    """Every shard: its checksums, and every image decoded beside its caption."""
+    problems = {entry.name: tuple(_file_problems(folder, entry)) for entry in manifest.shards}
+    if any(problems.values()):  # pairs are numbered through all shards, so none can be read by number
+        yield from (FileReport(name, 0, 0, found) for name, found in problems.items())
+        return
+    dataset, first = PairsDataset.open(folder), 0
+    for entry in manifest.shards:
+        unusable = []
+        for number in range(first, first + entry.num_pairs):
+            try:
+                decode(dataset.pair(number).image)
+            except BadPair as error:
+                unusable.append(str(error))
+            except BadImage as error:
+                unusable.append(f"{dataset.place(number)}: {error}")
+        yield FileReport(entry.name, entry.num_pairs, 0, (), tuple(unusable))
+        first += entry.num_pairs
+
+
+def _file_problems(folder: Path, entry: ShardFile) -> Iterator[str]:
+    """What keeps a shard and its index from being those that were written."""
+    for name, expected in ((entry.name, entry.sha256), (entry.index, entry.index_sha256)):
+        try:
+            if _sha256(folder / name) != expected:
+                yield f"SHA-256 of {name} differs from the manifest"
+        except DataError as error:
+            yield error.message
+
+
+def _tokenizer_problems(folder: Path, manifest: Manifest | PairsManifest) -> Iterator[str]:
     try:
         tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
     except DataError as error:
@@ -54,11 +95,9 @@ def _tokenizer_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 def _shard_report(folder: Path, manifest: Manifest, entry: ShardEntry) -> FileReport:
     problems: list[str] = []
+    problems += _file_problems(folder, entry)
     num_documents = num_tokens = 0
     try:
-        for name, expected in ((entry.name, entry.sha256), (entry.index, entry.index_sha256)):
-            if _sha256(folder / name) != expected:
-                problems.append(f"SHA-256 of {name} differs from the manifest")
         num_documents = _num_members(folder / entry.name)
         if num_documents != entry.num_documents:
             problems.append(f"{num_documents} documents where the manifest says {entry.num_documents}")

@@ -1,10 +1,11 @@
 """Whether this node can train at all, looked at before the first step: run folder, disc, devices, Python packages.
 
 ``python -m launchers.node_check RUN_FOLDER DEVICES``, one task a node. Exit code 71 when something is wrong, with a
-note that names the node.
+note on standard output that names the node: the run folder may be just what cannot be written.
 """
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
 from pretrain.errors import ExitCode
@@ -33,19 +35,21 @@ def main(argv: Sequence[str]) -> int:
     if not found:
         return 0
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
-    sys.stderr.write(f"{reason}\n")
-    note_node(folder, info, info.node, reason)
+    sys.stdout.write(json.dumps(_note(info, info.node, reason)) + "\n")
     return ExitCode.NODE
 
 
 def note_node(folder: Path, info: RankInfo, node: str, reason: str) -> None:
     """Names a node that cannot train, for `trainyard status` and for whoever starts the next attempt."""
-    note = {"rank": None, "node": node, "exit_code": int(ExitCode.NODE), "reason": reason,
-            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
     try:
-        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{node}.json", note)
+        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{node}.json", _note(info, node, reason))
     except OSError as error:
         sys.stderr.write(f"{error}\n")
+
+
+def _note(info: RankInfo, node: str, reason: str) -> dict[str, Any]:
+    return {"rank": None, "node": node, "exit_code": int(ExitCode.NODE), "reason": reason,
+            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
 
 
 def problems(folder: Path | None, devices: int) -> list[str]:

@@ -1,8 +1,9 @@
 """The keeper of one rank: starts it, keeps its log, and writes down how it ended.
 
 Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a rank that is killed cannot say so. This
-small process can. It also notices that its launcher is gone, which nobody tells a rank: Slurm for instance does not see
-that its step daemon was killed. Called by the launchers as ``python -m launchers.one_rank RUN_FOLDER ARGUMENTS...``.
+small process can. It also notices that its launcher or the supervisor is gone, which nobody tells a rank: Slurm for
+instance does not see that its step daemon was killed. Called by the launchers as ``python -m launchers.one_rank
+RUN_FOLDER ARGUMENTS...``.
 """
 
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from launchers.children import dying_with_parent
 from launchers.rank_logs import open_log
-from parallel.rank_info import RankInfoError, process_environment, read_rank_info
+from parallel.rank_info import SUPERVISOR, RankInfoError, process_environment, read_rank_info
 from pretrain.status import NOTES_FOLDER, write_note
 
 QUIET_CODES = (0, 75)
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     A rank that has saved and wants to go on (75) is a success for the launcher, which would otherwise end the others
     while they part (srun), or start them again (torchrun with restarts). status.json has the code.
     """
-    launcher = os.getppid()
+    above = Above()
     first, *arguments = _without_local_rank(argv)
     folder = Path(first)
     try:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         # A launcher may signal only its own child, which is this process. To hear it twice does a rank no harm.
         signal.signal(number, lambda number, _frame: child.send_signal(number))
-    code = _wait(child, launcher)
+    code = _wait(child, above)
     code = 128 - code if code < 0 else code
     if code not in QUIET_CODES:
         note = {"rank": rank, "node": node, "exit_code": code, "reason": _reason(code), "unix_seconds": time.time(),
@@ -59,14 +60,33 @@ def main(argv: Sequence[str]) -> int:
     return 0 if code in QUIET_CODES else code
 
 
-def _wait(child: subprocess.Popen[bytes], launcher: int) -> int:
-    """The child's return code. When the launcher dies first, the rank is asked to save and end with the others."""
+class Above:
+    """The processes above: the launcher, and the supervisor where it runs on this machine (Linux)."""
+
+    def __init__(self) -> None:
+        self._launcher = os.getppid()
+        self._supervisor = Path("/proc", process_environment().get(SUPERVISOR, "none"), "cmdline")
+        self._sees_supervisor = self._is_there()
+
+    def is_gone(self) -> bool:
+        return os.getppid() != self._launcher or (self._sees_supervisor and not self._is_there())
+
+    def _is_there(self) -> bool:
+        try:
+            return b"launchers.supervise" in self._supervisor.read_bytes()
+        except OSError:
+            return False
+
+
+def _wait(child: subprocess.Popen[bytes], above: Above) -> int:
+    """The child's return code. When those above die first, the rank is asked to save and end with the others."""
+    told = False
     while True:
         try:
-            return child.wait(PARENT_POLL_SECONDS if launcher else None)
+            return child.wait(None if told else PARENT_POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            if os.getppid() != launcher:
-                launcher = 0
+            if above.is_gone():
+                told = True
                 child.send_signal(signal.SIGUSR1)
 
 

@@ -6,6 +6,7 @@ asks for the next attempt. ``python -m launchers.supervise RUN_FOLDER [options] 
 """
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -20,14 +21,14 @@ from launchers.children import dying_with_parent
 from launchers.outcome import Outcome, close, decide, is_closed, outcome
 from launchers.processes import adopt_orphans, end_descendants
 from launchers.rank_logs import failure_text
-from parallel.rank_info import ATTEMPT, process_environment
+from parallel.rank_info import ATTEMPT, SUPERVISOR, process_environment
 from pretrain.errors import ExitCode
-from pretrain.status import NOTES_FOLDER, first_failure, read
+from pretrain.status import NOTES_FOLDER, Status, first_failure, read, write_note
 from pretrain.stop_files import ask_to_go_on_later, forget
 
 POLL_SECONDS = 0.2
 # A launcher that goes on after a rank has failed, or after all ranks are done, is ended after this time.
-FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 60.0, 8.0
+FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 90.0, 8.0
 # The same for a launcher that starts failed ranks again: until they have met and forgotten the failure.
 RESTART_SECONDS = 900.0
 # scontrol: asking again would not help, or Slurm has requeued the job already.
@@ -50,6 +51,7 @@ class Supervisor:
     process: subprocess.Popen[bytes] | None = None
     interrupts: int = 0
     asked: str | None = None
+    cancelled: bool = False
 
     def listen(self) -> None:
         """From now on signals are requests."""
@@ -64,9 +66,11 @@ class Supervisor:
         # A session of its own: what a terminal or scheduler sends to our group is passed on by us, once.
         self.process = subprocess.Popen(
             list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
-            env=process_environment() | {ATTEMPT: self.token},
+            env=process_environment() | {ATTEMPT: self.token, SUPERVISOR: str(os.getpid())},
             preexec_fn=dying_with_parent(held_back=()),  # noqa: PLW1509 (this process has one thread)
         )
+        if self.asked:  # while the launcher was being started
+            self._on_signal(signal.Signals[self.asked], None)
         self._wait()
         if self.process.returncode is None or not self.by_signal:
             end_descendants(POLITE_SECONDS if self.interrupts < 2 else 0)
@@ -95,6 +99,7 @@ class Supervisor:
     def _on_signal(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT:
             self.interrupts += 1
+        self.cancelled = self.cancelled or number == signal.SIGTERM
         if self.process is None:
             self.asked = signal.Signals(number).name
         elif self.by_signal:
@@ -121,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     if result.code not in (ExitCode.DONE, ExitCode.REQUEUE):
         _say(_failure(args.folder, result))
     if args.slurm and status is not None:
-        _act(args, status)
+        _act(status, args.requeue and not supervisor.cancelled)
     return result.code
 
 
@@ -135,9 +140,9 @@ def _failure(folder: Path, result: Outcome) -> str:
     return "\n".join(lines)
 
 
-def _act(args: argparse.Namespace, status: object) -> None:
-    """Asks Slurm for what should follow."""
-    decision = decide(status, args.requeue)
+def _act(status: Status, may_requeue: bool) -> None:
+    """Asks Slurm for what should follow. It would bring a cancelled job back too, so that is never asked for."""
+    decision = decide(status, may_requeue)
     _say(f"{decision.action}: {decision.why}")
     if decision.action == "end":
         return
@@ -176,12 +181,18 @@ def _scontrol(*words: str) -> None:
 
 
 def _check_nodes(args: argparse.Namespace, token: str) -> int:
-    """One task a node looks whether it can train; the nodes that cannot are in the notes."""
+    """One task a node looks whether it can train; writes down which cannot. Returns 0 when all can."""
     nodes = args.check_nodes
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--export=ALL", "--mpi=none",
                "--input=none", sys.executable, "-m", "launchers.node_check", str(args.folder), str(args.devices)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, check=False,
-                          env=process_environment() | {ATTEMPT: token}).returncode
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
+                          env=process_environment() | {ATTEMPT: token})
+    for line in done.stdout.splitlines():
+        if line.startswith("{"):
+            note = json.loads(line)
+            _say(note["reason"])
+            write_note(args.folder / NOTES_FOLDER / f"exit-rank-of-{note['node']}.json", note)
+    return done.returncode
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

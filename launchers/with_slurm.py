@@ -114,7 +114,8 @@ def _address(job: Job) -> list[str]:
     port = [] if job.master_port is None else [f"export MASTER_PORT={job.master_port}"]
     if job.master_address is not None:
         return [f"export MASTER_ADDR={shlex.quote(job.master_address)}", *port]
-    return ['[ -z "$address" ] || export MASTER_ADDR="$address"', *port]
+    # On one node the ranks meet on loopback.
+    return ['[ -z "$address" ] || export MASTER_ADDR="$address"'] * (job.nodes > 1) + port
 
 
 def _supervisor(job: Job) -> str:

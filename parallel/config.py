@@ -32,6 +32,10 @@ class ParallelConfig(BaseModel):
     global_batch: int = Field(
         ge=1, description="sequences in one step over all ranks; gradient accumulation follows from it"
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none", description="what ZeRO keeps in host memory: `optimizer` master weights, moments and the step, "
+        "`parameters` also the weights (stage 3)"
+    )
     loss_chunk_tokens: int = Field(
         0, ge=0, description="tokens whose logits are made at a time, and again in the backward, so that a large "
         "vocabulary never has all of its logits in memory; 0: all at once"
@@ -43,6 +47,11 @@ class ParallelConfig(BaseModel):
     recompute_every: int = Field(
         1, ge=1, description="recompute every n-th block of the model, beginning with the first; the others keep all"
     )
+
+    @property
+    def model_ranks(self) -> int:
+        """The fewest ranks that this layout runs on: those of one data rank."""
+        return self.tensor * self.context * self.pipeline
 
 
 class PrecisionConfig(BaseModel):

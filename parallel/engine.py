@@ -66,11 +66,11 @@ class Engine:
 
     def __init__(self, build_layers: Callable[[TensorShard], Sequence[LayerSpec]], objective: Objective, groups: Groups,
                  parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
-                 make_optimizer: Callable[[list], torch.optim.Optimizer], clip_norm: float, seed: int):
+                 make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int):
         """
         Args:
             build_layers: the family's layer list, given the tensor axis.
-            make_optimizer: from [(global name, parameter)] to the AdamW that DeepSpeed shards.
+            make_optimizer: from [(global name, parameter)] and the kind of AdamW to the one that DeepSpeed shards.
             clip_norm: largest global gradient norm, 0 for no clipping.
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
@@ -91,7 +91,7 @@ class Engine:
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
-        optimizer = make_optimizer(list(stage.named_global_parameters()))
+        optimizer = make_optimizer(list(stage.named_global_parameters()), zero.adamw(parallel.offload))
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
         self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
@@ -302,7 +302,7 @@ class Engine:
         counted = [g.tensor for g in gradients if self._counts(g.name)]
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         if counted:
-            square = torch.stack(torch._foreach_norm(counted)).double().square().sum()
+            square = torch.stack(torch._foreach_norm(counted)).double().square().sum().to(self.device)  # from the host
         # stage 0: replicas hold equal gradients, so only tp x ep x pp is summed; else every rank holds its own pieces
         group = self.groups.model if self.stage_zero else None
         dist.all_reduce(square, group=group)

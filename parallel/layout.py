@@ -77,6 +77,13 @@ class Layout:
         return {"tp": self.tensor, "cp": self.context, "dp": self.data, "pp": self.pipeline}
 
     @property
+    def words(self) -> str:
+        """The degrees as a person reads them; the context and the expert degree where there is one."""
+        context = f"context {self.context} × " if self.context > 1 else ""
+        experts = f" (experts over {self.expert})" if self.expert > 1 else ""
+        return f"tensor {self.tensor} × {context}pipeline {self.pipeline} × data {self.data}{experts}"
+
+    @property
     def replicas(self) -> int:
         """How many ranks hold the same weights."""
         return self.context * self.data

@@ -16,6 +16,7 @@ from parallel.node_list import NodeListError, expand_node_list, expand_tasks_per
 STORE_FD = "TRAINYARD_STORE_FD"
 LAUNCHER = "TRAINYARD_LAUNCHER"
 ATTEMPT = "TRAINYARD_ATTEMPT"
+SUPERVISOR = "TRAINYARD_SUPERVISOR"
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral range of Linux (32768-), where an outgoing connection could take the port first.
 FIRST_PORT, NUM_PORTS, PORT_STRIDE, NUM_CANDIDATES = 20_000, 12_000, 1_009, 8

@@ -86,14 +86,23 @@ def leave(failed: bool | None = None) -> None:
 
 def highest(number: int) -> int:
     """The largest of a small number over all ranks: how they agree on one step at which to stop. A collective."""
+    return _over_all_ranks(number, "MAX")
+
+
+def total(number: int) -> int:
+    """The sum of a small number over all ranks: how often something happened to any of them. A collective."""
+    return _over_all_ranks(number, "SUM")
+
+
+def _over_all_ranks(number: int, operation: str) -> int:
     import torch
     import torch.distributed as dist
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return number
-    largest = torch.tensor([number], dtype=torch.int64)  # on the CPU, so gloo carries it and no device waits
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest.item())
+    reduced = torch.tensor([number], dtype=torch.int64)  # on the CPU, so gloo carries it and no device waits
+    dist.all_reduce(reduced, op=getattr(dist.ReduceOp, operation))
+    return int(reduced.item())
 
 
 class Progress:

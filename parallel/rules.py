@@ -47,10 +47,6 @@ class Case:
     world_size: int | None = None
 
     @property
-    def model_ranks(self) -> int:
-        return self.parallel.tensor * self.parallel.context * self.parallel.pipeline
-
-    @property
     def head_ranks(self) -> int:
         """Ranks over which attention spreads the heads."""
         return self.parallel.tensor * self.parallel.context
@@ -63,9 +59,9 @@ class Case:
     @property
     def data(self) -> int | None:
         """The data degree, None while it is unknown or not whole."""
-        if self.world_size is None or self.world_size % self.model_ranks:
+        if self.world_size is None or self.world_size % self.parallel.model_ranks:
             return None
-        return self.world_size // self.model_ranks
+        return self.world_size // self.parallel.model_ranks
 
     @property
     def batch_unit(self) -> int:
@@ -196,12 +192,12 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="world-divides",
         where="parallel",
-        broken=lambda c: c.world_size is not None and c.world_size % c.model_ranks != 0,
+        broken=lambda c: c.world_size is not None and c.world_size % c.parallel.model_ranks != 0,
         asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
         + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
-        possible=lambda c: f"a multiple of {c.model_ranks} ranks (the rest is the data degree)",
-        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.model_ranks))} ranks, or choose degrees "
-        f"whose product is one of {_listed(divisors(c.world_size))}",
+        possible=lambda c: f"a multiple of {c.parallel.model_ranks} ranks (the rest is the data degree)",
+        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
+        f"degrees whose product is one of {_listed(divisors(c.world_size))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
                     "model.heads to {multiples}"),
@@ -239,11 +235,11 @@ RULES: tuple[Rule, ...] = (
         where="parallel.expert",
         broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
         asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
-        f"{c.model_ranks})",
+        f"{c.parallel.model_ranks})",
         possible=lambda c: f"expert one of {_listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
         "the experts",
         change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or start "
-        f"{_either(nearest_multiples(c.world_size, c.model_ranks * c.parallel.expert))} ranks",
+        f"{_either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
     ),
     Rule(
         name="expert-zero",
@@ -337,6 +333,34 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: "fp32, bf16 and fp16: fp8 needs scaled matrix products and a history of their scales, which "
         "no layer here has yet",
         change=lambda c: "set precision.compute=bf16",
+    ),
+    Rule(
+        name="offload-zero",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload != "none" and c.parallel.zero_stage == 0,
+        asked=lambda c: f"offload={c.parallel.offload} with zero_stage=0",
+        possible=lambda c: "zero_stage of at least 1: at stage 0 DeepSpeed ignores offload without a word",
+        change=lambda c: f"set parallel.zero_stage={3 if c.parallel.offload == 'parameters' else 1} (on one data rank "
+        "stage 1 splits nothing and only moves the optimizer), or parallel.offload=none",
+    ),
+    Rule(
+        name="offload-parameters",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload == "parameters" and c.parallel.zero_stage in (1, 2),
+        asked=lambda c: f"offload=parameters with zero_stage={c.parallel.zero_stage}",
+        possible=lambda c: "zero_stage=3, which fetches each layer's weights when they are used; "
+        "offload=optimizer with stages 1, 2 and 3",
+        change=lambda c: "set parallel.offload=optimizer, or parallel.zero_stage=3 without a pipeline",
+    ),
+    Rule(
+        name="offload-pipeline",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload == "optimizer" and c.parallel.zero_stage > 0 and c.parallel.pipeline > 1
+        and c.precision.compute != "fp32",
+        asked=lambda c: f"offload=optimizer with pipeline={c.parallel.pipeline} in {c.precision.compute}",
+        possible=lambda c: "offload in a pipeline with precision.compute=fp32, or in 16 bits without a pipeline: "
+        "DeepSpeed 0.19.8 loses a part of the gradient where both meet",
+        change=lambda c: "set parallel.offload=none, or parallel.pipeline=1",
     ),
     Rule(
         name="loss-chunks",

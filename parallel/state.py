@@ -169,10 +169,14 @@ class FullySharded:
                 yield from whole_weights([slot])
 
     def gradients(self) -> Iterator[Fragment]:
-        for slot, group, index, _, start, count in self._places():
-            if count:
+        for slot, group, index, offset, start, count in self._places():
+            if not count:
+                continue
+            if self.optimizer.offload_optimizer:  # in host memory, beside the weights
+                gradient = self.optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, count)
+            else:
                 gradient = self.optimizer.averaged_gradients[group][index].view(-1)[:count]
-                yield from slot.fragments(start, gradient)
+            yield from slot.fragments(start, gradient)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""
@@ -188,7 +192,7 @@ def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: str) -> T
     """AdamW's moment of a tensor, made (zero, step 0) when no step has been taken yet."""
     state = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["step"] = _step_count(optimizer, parameter, 0)
         for name in KINDS[1:]:
             state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
     return state[kind]
@@ -196,8 +200,15 @@ def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: str) -> T
 
 def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Set AdamW's own step count, which its bias correction uses, on every tensor it holds."""
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
+    for parameter, state in optimizer.state.items():
+        state["step"] = _step_count(optimizer, parameter, step)
+
+
+def _step_count(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int) -> Tensor | int:
+    """torch's AdamW counts in a tensor, DeepSpeed's for the CPU in a plain number."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return torch.full((), step, dtype=torch.float32, device=parameter.device)
+    return step
 
 
 def open_state(engine, slots: list[Slot], zero_stage: int, replica: int):

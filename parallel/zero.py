@@ -6,6 +6,7 @@ matters is written out here.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,12 +14,14 @@ from functools import partial
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups as expert_groups
 from torch import Tensor, nn
+from torch.utils import cpp_extension
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
@@ -56,6 +59,7 @@ def deepspeed_config(
             "min_loss_scale": 1,
         },
         "zero_optimization": {
+            **_offload(parallel.offload, on_accelerator),
             "stage": parallel.zero_stage,
             "overlap_comm": on_accelerator and parallel.zero_stage >= 2,
             "contiguous_gradients": True,
@@ -75,6 +79,35 @@ def deepspeed_config(
         "flops_profiler": {"enabled": False},
         "comms_logger": {"enabled": False},
     }
+
+
+def _offload(what: str, on_accelerator: bool) -> dict:
+    """What of the states lies in host memory, pinned where an accelerator copies from it."""
+    host = {"device": "cpu", "pin_memory": on_accelerator}
+    sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(sections[what], host)
+
+
+def lacking_for_offload(what: str, device_type: str) -> str | None:
+    """What this machine has not got for `parallel.offload`, and what to do; None when nothing is missing."""
+    if what == "none":
+        return None
+    if what == "parameters" and device_type == "cpu":
+        return ("parallel.offload=parameters needs an accelerator: it moves weights out of device memory, and here "
+                "they are in host memory already. Set parallel.offload=optimizer or none")
+    compiler = cpp_extension.get_cxx_compiler()
+    missing = [] if shutil.which(compiler) else [f"the C++ compiler {compiler}"]
+    missing += [] if cpp_extension.is_ninja_available() else ["ninja"]
+    if not missing:
+        return None
+    return (f"parallel.offload={what} steps with DeepSpeed's Adam for the CPU, which is compiled on the machine, and "
+            f"{' and '.join(missing)} cannot be found: install it (Debian: apt-get install g++ ninja-build; another "
+            "compiler by the variable CXX), or set parallel.offload=none")
+
+
+def adamw(offload: str) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW where the optimizer's state is: torch's fused one, or DeepSpeed's for host memory."""
+    return partial(torch.optim.AdamW, fused=True) if offload == "none" else partial(DeepSpeedCPUAdam, adamw_mode=True)
 
 
 def sharded_construction(config: dict, groups: Groups) -> AbstractContextManager:

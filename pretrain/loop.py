@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,8 @@ from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
 from parallel.rank_info import RankInfo
-from parallel.rendezvous import RendezvousError, join, leave
+from parallel.rendezvous import RendezvousError, join, leave, total
+from parallel.zero import lacking_for_offload
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
@@ -62,6 +63,10 @@ class Run:
     @property
     def num_parameters(self) -> int:
         return self.config.spec.parameter_count(self.config.model)
+
+    @property
+    def num_active_parameters(self) -> int:
+        return self.num_parameters - self.config.spec.idle_parameter_count(self.config.model)
 
     @property
     def tokens_per_step(self) -> int:
@@ -122,12 +127,16 @@ def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]
     """This rank's device and its name.
 
     Raises:
-        UserError: more ranks on this machine than devices, or fp16 without an accelerator.
+        UserError: more ranks on this machine than devices, fp16 without an accelerator, or offload without what it
+            needs.
     """
     device, name = local_device(info)
     if config.precision.compute == "fp16" and device.type == "cpu":
         raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
                         "accelerator refuses it: set precision.compute=bf16 or fp32")
+    lacking = lacking_for_offload(config.parallel.offload, device.type)
+    if lacking:
+        raise UserError(lacking)
     return device, name
 
 
@@ -147,9 +156,9 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
-    def make_optimizer(named: list) -> torch.optim.AdamW:
-        return torch.optim.AdamW(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
-                                 betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon, fused=True)
+    def make_optimizer(named: list, adamw: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
+        return adamw(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
+                     betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     return Engine(lambda shard: modules.layers(config.model, shard),
                   make_loss(config.objective.name, config.model.family, TensorShard(groups, device)), groups,
@@ -199,10 +208,12 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if loader:
         loader.close()
     stopped = request and attempt.last_step < run.total_steps
+    # First of all: a hook may draw for a while, and the time limit may be near.
+    code = attempt.stopped(request) if stopped else attempt.done()
     saved = "no time was left to save" if attempt.is_too_late else "saved"
     hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
     engine.close()
-    return attempt.stopped(request) if stopped else attempt.done()
+    return code
 
 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
@@ -257,6 +268,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         run.unit: step * run.tokens_per_step, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
+    if config.spec.reads == "pairs":  # each data rank has counted its own, and all its tensor ranks the same
+        record["bad_samples"] = total(loader.num_bad) // run.layout.tensor
     if result.routing:
         record.update(result.routing)
     if result.skipped:

@@ -1,6 +1,7 @@
-"""Times forward and backward of one micro-batch in a number format: `python -m pretrain.probe CONFIG COMPUTE THREADS`.
+"""Times forward and backward of one micro-batch in a number format.
 
-Prints the seconds. Used by `trainyard demo` to choose the format that is faster on this machine.
+`python -m pretrain.probe CONFIG COMPUTE THREADS [section.key=value ...]` prints the seconds. `trainyard demo` uses it
+to choose the format that is faster on this machine, and the number of steps.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from importlib import import_module
 
 import torch
 
+from data_pipeline.loader import heldout_batches
 from parallel.megatron import TensorShard
 from parallel.pipeline import Stage
 from parallel.precision import DTYPES
 from pretrain.config import RunConfig, load_config
+from pretrain.datasets import open_dataset
 from pretrain.models import FAMILIES
-from pretrain.objectives import make_loss
+from pretrain.objectives import make_loss, make_stages
 from pretrain.trained import single_rank
 
 WARM_UP, TIMED = 2, 4
 
 
 def micro_batch_seconds(config: RunConfig, compute: str) -> float:
-    """Best time of one forward and backward in `compute`, single rank, weights in that format."""
+    """Best time of one forward and backward of the recipe's own data in `compute`, weights in that format, one rank."""
     with single_rank() as groups:
         shard = TensorShard(groups, torch.device("cpu"))
         modules = import_module(f"{FAMILIES[config.model.family]}.modules")
@@ -33,8 +36,10 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
             parameter.data.normal_(0.0, 0.02)
         stage.to(DTYPES[compute])
         objective = make_loss(config.objective.name, config.model.family, shard)
-        size = (config.parallel.micro_batch, config.model.sequence_length + 1)
-        batch = {"tokens": torch.randint(config.model.vocab_size, size)}
+        dataset = open_dataset(config, config.data.train)
+        stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+        size = config.parallel.micro_batch
+        batch = next(heldout_batches(dataset, config.window_tokens, size, size, stages=stages))
         times = []
         for _ in range(WARM_UP + TIMED):
             started = time.perf_counter()
@@ -46,4 +51,4 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    sys.stdout.write(f"{micro_batch_seconds(load_config(sys.argv[1]), sys.argv[2])}\n")
+    sys.stdout.write(f"{micro_batch_seconds(load_config(sys.argv[1], sys.argv[4:]), sys.argv[2])}\n")

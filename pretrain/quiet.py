@@ -20,8 +20,10 @@ from typing import TextIO
 OUR_LOGGERS = ("pretrain", "parallel", "data_pipeline", "launchers")
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
-COMPILING_NOTICE = "compiling DeepSpeed's shared-memory op, once per machine, about a minute"
-SHARED_MEMORY_OP = "deepspeed_shm_comm"
+SHARED_MEMORY_OP, CPU_ADAM_OP = "deepspeed_shm_comm", "cpu_adam"
+OPS = {  # what DeepSpeed compiles at its first start on a machine: the name in words, and how long it takes
+    SHARED_MEMORY_OP: ("shared-memory op", "a minute"), CPU_ADAM_OP: ("Adam for the CPU", "two minutes"),
+}  # fmt: skip
 
 
 class Quiet:
@@ -98,19 +100,21 @@ def quiet_third_parties(log_path: Path, is_main: bool = True) -> Iterator[Quiet]
         quiet.close()
 
 
-def compile_notice(extensions_dir: str | None) -> str | None:
-    """What to tell the person before the first DeepSpeed start on a CPU; None when its op is built already.
+def compile_notice(extensions_dir: str | None, op: str) -> str | None:
+    """What to tell the person before DeepSpeed's first start with an op (of OPS); None when it is built already.
 
     extensions_dir: value of TORCH_EXTENSIONS_DIR, None where it is not set (torch's own place is looked at then).
     """
-    folder = _extensions_root(extensions_dir) / SHARED_MEMORY_OP
+    words, duration = OPS[op]
+    folder = _extensions_root(extensions_dir) / op
     lock = folder / "lock"
     if lock.exists():
         return (
-            f"waiting for another process that compiles DeepSpeed's shared-memory op; "
+            f"waiting for another process that compiles DeepSpeed's {words}; "
             f"if none does (an earlier one was killed), delete {lock}"
         )
-    return None if (folder / f"{SHARED_MEMORY_OP}.so").exists() else COMPILING_NOTICE
+    return None if (folder / f"{op}.so").exists() else f"compiling DeepSpeed's {words}, once per machine, " \
+                                                       f"about {duration}"
 
 
 def _extensions_root(extensions_dir: str | None) -> Path:

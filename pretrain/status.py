@@ -23,6 +23,8 @@ KEPT_ATTEMPTS = 50
 MAX_BYTES = 1 << 20
 RUNNING = "running"
 LOST_CONNECTION = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|remote process exited")
+EXPLAINED_CODES = (ExitCode.DONE, ExitCode.USER, ExitCode.DOES_NOT_FIT, ExitCode.DATA, ExitCode.STORAGE,
+                   ExitCode.REQUEUE)
 HANGS = "one of the ranks hangs"
 # How much later than its peers a rank that was killed may be noted, on a busy machine.
 CLOSE_SECONDS = 2.0
@@ -168,11 +170,15 @@ def attempts_without_progress(status: Status) -> int:
 
 
 def suspect_nodes(status: Status, times: int = 2) -> list[str]:
-    """Nodes on which this many attempts failed, and those that an attempt named as bad (exit code 71)."""
+    """Nodes on which this many attempts failed, and those that an attempt named as bad (exit code 71).
+
+    What data, storage, the config or the numbers bring about (a UserError) is no node's fault.
+    """
     failures: dict[str, int] = {}
     for attempt in (asdict(status), *status.history):
         node, code = attempt.get("node"), attempt.get("exit_code")
-        if isinstance(node, str) and code not in (None, ExitCode.DONE, ExitCode.USER, ExitCode.REQUEUE):
+        explained = str(attempt.get("reason")).startswith("UserError") or code in EXPLAINED_CODES
+        if isinstance(node, str) and code is not None and not explained:
             failures[node] = failures.get(node, 0) + (times if code == ExitCode.NODE else 1)
     return sorted(node for node, count in failures.items() if count >= times)
 

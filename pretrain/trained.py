@@ -18,13 +18,16 @@ from parallel.megatron import Groups, build_groups, destroy_groups
 from parallel.pipeline import Stage
 from parallel.rank_info import alone
 from parallel.rendezvous import join, leave
+from pretrain.checkpoint.hf_encoding import HFTokenizer
+from pretrain.checkpoint.hf_folder import HFFolder, is_hf_folder
 from pretrain.checkpoint.manifest import PREFIX, CheckpointError
 from pretrain.checkpoint.store import Checkpoint, newest_whole
 from pretrain.config import RunConfig, config_from
 from pretrain.errors import ExitCode, UserError
 from pretrain.models import family_spec
-from pretrain.models.build import filled_stage
+from pretrain.models.build import filled_stage, global_shapes
 from pretrain.models.family import FamilyConfig, FamilySpec
+from pretrain.objectives import OBJECTIVES
 from pretrain.objectives.objective import ObjectiveConfig
 
 
@@ -83,27 +86,51 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def open_model(path: Path, groups: Groups) -> Trained:
-    """The model at a run folder or a checkpoint of any layout.
+    """The model at a run folder, at a checkpoint of any layout, or at a transformers folder.
+
+    Of a transformers folder the objective is the family's usual one with its usual settings.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or a tokenizer is missing.
     """
+    if is_hf_folder(path):
+        return _open_hf(path, groups)
     checkpoint = open_checkpoint(path)
     try:
         config, stage = load_model(checkpoint, groups)
     except CheckpointError as error:
         raise UserError(str(error), ExitCode.DATA) from None
-    return Trained(checkpoint.folder, checkpoint.manifest["step"], config.model, config.objective, stage,
-                   load_tokenizer(checkpoint), SpecialIds(config.model.vocab_size))
+    step, imported = checkpoint.manifest["step"], checkpoint.manifest.get("imported")
+    if imported:  # it still has the tokenizer of where it was trained
+        theirs = HFTokenizer(checkpoint.folder, imported["architecture"], config.spec)
+        special = theirs.special(config.objective, config.model)
+        return Trained(checkpoint.folder, step, config.model, config.objective, stage, theirs, special)
+    return Trained(checkpoint.folder, step, config.model, config.objective, stage, load_tokenizer(checkpoint),
+                   SpecialIds(config.model.vocab_size))
+
+
+def _open_hf(path: Path, groups: Groups) -> Trained:
+    folder = HFFolder(path)
+    spec = family_spec(folder.family)
+    objective = OBJECTIVES[spec.objectives[0]].config_class()
+    tokenizer = HFTokenizer(path, folder.architecture.model_type, spec)
+    special = tokenizer.special(objective, folder.model)
+    folder.bind(global_shapes(folder.model, groups))
+    folder.check_repeated()
+    stage = filled_stage(folder.model, groups, _device(), folder.tensor)
+    return Trained(path, None, folder.model, objective, stage, tokenizer, special)
 
 
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    return config, filled_stage(config.model, groups, device, checkpoint.tensor)
+    return config, filled_stage(config.model, groups, _device(), checkpoint.tensor)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that travels with the checkpoint."""
+    """The tokenizer that travels with the checkpoint of a run."""
     return Tokenizer.load(checkpoint.folder / TOKENIZER_FILE)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")

@@ -27,7 +27,7 @@ class StateBytes:
 
 
 def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, num_gathered: int = 0) -> StateBytes:
-    """Model states of a rank whose tensor slice and stage have `num_parameters`, over `data` ranks.
+    """Model states of a rank whose tensor slice and stage have `num_parameters`, over `data` ranks (`Layout.replicas`).
 
     Gradients are summed in fp32 whatever the compute type is, where the paper has 2 bytes. Stage 0 keeps fp32 weights
     in every compute type and has no others. Stage 3 keeps `num_gathered` elements whole, those of small parameters.
@@ -50,7 +50,7 @@ class Activations:
     """Activations of a decoder of equal pre-norm blocks on one tensor rank, for one micro-batch.
 
     Args:
-        tokens: of the micro-batch, sequence length times sequences.
+        tokens: of the micro-batch, sequence length times sequences; over context ranks, this rank's part of them.
         head_width: width of one attention head; kv_heads: key and value heads.
         gated: the feed-forward part has a gate; rotary: positions turn queries and keys.
         dropout: there are masks of it, a byte for each element of the residual.

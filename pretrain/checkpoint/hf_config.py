@@ -49,9 +49,9 @@ def by_model_type() -> dict[str, tuple[str, Architecture]]:
 
 def read_config(family: str, architecture: Architecture, values: dict[str, Any], tensors: Collection[str]) -> Read:
     """Our config from the values of config.json and the names of the tensors beside it."""
-    named = _at(values, architecture.tokens_in, {}) if architecture.tokens_in else values
-    told = Read(token_ids={key: named[key] for key in TOKEN_IDS if named.get(key) is not None})
     spelt = architecture.read(values)
+    named = spelt.get(architecture.tokens_in) if architecture.tokens_in else spelt
+    told = Read(token_ids={key: named[key] for key in TOKEN_IDS if named.get(key) is not None})
     ours: dict[str, Any] = {"family": family}
     source: dict[str, str] = {}
     known: set[str] = set()

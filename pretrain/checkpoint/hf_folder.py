@@ -141,8 +141,8 @@ class HFFolder:
             place, source = self._places.get(copy), self._places[original]
             if place and place is not source and not torch.equal(_read(place), _read(source)):
                 problems.append(Problem(f"tensor {copy}", f"other numbers than {original}",
-                                        f"the same: {CONFIG} says that they are tied",
-                                        f"take a model that is tied, or mend {CONFIG}"))
+                                        f"the same: going by {CONFIG} they are tied, and one tensor here",
+                                        f"take a model where they are, or mend {CONFIG}"))
         for name in self.architecture.zeros:
             if name in self._places and _read(self._places[name]).any():
                 problems.append(Problem(f"tensor {name}", "numbers other than 0", "0: there is no such part here",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 5.0
 MEGABYTE = 1e6
+MAX_UNUSABLE_NAMED = 10
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -261,15 +262,22 @@ def _progress_line(written: "Written", started: float) -> str:
 def _verify(args: argparse.Namespace, console: Console) -> int:
     from data_pipeline.verify import verify
 
-    table = Table("file", "documents", "tokens", "problem")
-    num_files = num_problems = 0
+    table = Table("file", "samples", "tokens", "problem")
+    num_files = num_samples = num_problems = 0
+    unusable: list[str] = []
     with console.status(f"verifying {args.folder}"):
         for report in verify(args.folder):
             num_files += 1
+            num_samples += report.num_samples
             num_problems += len(report.problems)
+            unusable += report.unusable
             for problem in report.problems or ("none",):
-                table.add_row(report.name, f"{report.num_documents:,}", f"{report.num_tokens:,}", problem)
+                table.add_row(report.name, f"{report.num_samples:,}", f"{report.num_tokens:,}", problem)
     console.print(table)
+    if unusable:
+        console.print(f"{len(unusable):,} of {num_samples:,} pairs cannot be used and are passed over in training:")
+        for fault in unusable[:MAX_UNUSABLE_NAMED]:
+            console.print(f"  {fault}")
     if num_problems:
         console.print(f"{args.folder}: {num_problems} problems in {num_files} files; do not train on it")
         return ExitCode.DATA
@@ -281,10 +289,13 @@ def _stats(args: argparse.Namespace, console: Console) -> int:
     import numpy as np
 
     from data_pipeline.index import TokenDataset
+    from data_pipeline.manifest import PairsManifest, load_manifest
     from data_pipeline.order import num_windows
 
     if args.sequence_length < 1:
         raise DataError(f"--sequence-length {args.sequence_length} must be at least 1")
+    if isinstance(load_manifest(args.folder), PairsManifest):
+        return data_pairs.stats(args, console)
     dataset = TokenDataset.open(args.folder)
     manifest = dataset.manifest
     least, median, most = np.percentile(dataset.token_counts, (0, 50, 100))

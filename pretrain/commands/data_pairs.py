@@ -1,13 +1,16 @@
-"""The verbs of `trainyard data` on pairs of image and caption: `shapes` draws them, `images` takes what is there."""
+"""The verbs of `trainyard data` on pairs of image and caption: `shapes` draws them, `images` takes what is there, and
+`stats` describes a folder of them."""
 
 import argparse
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from pretrain.errors import ExitCode
 
 MEGABYTE = 1e6
+MAX_LOOKED_AT = 1000
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
@@ -57,4 +60,38 @@ def images(args: argparse.Namespace, console: Console) -> int:
                   f"in {len(manifest.shards)} shards")
     if lonely:
         console.print(f"  left out {len(lonely):,} images without a caption, first: {lonely[0]}")
+    return ExitCode.DONE
+
+
+def stats(args: argparse.Namespace, console: Console) -> int:
+    """Describe a folder of pairs; sizes of images and captions are those of its first pairs."""
+    import numpy as np
+
+    from data_pipeline.images import BadImage, decode
+    from data_pipeline.pairs import BadPair, PairsDataset
+
+    dataset = PairsDataset.open(args.folder)
+    manifest = dataset.manifest
+    looked_at = min(len(dataset), MAX_LOOKED_AT)
+    sides, lengths = [], []
+    for number in range(looked_at):
+        try:
+            pair = dataset.pair(number)
+            sides.append(min(decode(pair.image).size))
+            lengths.append(len(dataset.tokenizer.encode(pair.caption)))
+        except (BadPair, BadImage):
+            continue
+    table = Table(show_header=False)
+    rows = [("folder", str(args.folder)), ("split", manifest.split), ("pairs", f"{manifest.num_pairs:,}"),
+            ("shards", f"{len(manifest.shards)}, {manifest.size_bytes / MEGABYTE:.1f} MB"),
+            ("vocabulary", f"{manifest.vocab_size:,}, end-of-text is {manifest.end_of_text}"),
+            ("tokenizer", f"{manifest.tokenizer.file}, SHA-256 {manifest.tokenizer.sha256[:16]}...")]
+    for name, found in (("shorter side of images", sides), ("tokens of captions", lengths)):
+        if found:
+            least, median, most = np.percentile(found, (0, 50, 100))
+            rows.append((name, f"{least:,.0f} least, {median:,.0f} median, {most:,.0f} most"))
+    rows.append(("usable", f"{len(sides):,} of the first {looked_at:,}"))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
     return ExitCode.DONE

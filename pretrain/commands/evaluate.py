@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,12 +28,15 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("evaluate", help="measure a trained model on data", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path,
+                        help="a run folder, one checkpoint in it, or a transformers folder")
     parser.add_argument("--data", metavar="PATH", type=Path, required=True, nargs="+",
                         help="a dataset folder; for text also files or folders of .txt .md .py .jsonl; for images also "
                         "a directory with a folder per class")
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs, documents of a decoder, or "
                         "samples of another model of text (all)")
+    parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens that a decoder sees at once, at most "
+                        "what it was made for (that)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="samples in one forward (32)")
     parser.add_argument("--examples", type=int, default=0, metavar="N", help="also what an encoder-decoder makes of "
                         "the first N samples, by the most likely token after token (0)")
@@ -43,21 +47,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one JSON object. Returns the exit code."""
     _check(args)
+    with redirect_stdout(sys.stderr):  # what libraries say: a program reads standard output
+        told = _measured(args)
+    sys.stdout.write(json.dumps(told, indent=1) + "\n")
+    for line in _in_words(told):
+        sys.stderr.write(f"{line}\n")
+    return ExitCode.DONE
+
+
+def _measured(args: argparse.Namespace) -> dict:
     from pretrain.trained import open_model, single_rank
 
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)
-        if args.examples and trained.spec.form != "encoder_decoder":
-            raise UserError(f"--examples {args.examples}: for models that write an answer (t5, bart), and "
-                            f"{args.checkpoint} holds a {trained.model.family}")
+        _check_for(args, trained)
         measure = {"dual_encoder": _measure_images, "decoder": _measure_text}.get(trained.spec.form, _measure_noised)
         found = measure(args, trained, groups)
-    told = {"checkpoint": str(trained.folder), "step": trained.step, "data": [str(path) for path in args.data],
+    return {"checkpoint": str(trained.folder), "step": trained.step, "data": [str(path) for path in args.data],
             "family": trained.model.family, **found}
-    sys.stdout.write(json.dumps(told, indent=1) + "\n")
-    for line in _in_words(found):
-        sys.stderr.write(f"{line}\n")
-    return ExitCode.DONE
 
 
 def _in_words(found: dict) -> Iterator[str]:
@@ -78,10 +85,24 @@ def _check(args: argparse.Namespace) -> None:
     for path in (args.checkpoint, *args.data):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-    for name, least in (("samples", 1), ("batch", 1), ("examples", 0)):
+    for name, least in (("samples", 1), ("batch", 1), ("examples", 0), ("sequence_length", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name} {value}: at least {least}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+
+
+def _check_for(args: argparse.Namespace, trained: "Trained") -> None:
+    """What only some families can do."""
+    form, family = trained.spec.form, trained.model.family
+    if args.examples and form != "encoder_decoder":
+        raise UserError(f"--examples {args.examples}: for models that write an answer (t5, bart), and "
+                        f"{args.checkpoint} holds a {family}")
+    if args.sequence_length and form != "decoder":
+        raise UserError(f"--sequence-length {args.sequence_length}: for decoders (gpt), and {args.checkpoint} holds a "
+                        f"{family}, whose objective fills the length it was made for")
+    if args.sequence_length and args.sequence_length > trained.model.sequence_length:
+        raise UserError(f"--sequence-length {args.sequence_length}: {args.checkpoint} was made for "
+                        f"{trained.model.sequence_length} tokens at most")
 
 
 def _shown(batches: Iterable[dict]) -> Iterator[dict]:
@@ -128,7 +149,8 @@ def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups"
 
     text = _first_documents(_dataset(args, trained), args.samples)
     objective = make_loss("causal_lm", trained.model.family, TensorShard(groups, trained.device))
-    batches = stream_batches(text, trained.model.sequence_length, args.batch, trained.device)
+    length = args.sequence_length or trained.model.sequence_length
+    batches = stream_batches(text, length, args.batch, trained.device)
     nats, num_tokens = summed_loss(trained.stage, objective, _shown(batches))
     return language_measures(nats, num_tokens, text.text_bytes)
 

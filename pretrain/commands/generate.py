@@ -9,7 +9,8 @@ from pretrain.errors import ExitCode, UserError
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("generate", help="continue a text with a trained model", description=__doc__)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path,
+                        help="a run folder, one checkpoint in it, or a transformers folder")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest continuation in tokens (64)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (0.8)")

@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
 def _default_nproc(args: argparse.Namespace) -> int:
     if not args.config:
         return devices_here() or 2
-    parallel = load_run(args.config, args.overrides).parallel
-    return parallel.tensor * parallel.pipeline
+    return load_run(args.config, args.overrides).parallel.model_ranks
 
 
 def _words(args: argparse.Namespace) -> list[str]:
@@ -114,8 +113,7 @@ def _lines(report: "Report") -> Iterator[str]:
     yield (f"Trainyard selfcheck: {_count(info.world_size, 'rank')} on {_count(nodes, 'node')}, started by "
            f"{info.source}")
     if report.layout:
-        layout = report.layout
-        yield f"  layout     tensor {layout.tensor} × pipeline {layout.pipeline} × data {layout.data}"
+        yield f"  layout     {report.layout.words}"
     yield f"  compared   {', '.join(same)}"
     if report.offsets_seconds:
         worst = max(range(len(facts)), key=lambda rank: abs(report.offsets_seconds[rank]))

@@ -14,11 +14,14 @@ from pathlib import Path
 from launchers import machine_check, with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from parallel.rank_info import process_environment
-from pretrain.commands.jobs import remember, wait
+from pretrain.commands.jobs import cancel, remember, states, wait
 from pretrain.config import load_run
 from pretrain.errors import ConfigError, Problem, UserError
 from pretrain.shipped import shipped_folder
 
+# Reasons of a pending job that time alone does not cure.
+NEVER_STARTS = {"PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount",
+                "InvalidQOS", "AccountNotAllowed", "QOSNotAllowed", "NonSysUser"}
 LAUNCHERS = ("slurm", "deepspeed", "torchrun", "mpi")
 SLURM_WORDS = ("partition", "account", "qos", "time", "constraint", "reservation", "gpus-per-node", "memory", "image",
                "mounts")
@@ -250,11 +253,23 @@ def _submit_to_slurm(job: Job, and_wait: bool) -> int:
                             + (f" after job {job_ids[-1]}" if job_ids else "")
                             + ": `sinfo` shows partitions, nodes and limits of this cluster")
         job_ids.append(done.stdout.strip().partition(";")[0])
+        _refuse_what_never_starts(job_ids)
     remember(job.folder, "slurm", job_ids)
     sys.stdout.write(f"submitted job {', '.join(job_ids)}: {path}\n"
                      f"look:   trainyard status {shlex.quote(str(job.folder))}\n"
                      f"cancel: trainyard cancel {shlex.quote(str(job.folder))}\n")
     return wait(_run_folders(job), job_ids) if and_wait else 0
+
+
+def _refuse_what_never_starts(job_ids: list[str]) -> None:
+    """Many clusters take what breaks their limits and let it wait for ever. Raises UserError after cancelling."""
+    reasons = {entry.get("reason", "") for entry in states(job_ids[-1]) or [] if entry.get("state") == "PENDING"}
+    impossible = reasons & NEVER_STARTS
+    if impossible:
+        for job_id in job_ids:
+            cancel(job_id)
+        raise UserError(f"Slurm took job {job_ids[-1]} but would never start it: {', '.join(impossible)}. It was "
+                        "cancelled. `sinfo` and `scontrol show partition` show nodes and limits of this cluster")
 
 
 def _without_slurm_options() -> dict[str, str]:

@@ -8,7 +8,7 @@ from launchers.local import run_local
 from parallel.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
 from pretrain.config import RunConfig, load_run
 from pretrain.errors import ConfigError, UserError
-from pretrain.quiet import Quiet, compile_notice, quiet_third_parties
+from pretrain.quiet import CPU_ADAM_OP, SHARED_MEMORY_OP, Quiet, compile_notice, quiet_third_parties
 
 RANKS_PER_CORE = 4
 
@@ -34,8 +34,7 @@ def run(args: argparse.Namespace) -> int:
     world_size = rank_info.world_size if rank_info else args.nproc
     config = _load(args, rank_info, world_size)
     if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
-        parallel = config.parallel
-        world_size = parallel.tensor * parallel.context * parallel.pipeline
+        world_size = config.parallel.model_ranks
         config = _load(args, rank_info, world_size)
         _check_default(world_size)
     if rank_info is None and world_size > 1:
@@ -46,18 +45,20 @@ def run(args: argparse.Namespace) -> int:
 def run_rank(config: RunConfig, info: RankInfo) -> int:
     """This process's part of the run; what third parties say at start-up goes to the rank's log file."""
     with quiet_third_parties(Path(config.run.dir) / "logs" / f"rank-{info.rank}.log", info.rank == 0) as quiet:
-        _tell_of_compiling(quiet, info)
+        _tell_of_compiling(quiet, info, config)
         from pretrain.loop import train  # torch comes in here, after every check that can do without it
 
         return train(config, info, quiet)
 
 
-def _tell_of_compiling(quiet: Quiet, info: RankInfo) -> None:
-    """The first DeepSpeed start on a CPU takes a minute and would look like a hang."""
+def _tell_of_compiling(quiet: Quiet, info: RankInfo, config: RunConfig) -> None:
+    """The first DeepSpeed start on a CPU, or with offload, takes minutes and would look like a hang."""
     import torch
 
-    if info.rank == 0 and not torch.cuda.is_available():
-        notice = compile_notice(process_environment().get("TORCH_EXTENSIONS_DIR"))
+    ops = [] if torch.cuda.is_available() else [SHARED_MEMORY_OP]
+    ops += [CPU_ADAM_OP] if config.parallel.offload != "none" else []
+    for op in ops if info.rank == 0 else ():
+        notice = compile_notice(process_environment().get("TORCH_EXTENSIONS_DIR"), op)
         if notice:
             quiet.terminal.write(f"{notice}\n")
 

@@ -144,6 +144,9 @@ class ConsoleHook(Hook):
             facts.append(("loss", f"{self._first_loss:.4f} -> {self._last['loss']:.4f}"))
         if self._heldout_loss is not None:
             facts.append(("held-out", f"{self._heldout_loss:.4f}"))
+        if self._last.get("bad_samples"):
+            facts.append(("passed over", f"{self._last['bad_samples']:,} samples that could not be used, the first "
+                          f"named in {run.folder / 'logs'}"))
         facts.append(("run folder", str(run.folder)))
         for name, path in (("metrics", run.folder / METRICS_FILE), ("curve", run.folder / CURVE_FILE)):
             if path.exists():
@@ -167,13 +170,12 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     """The facts a run starts with, as (name, fact)."""
     config, layout = run.config, run.layout
     parallel = config.parallel
-    axes = [f"tensor {layout.tensor}", f"pipeline {layout.pipeline}", f"data {layout.data}"]
-    if layout.context > 1:
-        axes.insert(1, f"context {layout.context}")
-    words = [" × ".join(axes)]
+    words = [layout.words]
     if layout.sequence:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")
+    if parallel.offload != "none":
+        words.append(f"{parallel.offload} in host memory")
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
         words.append(f"recompute {parallel.recompute}{every}")
@@ -184,8 +186,11 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         batch = f"{run.tokens_per_step:,} tokens: {batch}"
     if accumulation > 1:
         batch += f", {accumulation} accumulated"
+    parameters = f"{short_number(run.num_parameters)} ({run.num_parameters:,})"
+    if run.num_active_parameters < run.num_parameters:
+        parameters += f", {short_number(run.num_active_parameters)} met by a token"
     facts = [
-        ("parameters", f"{short_number(run.num_parameters)} ({run.num_parameters:,})"),
+        ("parameters", parameters),
         ("each step", batch),
         ("layout", ", ".join(words)),
         ("precision", config.precision.compute),

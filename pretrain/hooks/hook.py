@@ -17,6 +17,7 @@ class RunView(Protocol):
     start_step: int  # last step done before this process; 0 for a new run
     total_steps: int
     num_parameters: int  # of the whole model, tied ones once
+    num_active_parameters: int  # of them, those that one token meets; fewer only with experts
     tokens_per_step: int  # over the whole global batch; samples for a family without tokens
     device_name: str
     node: str  # name of this rank's node

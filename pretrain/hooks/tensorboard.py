@@ -8,7 +8,8 @@ from pretrain.hooks.hook import Hook, RunView
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "mfu")
+SCALARS = ("loss", "grad_norm", "lr", "tokens_per_second", "samples_per_second", "mfu", "balance_loss", "z_loss",
+           "expert_load_max", "dropped_fraction", "router_entropy")
 
 
 class TensorBoardHook(Hook):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.models.family import FamilyConfig
+from pretrain.models.mixture import MixtureFields
 
 REQUIRED = object()  # a key that config.json must hold
 
@@ -174,6 +175,9 @@ class Free:
 
     theirs: tuple[str, ...]
 
+
+DENSE = Only("experts", (0,))  # of an architecture without mixtures of experts
+OF_A_MIXTURE = tuple(name for name in MixtureFields.model_fields if name != "experts")  # without a bearing there
 
 FieldRule = Same | Must | Only | Told | Present | Free
 

@@ -44,6 +44,7 @@ TABLE = {
     "pretrain/objectives/*": (*FACTS, *CORE, "data_pipeline.*", "pretrain.models.*", "pretrain.objectives.*"),
     **{f"{module.replace('.', '/')}.py": FACTS for module in CONFIG_FACTS},
     **{f"{module.replace('.', '/')}.py": FACTS for module in CHECKPOINT_FACTS[1:]},
+    "pretrain/checkpoint/hf_encoding.py": (*FACTS, "data_pipeline.tokenizer", "pretrain.checkpoint.hf_folder"),
     "pretrain/checkpoint/hf_tokenizer.py": (*FACTS, "data_pipeline.pieces", "data_pipeline.tokenizer"),
     "pretrain/checkpoint/*": (*FACTS, *CORE, "pretrain.checkpoint", "pretrain.checkpoint.*", "pretrain.models.*"),
     "pretrain/hooks/*": (*FACTS, *CORE, "pretrain.hooks", "pretrain.hooks.*", "pretrain.checkpoint.*"),

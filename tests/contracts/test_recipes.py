@@ -12,7 +12,9 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if "clusters" not in path.parts)
 NEEDS_THE_MACHINE = ("data.", "run.dir")  # what the recipe cannot bring along
 
-PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BERT with its heads for pretraining
+# Exact counts, of the released checkpoints with padding left out: openai-community/gpt2, meta-llama, google-t5/t5-*,
+# google/t5-v1_1-*, facebook/bart-*, google-bert/bert-*-uncased with its heads for pretraining, FacebookAI/roberta-base.
+PUBLISHED = {
     "gpt/gpt1-117m": 116_534_784,
     "gpt/gpt2-124m": 124_439_808,
     "gpt/gpt2-1.5b": 1_557_611_200,
@@ -30,8 +32,10 @@ PUBLISHED = {  # exact counts: of the released checkpoints, padding left out; BE
     "bert/base": 110_106_428,
     "bert/large": 336_226_108,
     "bert/roberta-base": 124_697_433,
+    "moe/switch-base-8": 619_339_008,
+    "moe/mixtral-8x7b": 46_702_792_704,
 }
-PUBLISHED_CLIP = {  # of the released checkpoints
+PUBLISHED_CLIP = {  # openai/clip-vit-*, laion/CLIP-ViT-H-14-laion2B-s32B-b79K
     "vit-b-32": 151_277_313, "vit-b-16": 149_620_737, "vit-l-14": 427_616_513, "vit-l-14-336": 427_944_193,
     "vit-h-14": 986_109_441,
 }  # fmt: skip
@@ -96,7 +100,15 @@ def test_gpt3_is_the_table(size, shape):
     assert config.run.steps * config.parallel.global_batch * 2048 == pytest.approx(300e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("name", "whole", "active"), [  # billions: Jiang et al. 2024, table 2; DeepSpeed-MoE, table 1
+    ("mixtral-8x7b", 46.7, 12.9), ("gpt3-1.3b-moe-128", 52.5, 1.32), ("switch-base-8", 0.619, 0.223)])
+def test_experts_that_a_token_does_not_meet_are_idle(name, whole, active):
+    config = load_config(CONFIGS / "moe" / f"{name}.yaml")
+    count, idle = (of(config.model) for of in (config.spec.parameter_count, config.spec.idle_parameter_count))
+    assert (count / 1e9, (count - idle) / 1e9) == pytest.approx((whole, active), rel=5e-3)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "moe"])
 def test_tiny_divides_by_4(family):
     config = load_config(CONFIGS / family / "tiny.yaml")
     facts = config.spec.facts(config.model)

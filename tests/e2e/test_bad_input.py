@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -17,13 +18,15 @@ CASES = {  # name: (ranks, overrides, what the message must hold)
     "zero2 with a pipeline": (2, ["parallel.pipeline=2", "parallel.zero_stage=2"], ["zero_stage=2", "zero_stage=1"]),
     "no dataset": (1, ["data.train=/nowhere"], ["data.train", "/nowhere"]),
     "fp16 on a cpu": (1, ["precision.compute=fp16", "parallel.zero_stage=1"], ["fp16", "bf16"]),
+    "weights offloaded on a cpu": (1, ["parallel.offload=parameters", "parallel.zero_stage=3"],
+                                   ["needs an accelerator", "parallel.offload=optimizer"]),
     "no such config": (1, None, ["missing.yaml"]),
 }
 
 
-def trainyard(*arguments):
+def trainyard(*arguments, **variables):
     return subprocess.run([sys.executable, "-m", "pretrain", *arguments], capture_output=True, text=True, check=False,
-                          timeout=120)
+                          timeout=120, env={**os.environ, **variables})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,6 +39,15 @@ def test_mistake(name, tmp_path, recipe):
         assert part in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_offload_without_a_compiler(tmp_path, recipe):
+    result = trainyard("train", str(recipe), "--nproc", "2", f"run.dir={tmp_path / 'run'}", "parallel.zero_stage=1",
+                       "parallel.offload=optimizer", CXX="/nowhere/c++")
+    assert result.returncode == 2
+    for part in ("/nowhere/c++", "apt-get install g++", "parallel.offload=none"):
+        assert part in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_missing_shard(tmp_path, recipe, dataset):

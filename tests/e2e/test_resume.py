@@ -22,6 +22,7 @@ CASES = {  # name: (ranks, overrides)
     "tensor x pipeline": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2",
                               "parallel.zero_stage=1"]),
     "dropout": (2, ["parallel.zero_stage=1", "model.dropout=0.1", "model.attention_dropout=0.1"]),
+    "offload": (2, ["parallel.zero_stage=3", "parallel.offload=optimizer"]),
     "workers": (2, ["parallel.zero_stage=2", "data.workers=2"]),
 }
 

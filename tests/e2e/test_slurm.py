@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from parallel.node_list import expand_node_list
 from pretrain.status import read
-from tests.faults.bench import Bench, ranks_of
+from tests.faults.bench import Bench
 from tests.faults.rows import run_one
 from tests.helpers.slurm import LocalSlurm, local_slurm, wait_until, why_not
 
@@ -106,7 +103,7 @@ def test_an_array_of_two_seeds(cluster, recipe, tmp_path):
 
 
 # Row of tests/faults and the number of its trial. The warning before a time limit (F1) takes minutes: `make faults`.
-SAMPLE = [("F2", 1), ("F5", 0), ("F6", 0), ("F8", 0), ("F12", 0), ("F13", 0), *(("F14", case) for case in range(9))]
+SAMPLE = [("F2", 1), ("F5", 0), ("F6", 0), ("F8", 0), ("F12", 0), ("X2", 0), *(("F14", case) for case in range(9))]
 
 
 @pytest.mark.parametrize(("name", "number"), SAMPLE, ids=str)
@@ -121,27 +118,14 @@ def test_one_task_a_node_with_torchrun_inside(cluster, recipe, tmp_path, expecte
     assert losses(tmp_path) == expected
 
 
-def test_a_node_that_failed_twice_is_kept_out(cluster, recipe, tmp_path):
-    """Beside the nodes that the person excluded. Slurm takes this of a pending job only."""
-    words = ("--nodes", "1", "--ranks-per-node", "1", "--exclude", "n3")
-    job_id = submit(cluster, recipe, tmp_path, *words, run=("run.steps=100000", "checkpoint.every=20"))
-    node = None
-    for failure in (1, 2):
-        wait_for_step(cluster, job_id, tmp_path, 30 * failure)
-        wait_until(lambda count=failure: read(tmp_path).attempt == count and read(tmp_path).checkpoint_step
-                   > read(tmp_path).first_step, 120, "a new checkpoint")
-        assert node in (None, *read(tmp_path).nodes)
-        node, = read(tmp_path).nodes
-        os.kill(ranks_of(tmp_path)[0], signal.SIGKILL)
-        cluster.wait_for_state(job_id, "PENDING", seconds=120)
-        if failure == 1:
-            cluster.start_requeued_now(job_id)
-    wait_until(lambda: set(expand_node_list(cluster.job(job_id)["ExcNodeList"])) == {"n3", node}, 60,
-               f"{node} is kept out: {log(tmp_path)}")
-    cluster.start_requeued_now(job_id)
-    cluster.wait_for_state(job_id, "RUNNING", seconds=60)
-    assert cluster.job(job_id)["NodeList"] not in ("n3", node)
-    cluster.run("scancel", job_id)
+def test_limits_that_the_cluster_does_not_enforce_at_submission(recipe, tmp_path):
+    """Slurm's default: such a job would wait for ever. It is cancelled, and the reason is told."""
+    with local_slurm(nodes=2, cpus=2, enforce=False) as cluster:
+        for words in (("--time", "99-0"), ("--cpus-per-task", "64")):
+            done = trainyard(cluster, "submit", str(recipe), *JOB, *words, f"run.dir={tmp_path}")
+            assert done.returncode == 2, done.stdout
+            assert "would never start it: PartitionConfig. It was cancelled" in done.stderr
+            assert cluster.run("squeue", "-h", "-o", "%i") == ""
 
 
 def test_without_sbatch(recipe, tmp_path):

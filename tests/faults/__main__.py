@@ -43,9 +43,10 @@ def main(argv: Sequence[str]) -> int:
     sys.stdout.write(f"seed {seed}\n" + LINE.format("row", "fault", "expected", "passed", "seconds"))
     recipe = write_recipe(folder / "gpt.yaml", write_dataset_of_this_project(folder / "data"))
     with local_slurm(nodes=3, cpus=4) if needs_slurm else nullcontext() as cluster:
-        bench = Bench(recipe, folder, cluster)
-        results = [run_row(bench, row, min(args.trials or row.trials, row.trials), seed) for row in rows]
-    args.to.write_text(json.dumps({"seed": seed, "rows": results}, indent=1) + "\n")
+        bench, results = Bench(recipe, folder, cluster), []
+        for row in rows:
+            results.append(run_row(bench, row, min(args.trials or row.trials, row.trials), seed))
+            args.to.write_text(json.dumps({"seed": seed, "rows": results}, indent=1) + "\n")
     failed = [result for result in results if result["passed"] < result["trials"]]
     if failed:
         sys.stdout.write(f"what the failed trials left is in {folder}\n")
@@ -66,7 +67,9 @@ def run_row(bench: Bench, row: Row, num_trials: int, seed: int) -> dict[str, Any
                                  f"{result['seconds']:.0f}"))
     for trial in trials:
         if "failure" in trial:
-            sys.stdout.write(f"      trial {trial['trial']}: {trial['failure'].strip().splitlines()[-1][:300]}\n")
+            lines = [line.strip() for line in trial["failure"].splitlines() if not set(line) <= set(" ^~")]
+            where, message = lines[-2:]
+            sys.stdout.write(f"      trial {trial['trial']}: {where[:160]}: {message[:300]}\n")
     sys.stdout.flush()
     return result
 

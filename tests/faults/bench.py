@@ -23,7 +23,8 @@ from tests.helpers.slurm import LocalSlurm, wait_until
 ROOT = Path(__file__).resolve().parents[2]
 INJECT = Path(__file__).with_name("inject")
 STEPS = 240
-RUN = (f"run.steps={STEPS}", "checkpoint.every=40", "checkpoint.keep=9")
+# Long enough that a fault comes in time on an idle machine too.
+RUN = (f"run.steps={STEPS}", "checkpoint.every=40", "checkpoint.keep=9", "parallel.global_batch=32")
 ORPHAN_SECONDS = 15
 START_SECONDS = 600  # for ranks to come up on a busy machine; no row's own limit
 RANK_VARIABLES = (b"RANK", b"SLURM_PROCID", b"OMPI_COMM_WORLD_RANK")

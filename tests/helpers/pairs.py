@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
-from parallel.rules import Case
 from pretrain.config import RunConfig, config_from
 from pretrain.config_file import RawConfig, apply_overrides
 from pretrain.errors import ConfigError, Problem
@@ -132,8 +131,7 @@ def overrides(choices: Choices) -> list[str]:
 
 
 def world_size_of(config: RunConfig, choices: Choices) -> int:
-    facts = family_spec(config.model.family).facts(config.model)
-    return Case(config.parallel, config.precision, facts).model_ranks * choices.get(DATA, 1)
+    return config.parallel.model_ranks * choices.get(DATA, 1)
 
 
 def _family(choices: Choices) -> str:

@@ -11,7 +11,7 @@ from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 
 TOP_2 = ("model.experts=4", "model.top_k=2", "model.router=top_k_softmax", "model.expert_every=2",
-         "model.expert_ffn=96", "model.z_loss=1e-3")  # fmt: skip
+         "model.expert_ffn=96", "model.z_loss=1e-3", "run.check_every=12")  # fmt: skip
 TOP_1 = ("model.experts=4", "model.capacity_factor=1.0", "model.bias_rate=1e-3", "model.shared_expert_ffn=32",
          "model.balance_loss=0.05")  # fmt: skip
 ROUTING = ("balance_loss", "z_loss", "expert_load_max", "dropped_fraction", "router_entropy")
@@ -94,6 +94,13 @@ def test_encoder_decoder_with_recompute(run):
     options = ("model.experts=4", "model.top_k=2", "model.expert_every=2", "optimizer.lr=2e-3")
     case = Case(tensor=2, data=2, zero=1, expert=2, sequence=True)
     check(run("t5", case, (*options, "parallel.recompute=full")), run("t5", Case(), options))
+
+
+@pytest.mark.parametrize("case", [Case(data=2, zero=2, expert=2), Case(pipeline=2, data=2, zero=1, expert=2)], ids=str)
+def test_with_what_saves_memory(case, run):
+    """Offload, selective recompute and logits in chunks beside experts."""
+    saving = ("parallel.offload=optimizer", "parallel.recompute=selective", "parallel.loss_chunk_tokens=24")
+    check(run("gpt", case, (*TOP_2, *saving)), run("gpt", Case(), TOP_2))
 
 
 @pytest.mark.parametrize("case", [Case(data=2, zero=1, expert=2), Case(data=2, zero=0, expert=2)], ids=str)

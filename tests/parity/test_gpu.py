@@ -15,6 +15,8 @@ pytestmark = pytest.mark.gpu
 # Kernels of a GPU sum in another order, and 20 steps of a tiny model multiply that.
 FP32, HALF = 1e-3, 2e-2
 ROOM = ["model.vocab_size=544"]
+# Without biases the experts of a rank are one grouped product in bf16.
+EXPERTS = ["model.experts=4", "model.top_k=2", "model.bias=false", "model.router=top_k_softmax", "model.z_loss=1e-3"]
 LEAN = ["parallel.recompute=selective", "parallel.loss_chunk_tokens=24"]
 FP16 = ["precision.compute=fp16", "parallel.zero_stage=1"]
 CASES = [  # GPUs, family, options of the model, options that change nothing but speed and memory, allowed difference
@@ -25,6 +27,8 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
     (1, "gpt", [], ["parallel.zero_stage=1", "precision.compute=bf16", *LEAN], HALF),
     (1, "gpt", [], ["parallel.zero_stage=1", "precision.compute=fp16"], HALF),
     (1, "gpt", UNTIED, ["parallel.zero_stage=3", "precision.compute=fp16", "parallel.recompute=full"], HALF),
+    (1, "gpt", EXPERTS, ["parallel.zero_stage=0"], FP32),
+    (1, "gpt", EXPERTS, ["parallel.zero_stage=1", "precision.compute=bf16", "parallel.recompute=selective"], HALF),
     (1, "t5", [], ["parallel.zero_stage=2", "precision.compute=bf16"], HALF),
     (1, "bart", [], ["parallel.zero_stage=1", "precision.compute=bf16", "parallel.recompute=full"], HALF),
     (1, "bert", [], ["parallel.zero_stage=2", "precision.compute=fp16", *LEAN], HALF),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 
 from pretrain.metrics import read_metrics
 from tests.helpers.ranks import train_on
@@ -88,14 +89,33 @@ def test_blocks_that_do_not_divide_into_stages(layout, tmp_path, recipe, referen
     check(layout, ["model.layers=5"], tmp_path, recipe, reference)
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1, 1, False), (2, 1, 2, 1, True), (1, 1, 2, 3, False), (2, 2, 1, 1, True),
-                                    (1, 1, 2, 2, False), (1, 2, 2, 0, False)], ids=str)  # fmt: skip
-def test_bf16_curve_is_close(layout, tmp_path, recipe, reference):
+@pytest.mark.parametrize(("layout", "extra"), [
+    *(((*layout, False), ()) for layout in ((1, 1, 1, 1), (1, 1, 2, 3), (1, 1, 2, 2), (1, 2, 2, 0))),
+    ((2, 1, 2, 1, True), ()), ((2, 2, 1, 1, True), ()),
+    *(((1, 1, 2, stage, False), ("parallel.offload=optimizer",)) for stage in (1, 3)),
+], ids=str)  # fmt: skip
+def test_bf16_curve_is_close(layout, extra, tmp_path, recipe, reference):
     expected = reference(("precision.compute=bf16",))
-    loss, _ = largest_differences(curve(tmp_path, layout, recipe, ["precision.compute=bf16"]), expected)
+    loss, _ = largest_differences(curve(tmp_path, layout, recipe, ["precision.compute=bf16", *extra]), expected)
     assert loss <= 2e-2
     in_fp32, _ = largest_differences(expected, reference(()))
     assert 0 < in_fp32 <= 2e-2, "bf16 must differ from fp32, and not by much"
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 2, 1, False), (2, 1, 2, 2, True), (1, 1, 2, 3, False), (1, 2, 1, 1, False)],
+                         ids=str)  # fmt: skip
+def test_offload_changes_nothing(layout, tmp_path, recipe, reference):
+    """The optimizer in host memory, which steps with another implementation of Adam."""
+    check(layout, ["parallel.offload=optimizer"], tmp_path, recipe, lambda extra: reference(()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights out of device memory")
+def test_weights_in_host_memory_change_nothing(tmp_path, recipe):
+    layout = (1, 1, 1, 3, False)
+    plain = curve(tmp_path / "plain", layout, recipe)
+    loss, norm = largest_differences(curve(tmp_path / "host", layout, recipe, ["parallel.offload=parameters"]), plain)
+    assert loss <= 1e-5 and norm <= 1e-4
 
 
 @pytest.mark.parametrize(("layout", "extra"), [

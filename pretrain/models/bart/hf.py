@@ -3,6 +3,8 @@
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
 from pretrain.models.gpt.hf import ACTIVATIONS
 from pretrain.models.hf_map import (
+    DENSE,
+    OF_A_MIXTURE,
     Architecture,
     Entry,
     Free,
@@ -67,6 +69,7 @@ BART = Architecture(
         Same("attention_dropout", "attention_dropout", 0.0),
         Same("init_std", "init_std", 0.02),
         Only("norm_epsilon", (1e-5,)),  # their norms have this one and no key for it
+        DENSE,
         Told("activation_dropout", 0.0),
         Told("encoder_layerdrop", 0.0),
         Told("decoder_layerdrop", 0.0),
@@ -82,7 +85,7 @@ BART = Architecture(
         Free(("num_hidden_layers", "extra_pos_embeddings", "classif_dropout")),
     ),
     names=_names,
-    free_of_ours=("family", "target_length", "max_positions", "pad_vocab_to"),
+    free_of_ours=(*OF_A_MIXTURE, "family", "target_length", "max_positions", "pad_vocab_to"),
     copies=lambda config: dict.fromkeys(
         ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"),
         "model.shared.weight"),

@@ -1,5 +1,7 @@
 """CLIP in transformers (facts: no torch)."""
 
+from typing import Any
+
 from pretrain.models.clip.spec import CLIPConfig
 from pretrain.models.hf_map import Architecture, Entry, Free, Must, Only, Same, Shaped, attention_parts, vocabulary
 
@@ -34,6 +36,15 @@ def _names(config: CLIPConfig) -> tuple[Entry, ...]:
         Entry("text.head.projection", "text_projection.weight"),
         Entry("scale.logit_scale", "logit_scale", (Shaped((1,), ()),)),
     )
+
+
+def _read(values: dict[str, Any]) -> dict[str, Any]:
+    """Where a text ends: older files say 2 and mean the largest id of the vocabulary; the rule is in CLIPTextModel."""
+    text = dict(values.get("text_config") or {})
+    vocabulary_size = text.get("vocab_size", 49408)
+    if text.get("eos_token_id", 49407) == 2 and isinstance(vocabulary_size, int):
+        text["eos_token_id"] = vocabulary_size - 1
+    return {**values, "text_config": {"eos_token_id": 49407, **text}}
 
 
 def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) -> tuple:
@@ -72,6 +83,7 @@ CLIP = Architecture(
     names=_names,
     free_of_ours=("family", "init_temperature", "pad_vocab_to"),
     tokens_in="text_config",
+    read=_read,
     ignored=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"),
 )
 

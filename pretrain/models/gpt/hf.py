@@ -1,9 +1,11 @@
-"""GPT decoders in transformers: GPT-2 for learned positions, Llama and Mistral for rotary ones (facts: no torch)."""
+"""GPT decoders in transformers: GPT-2 for learned positions, Llama and its kin for rotary ones (facts: no torch)."""
 
 from typing import Any
 
 from pretrain.models.gpt.spec import GPTConfig
 from pretrain.models.hf_map import (
+    DENSE,
+    OF_A_MIXTURE,
     Architecture,
     Entry,
     Free,
@@ -11,6 +13,7 @@ from pretrain.models.hf_map import (
     Must,
     Only,
     Same,
+    Told,
     Transposed,
     attention_parts,
     vocabulary,
@@ -63,6 +66,7 @@ GPT2 = Architecture(
         Only("norm_position", ("pre",)),
         Only("bias", (True,)),
         Only("kv_heads", (True,), value=lambda config: config.num_kv_heads == config.heads, implied=True),
+        DENSE,
         Must("scale_attn_weights", True, True),
         Must("scale_attn_by_inverse_layer_idx", False, False),
         Must("add_cross_attention", False, False),
@@ -70,16 +74,31 @@ GPT2 = Architecture(
               "summary_proj_to_labels", "summary_first_dropout")),
     ),
     names=_gpt2_names,
-    free_of_ours=(*FREE_OF_OURS, "rotary_base"),
+    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE, "rotary_base"),
     copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tied_head else {},
     ignored=("transformer.h.{n}.attn.bias", "transformer.h.{n}.attn.masked_bias"),
     prefix="transformer.",
 )
 
-# -- Llama and Mistral -------------------------------------------------------------------------------------------------
+# -- Llama, Mistral, Mixtral -------------------------------------------------------------------------------------------
 
 
 def _llama_names(config: GPTConfig) -> tuple[Entry, ...]:
+    block, theirs = "blocks.{n}.feed_forward", "model.layers.{n}.mlp"
+    return (*_without_feed_forward(config),
+            *(Entry(f"{block}.{part}.{{p}}", f"{theirs}.{part}_proj.{{p}}") for part in ("gate", "up", "down")))
+
+
+def _mixtral_names(config: GPTConfig) -> tuple[Entry, ...]:
+    block, theirs = "blocks.{n}.feed_forward", "model.layers.{n}.block_sparse_moe"
+    parts = {"gate": "w1", "up": "w3", "down": "w2"}
+    return (*_without_feed_forward(config),
+            Entry(f"{block}.router.weight", f"{theirs}.gate.weight"),
+            *(Entry(f"{block}.experts.{{e}}.{mine}.weight", f"{theirs}.experts.{{e}}.{name}.weight")
+              for mine, name in parts.items()))
+
+
+def _without_feed_forward(config: GPTConfig) -> tuple[Entry, ...]:
     block, theirs = "blocks.{n}", "model.layers.{n}"
     qkv = attention_parts(config.heads, config.num_kv_heads, config.head_dim)
     return (
@@ -89,9 +108,6 @@ def _llama_names(config: GPTConfig) -> tuple[Entry, ...]:
               tuple(f"{theirs}.self_attn.{part}_proj.{{p}}" for part in "qkv"), (qkv,)),
         Entry(f"{block}.attention.out.{{p}}", f"{theirs}.self_attn.o_proj.{{p}}"),
         Entry(f"{block}.feed_forward_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        Entry(f"{block}.feed_forward.gate.{{p}}", f"{theirs}.mlp.gate_proj.{{p}}"),
-        Entry(f"{block}.feed_forward.up.{{p}}", f"{theirs}.mlp.up_proj.{{p}}"),
-        Entry(f"{block}.feed_forward.down.{{p}}", f"{theirs}.mlp.down_proj.{{p}}"),
         Entry("final_norm.weight", "model.norm.weight"),
         Entry("head.weight", "lm_head.weight", (vocabulary(config),)),
     )
@@ -114,7 +130,7 @@ def rope_read(values: dict[str, Any]) -> dict[str, Any]:
 def window_read(values: dict[str, Any]) -> dict[str, Any]:
     """A window that is at least as long as the model's sequences leaves nothing out."""
     values = rope_read(values)
-    window, length = values.get("sliding_window", 4096), values.get("max_position_embeddings", 4096 * 32)
+    window, length = values.get("sliding_window"), values.get("max_position_embeddings", 4096 * 32)
     if isinstance(window, int) and isinstance(length, int) and length <= window:
         values["sliding_window"] = None
     return values
@@ -127,7 +143,7 @@ def llama_fields(max_positions: int, ffn: int, kv_heads: int | None, norm_epsilo
         Same("hidden", "hidden_size", 4096),
         Same("heads", "num_attention_heads", 32),
         Same("kv_heads", "num_key_value_heads", kv_heads, value=lambda config: config.num_kv_heads),
-        Same("ffn", "intermediate_size", ffn, value=lambda config: config.ffn_hidden),
+        Same("ffn", "intermediate_size", ffn, value=lambda config: config.expert_width or config.ffn_hidden),
         Same("vocab_size", "vocab_size", 32000),
         Same("sequence_length", "max_position_embeddings", max_positions),
         Same("activation", "hidden_act", "silu", (("swiglu", "silu"), ("swiglu", "swish"))),
@@ -155,15 +171,18 @@ LLAMA = Architecture(
         *llama_fields(max_positions=2048, ffn=11008, kv_heads=None, norm_epsilon=1e-6, rotary_base=10000.0),
         Same("bias", "attention_bias", False),
         Same("bias", "mlp_bias", False),
+        DENSE,
         Free(("pretraining_tp",)),
     ),
     names=_llama_names,
-    free_of_ours=FREE_OF_OURS,
+    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
     copies=_tied,
     ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
     prefix="model.",
     read=rope_read,
 )
+
+WHOLE_WINDOW = "set max_position_embeddings in config.json to at most sliding_window: up to there attention is whole"
 
 MISTRAL = Architecture(
     model_type="mistral",
@@ -171,15 +190,40 @@ MISTRAL = Architecture(
     fields=(
         *llama_fields(max_positions=4096 * 32, ffn=14336, kv_heads=8, norm_epsilon=1e-6, rotary_base=10000.0),
         Only("bias", (False,)),
-        Must("sliding_window", None, 4096, "set max_position_embeddings in config.json to at most sliding_window: up "
-             "to there attention is whole"),
+        DENSE,
+        Must("sliding_window", None, 4096, WHOLE_WINDOW),
     ),
     names=_llama_names,
-    free_of_ours=FREE_OF_OURS,
+    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
     copies=_tied,
     ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
     prefix="model.",
     read=window_read,
 )
 
-ARCHITECTURES = (GPT2, LLAMA, MISTRAL)  # an export takes the first that fits, unless it is told which
+MIXTRAL = Architecture(
+    model_type="mixtral",
+    class_name=lambda config: "MixtralForCausalLM",
+    fields=(
+        *llama_fields(max_positions=4096 * 32, ffn=14336, kv_heads=8, norm_epsilon=1e-5, rotary_base=1e6),
+        Same("experts", "num_local_experts", 8),
+        Only("experts", (True,), value=lambda config: config.experts > 0, implied=True),
+        Same("top_k", "num_experts_per_tok", 2),
+        Same("balance_loss", "router_aux_loss_coef", 0.001),
+        Only("router", ("top_k_softmax",)),
+        Only("expert_every", (1,)),
+        Only("shared_expert_ffn", (None,)),
+        Only("bias_rate", (0.0,)),
+        Only("bias", (False,)),
+        Must("sliding_window", None, None, WHOLE_WINDOW),
+        Told("router_jitter_noise", 0.0),
+        Free(("output_router_logits",)),
+    ),
+    names=_mixtral_names,
+    free_of_ours=(*FREE_OF_OURS, "expert_ffn", "capacity_factor", "z_loss"),
+    copies=_tied,
+    prefix="model.",
+    read=window_read,
+)
+
+ARCHITECTURES = (GPT2, LLAMA, MISTRAL, MIXTRAL)  # an export takes the first that fits, unless it is told which

@@ -1,21 +1,26 @@
-"""T5 in transformers, both versions (facts: no torch)."""
+"""T5 in transformers, both versions, and Switch, its mixtures of experts (facts: no torch)."""
 
+from itertools import chain
 from typing import Any
 
 from pretrain.models.hf_map import (
+    DENSE,
+    OF_A_MIXTURE,
     Architecture,
     Entry,
     Free,
     Grouped,
     Must,
+    Only,
     Same,
+    Told,
     attention_parts,
     vocabulary,
 )
 from pretrain.models.t5.spec import T5Config
 
 
-def feed_forward_names(config: T5Config, block: str, theirs: str) -> tuple[Entry, ...]:
+def _feed_forward_names(config: T5Config, block: str, theirs: str) -> tuple[Entry, ...]:
     """The matrices of a feed-forward part; with a gate there are two first ones, and the gate is number 0."""
     down = Entry(f"{block}.feed_forward.down.weight", f"{theirs}.wo.weight")
     if config.activation == "relu":
@@ -24,7 +29,7 @@ def feed_forward_names(config: T5Config, block: str, theirs: str) -> tuple[Entry
             Entry(f"{block}.feed_forward.up.weight", f"{theirs}.wi_1.weight"), down)
 
 
-def side_names(config: T5Config, side: str) -> tuple[Entry, ...]:
+def _side_names(config: T5Config, side: str) -> tuple[Entry, ...]:
     """A side without the matrices of its feed-forward parts."""
     block, layers, last = f"{side}.blocks.{{n}}", f"{side}.block.{{n}}.layer", "2" if side == "decoder" else "1"
     attention = f"{layers}.0.SelfAttention"
@@ -50,18 +55,35 @@ def side_names(config: T5Config, side: str) -> tuple[Entry, ...]:
     )
 
 
-def _names(config: T5Config) -> tuple[Entry, ...]:
+def _without_feed_forward(config: T5Config) -> tuple[Entry, ...]:
     return (
         Entry("embedding.table.weight", "shared.weight", (vocabulary(config),)),
-        *side_names(config, "encoder"),
-        *feed_forward_names(config, "encoder.blocks.{n}", "encoder.block.{n}.layer.1.DenseReluDense"),
-        *side_names(config, "decoder"),
-        *feed_forward_names(config, "decoder.blocks.{n}", "decoder.block.{n}.layer.2.DenseReluDense"),
+        *_side_names(config, "encoder"),
+        *_side_names(config, "decoder"),
         Entry("head.weight", "lm_head.weight", (vocabulary(config),)),
     )
 
 
-def copies(config: T5Config) -> dict[str, str]:
+_PLACES = (("encoder.blocks.{n}", "encoder.block.{n}.layer.1"), ("decoder.blocks.{n}", "decoder.block.{n}.layer.2"))
+
+
+def _t5_names(config: T5Config) -> tuple[Entry, ...]:
+    parts = [_feed_forward_names(config, block, f"{theirs}.DenseReluDense") for block, theirs in _PLACES]
+    return *_without_feed_forward(config), *chain(*parts)
+
+
+def _switch_names(config: T5Config) -> tuple[Entry, ...]:
+    entries = list(_without_feed_forward(config))
+    for block, layer in _PLACES:
+        mine, theirs = f"{block}.feed_forward", f"{layer}.mlp"
+        entries.append(Entry(f"{mine}.router.weight", f"{theirs}.router.classifier.weight"))
+        for part, name in (("up", "wi"), ("down", "wo")):
+            entries += [Entry(f"{mine}.{part}.weight", f"{theirs}.{name}.weight"),
+                        Entry(f"{mine}.experts.{{e}}.{part}.weight", f"{theirs}.experts.expert_{{e}}.{name}.weight")]
+    return tuple(entries)
+
+
+def _copies(config: T5Config) -> dict[str, str]:
     """Where else a folder may hold the token table."""
     sides = {f"{side}.embed_tokens.weight": "shared.weight" for side in ("encoder", "decoder")}
     return {**sides, "lm_head.weight": "shared.weight"} if config.tied_head else sides
@@ -75,19 +97,20 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-T5 = Architecture(
-    model_type="t5",
-    class_name=lambda config: "T5ForConditionalGeneration",
-    fields=(
-        Same("layers", "num_layers", 6),
-        Same("decoder_layers", "num_decoder_layers", None, value=lambda config: config.num_decoder_layers),
-        Same("hidden", "d_model", 512),
-        Same("heads", "num_heads", 8),
+FREE_OF_OURS = ("family", "attention_dropout", "target_length", "pad_vocab_to")
+
+
+def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) -> tuple:
+    """What T5 and Switch share; the arguments are the defaults in which they differ."""
+    return (
+        Same("layers", "num_layers", layers),
+        Same("decoder_layers", "num_decoder_layers", decoder_layers, value=lambda config: config.num_decoder_layers),
+        Same("hidden", "d_model", hidden),
+        Same("heads", "num_heads", heads),
         Same("head_width", "d_kv", 64, value=lambda config: config.width),
         Same("ffn", "d_ff", 2048, value=lambda config: config.ffn_hidden),
         Same("vocab_size", "vocab_size", 32128),
         Same("sequence_length", "n_positions", 512),
-        Same("activation", "feed_forward_proj", "relu", (("relu", "relu"), ("geglu_tanh", "gated-gelu"))),
         Same("tied_head", "tie_word_embeddings", True),
         Same("relative_buckets", "relative_attention_num_buckets", 32),
         Same("relative_max_distance", "relative_attention_max_distance", 128),
@@ -95,13 +118,110 @@ T5 = Architecture(
         Same("dropout", "dropout_rate", 0.1),
         Must("is_decoder", False, False),
         Must("is_encoder_decoder", True, True),
+    )
+
+
+T5 = Architecture(
+    model_type="t5",
+    class_name=lambda config: "T5ForConditionalGeneration",
+    fields=(
+        *_fields(layers=6, decoder_layers=None, hidden=512, heads=8),
+        Same("activation", "feed_forward_proj", "relu", (("relu", "relu"), ("geglu_tanh", "gated-gelu"))),
+        DENSE,
         Free(("initializer_factor", "dense_act_fn", "is_gated_act", "classifier_dropout")),
     ),
-    names=_names,
-    free_of_ours=("family", "attention_dropout", "target_length", "pad_vocab_to"),
-    copies=copies,
+    names=_t5_names,
+    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
+    copies=_copies,
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     read=_read,
 )
 
-ARCHITECTURES = (T5,)
+# -- Switch ------------------------------------------------------------------------------------------------------------
+
+REGULAR = "every n-th block"
+NO_CAPACITY = 1 << 20  # tokens of one sequence that an expert takes: more than a sequence has
+
+
+def _sparse(layers: int, num_sparse: int) -> list[int]:
+    """Blocks of a side that are mixtures; the rule of SwitchTransformersStack and its config."""
+    step = layers // num_sparse if num_sparse > 0 else layers
+    return [index for index in range(layers) if step == 1 or (step > 1 and index % step == 1)]
+
+
+def _every(layers: int, sparse: list[int]) -> int | None:
+    """The n for which every n-th block is sparse; None where there is none."""
+    return next((n for n in range(1, layers + 1) if [i for i in range(layers) if (i + 1) % n == 0] == sparse), None)
+
+
+def _switch_read(values: dict[str, Any]) -> dict[str, Any]:
+    """Which blocks are mixtures, in our words; a capacity that no sequence reaches is none."""
+    values = {"num_layers": 12, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3, "expert_capacity": 64,
+              "n_positions": 512, **values}
+    layers = values["num_layers"]
+    decoder_layers = values.get("num_decoder_layers", 12)
+    sides = ((layers, values["num_sparse_encoder_layers"]),
+             (layers if decoder_layers is None else decoder_layers, values["num_sparse_decoder_layers"]))
+    if all(isinstance(number, int) for side in sides for number in side):
+        sparse = [_sparse(*side) for side in sides]
+        found = {_every(count, blocks) for (count, _), blocks in zip(sides, sparse, strict=True)}
+        values["expert_every"] = next(iter(found))
+        values["num_sparse_encoder_layers"] = REGULAR if len(found) == 1 and None not in found else \
+            " and ".join(f"blocks {', '.join(map(str, blocks))}" for blocks in sparse)
+    del values["num_sparse_decoder_layers"]
+    if isinstance(values["expert_capacity"], int) and isinstance(values["n_positions"], int) \
+            and values["expert_capacity"] >= values["n_positions"]:
+        values["expert_capacity"] = NO_CAPACITY
+    return values
+
+
+def _switch_write(values: dict[str, Any]) -> dict[str, Any]:
+    every = values["expert_every"]
+    sides = {"encoder": values["num_layers"], "decoder": values["num_decoder_layers"]}
+    return {key: value for key, value in values.items() if key != "expert_every"} | {
+        f"num_sparse_{side}_layers": layers // every for side, layers in sides.items()}
+
+
+def _as_there(config: T5Config) -> bool:
+    """Whether some number of sparse blocks gives those of this config."""
+    return all(_every(count, _sparse(count, count // config.expert_every)) == config.expert_every
+               for count in (config.layers, config.num_decoder_layers))
+
+
+SWITCH = Architecture(
+    model_type="switch_transformers",
+    class_name=lambda config: "SwitchTransformersForConditionalGeneration",
+    fields=(
+        *_fields(layers=12, decoder_layers=12, hidden=768, heads=12),
+        Same("activation", "dense_act_fn", "relu", (("relu", "relu"),)),
+        Same("experts", "num_experts", 8),
+        Same("expert_every", "expert_every", 1),
+        Must("num_sparse_encoder_layers", REGULAR, REGULAR, "take a model where these are the last of every n blocks, "
+             "and the n of encoder and decoder is one"),
+        Same("balance_loss", "router_aux_loss_coef", 0.001),
+        Same("z_loss", "router_z_loss_coef", 0.001),
+        Only("tied_head", (True,), implied=True),  # untied, their sides have token tables of their own
+        Only("experts", (True,), value=lambda config: config.experts > 0, implied=True),
+        Only("expert_every", (True,), value=_as_there, implied=True),
+        Only("expert_ffn", (True,), value=lambda config: config.expert_width == config.ffn_hidden, implied=True),
+        Only("top_k", (1,)),
+        Only("router", ("softmax_top_k",)),
+        Only("shared_expert_ffn", (None,)),
+        Only("bias_rate", (0.0,)),
+        Must("expert_capacity", NO_CAPACITY, NO_CAPACITY, "set expert_capacity in config.json to n_positions (512 "
+             "where it is not said) or more: here no token is dropped outside of training"),
+        Must("add_cross_attention", False, False),
+        Must("router_bias", False, False),
+        Must("router_dtype", "float32", "float32"),
+        Told("router_jitter_noise", 0.0),
+        Free(("initializer_factor", "router_ignore_padding_tokens", "add_router_probs", "encoder_sparse_step",
+              "decoder_sparse_step")),
+    ),
+    names=_switch_names,
+    free_of_ours=(*FREE_OF_OURS, "capacity_factor"),
+    copies=_copies,
+    read=_switch_read,
+    write=_switch_write,
+)
+
+ARCHITECTURES = (T5, SWITCH)

@@ -57,6 +57,15 @@ def test_16_bit_grey_keeps_its_upper_bits():
     assert np.array_equal(pixels, (values >> 8).astype(np.uint8))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_animation_is_its_first_picture(kind):
+    frames = [Image.new("RGB", (12, 12), colour) for colour in ((250, 0, 0), (0, 250, 0))]
+    content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    assert Image.open(io.BytesIO(content)).n_frames == 2
+    red, green, _ = np.asarray(decode(content))[6, 6]
+    assert red > 200 > green
+
+
 def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the left side is the top

@@ -86,13 +86,20 @@ def test_span_corruption(length):
 
 
 @given(st.integers(2, 300), st.floats(0.01, 0.9), st.floats(1, 20), st.integers(0, 2**62))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=100)
 def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, seed):
+    """10,000 documents: 100 of each size, density and mean length."""
     counts = span_counts(num_raw, density, mean_span)
     stage = SpanCorruption(seed, counts, counts.num_targets, SPECIAL, END)
-    [sample] = documents(num_raw, 1, seed % 1000)
-    out = stage(sample)
-    assert np.array_equal(restored(out["source"], out["tokens"][1:]), sample["tokens"][:num_raw])
+    in_order = SPECIAL.first_sentinel - np.arange(counts.num_spans)
+    for sample in documents(num_raw, 100, seed % 1000):
+        out = stage(sample)
+        source, target = out["source"], out["tokens"][1:]
+        assert np.array_equal(source[source >= VOCAB_SIZE], in_order)
+        assert np.array_equal(target[target >= VOCAB_SIZE], in_order)
+        lengths = runs(target[:-1] < VOCAB_SIZE)
+        assert (lengths.sum(), lengths.size, lengths.min() > 0) == (counts.num_noise, counts.num_spans, True)
+        assert np.array_equal(restored(source, target), sample["tokens"][:num_raw])
 
 
 # -- the same sample, the same noise -----------------------------------------------------------------------------------
@@ -188,15 +195,7 @@ def test_infilling():
         assert gaps.lengths.sum() == num_hidden, "the density is exact"
         assert (noised == SPECIAL.mask).sum() == gaps.lengths.size
         assert not ((noised[:-1] == SPECIAL.mask) & (noised[1:] == SPECIAL.mask)).any(), "a kept token between spans"
-        spans = iter(zip(gaps.starts, gaps.lengths, strict=True))
-        parts = []
-        for token in noised:
-            if token == SPECIAL.mask:
-                start, length = next(spans)
-                parts.append(tokens[start : start + length])
-            else:
-                parts.append([token])
-        assert np.array_equal(np.concatenate(parts), tokens)
+        assert np.array_equal(unfilled(noised, tokens, gaps), tokens)
         lengths.append(gaps.lengths)
     lengths = np.concatenate(lengths)
     # All spans but the last of a sample are Poisson(3); the last is cut so that the sum is exact.
@@ -206,14 +205,29 @@ def test_infilling():
 
 
 @given(st.integers(2, 60), st.floats(0, 0.95), st.floats(1, 12), st.integers(0, 10**9))
-@settings(deadline=None)
-def test_infilling_of_any_size_fits(num_tokens, ratio, mean_span, seed):
+@settings(deadline=None, max_examples=100)
+def test_infilling_of_any_size_can_be_undone(num_tokens, ratio, mean_span, seed):
+    """10,000 documents: 100 of each size, ratio and mean length."""
     num_hidden = round(num_tokens * ratio)
-    gaps = draw_gaps(Noise(seed, 0, "infill"), num_tokens, num_hidden, mean_span)
-    noised = infill(np.arange(num_tokens), gaps, 999)
-    assert gaps.lengths.sum() == num_hidden
-    assert (noised != 999).sum() == num_tokens - num_hidden
-    assert noised.size <= num_tokens
+    for sample in documents(num_tokens, 100, seed % 1000):
+        tokens = sample["tokens"][:num_tokens]
+        gaps = draw_gaps(Noise(seed, sample["position"], "infill"), num_tokens, num_hidden, mean_span)
+        noised = infill(tokens, gaps, SPECIAL.mask)
+        assert gaps.lengths.sum() == num_hidden
+        assert (noised != SPECIAL.mask).sum() == num_tokens - num_hidden
+        assert noised.size <= num_tokens
+        assert np.array_equal(unfilled(noised, tokens, gaps), tokens)
+
+
+def unfilled(noised, tokens, gaps):
+    """The text that was infilled: every mask gives way to the span that its gap names."""
+    spans = iter(zip(gaps.starts, gaps.lengths, strict=True))
+    parts = []
+    for token in noised:
+        start, length = next(spans) if token == SPECIAL.mask else (0, 0)
+        parts.append(tokens[start : start + length] if token == SPECIAL.mask else [token])
+    assert next(spans, None) is None
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
 def test_sentences_are_shuffled_whole():

@@ -181,6 +181,29 @@ def test_damaged_shard_is_named(folder, tmp_path):
         PairsDataset.open(copy)
 
 
+def test_verify_and_stats(folder, tmp_path, capsys):
+    """Unusable pairs are counted and named; a changed shard is damage, with exit code 65."""
+    import shutil
+
+    from tests.unit.data_pipeline.test_command import trainyard
+
+    assert trainyard("verify", folder) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "3 of 40 pairs cannot be used" in told
+    assert all(words in told for words in ("cannot be decoded", "pixels", "the caption is empty"))
+    assert trainyard("stats", folder) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "37 of the first 40" in told
+    assert "20 least, 20 median, 20 most" in told
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    path = copy / "shard-000001.tar"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    assert trainyard("verify", copy) == 65
+    assert "SHA-256 of shard-000001.tar" in " ".join(capsys.readouterr().out.split())
+
+
 def test_pairs_from_folders_and_tars(tmp_path):
     (tmp_path / "photos").mkdir()
     for name, caption in (("a", "first"), ("b", None), ("c", "third")):

@@ -105,25 +105,40 @@ def test_signals_become_a_request_in_the_run_folder(tmp_path):
     process.stderr.close()
 
 
+def start_under_slurm(folder, srun, *words):
+    """A supervisor with an srun of this body, and a scontrol that writes down what it is asked for."""
+    for name, body in {"srun": srun, "scontrol": f"echo $1 >>{folder}/did", "squeue": "exit 0"}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "logs").mkdir()
+    return subprocess.Popen(
+        [sys.executable, "-m", "launchers.supervise", "--slurm", "--requeue", *words], stderr=subprocess.PIPE,
+        text=True, env=process_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"})
+
+
 def test_a_warning_before_the_launcher_starts_is_kept(tmp_path):
     """While nodes are checked, no rank is there to be asked: nothing is started, and the job is requeued."""
-    programs = {"srun": f"touch {tmp_path}/checking; sleep 2", "scontrol": f"echo $1 >{tmp_path}/did"}
-    for name, body in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    (tmp_path / "logs").mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "launchers.supervise", "--slurm", "--requeue", "--check-nodes=1", str(tmp_path), "--",
-         "touch", str(tmp_path / "started")], stderr=subprocess.PIPE, text=True,
-        env=process_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    wait_for((tmp_path / "checking").exists)
+    process = start_under_slurm(tmp_path, f"touch {tmp_path}/up; sleep 2", "--check-nodes=1", str(tmp_path), "--",
+                                "touch", str(tmp_path / "started"))
+    wait_for((tmp_path / "up").exists)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=30) == 75, process.stderr.read()
-    assert "requeue: SIGUSR1" in process.stderr.read()
-    process.stderr.close()
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 75, said
+    assert "requeue: SIGUSR1" in said
     assert (tmp_path / "did").read_text() == "requeue\n"
     assert not (tmp_path / "started").exists()
     assert (read(tmp_path).exit_code, read(tmp_path).reason) == (75, "SIGUSR1")
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_cancelled_job_does_not_come_back_however_its_ranks_ended(tmp_path, cancelled):
+    process = start_under_slurm(tmp_path, f"touch {tmp_path}/up; sleep 2; exit 137", str(tmp_path), "--", "srun")
+    wait_for((tmp_path / "up").exists)
+    if cancelled:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 137
+    process.stderr.close()
+    assert (tmp_path / "did").exists() != cancelled
 
 
 def test_a_launcher_that_starts_ranks_again_is_left_to_it(tmp_path, monkeypatch):

@@ -142,6 +142,12 @@ def test_not_node_lists(text):
         expand_node_list(text)
 
 
+@pytest.mark.parametrize(("text", "seconds"), [("1795266868", 1795266868.0), ("", None), ("N/A", None)])
+def test_when_the_job_ends(text, seconds):
+    environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "SLURM_JOB_END_TIME": text}
+    assert read_rank_info(environ).end_unix_seconds == seconds
+
+
 def test_tasks_per_node():
     assert expand_tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     with pytest.raises(NodeListError):

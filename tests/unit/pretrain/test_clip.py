@@ -1,4 +1,4 @@
-"""CLIP: its towers beside another implementation, its losses by hand, its facts, what it refuses."""
+"""CLIP: its pixels, its losses by hand, its facts, what it refuses. Its towers are compared in test_convert.py."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data_pipeline.pairs import PairsDataset
+from data_pipeline.pairs_writer import RawPair, write_pairs
 from parallel.initialise import draw
 from parallel.megatron import TensorShard
 from parallel.pipeline import Stage
 from parallel.two_pass import DataRows, GradientCache, surrogate
 from pretrain.config import config_from
+from pretrain.metrics import read_metrics
 from pretrain.models import family_spec
 from pretrain.models.clip.modules import layers
 from pretrain.models.clip.spec import CLIPConfig
 from pretrain.objectives.contrastive import Contrastive, SigLIP
-from tests.helpers.ranks import run_ranks
-from tests.helpers.recipes import CLIP
+from tests.helpers.ranks import run_ranks, train_on
+from tests.helpers.recipes import CLIP, write_recipe
 
 SHARD = TensorShard(None, torch.device("cpu"))
 ROWS = DataRows()
@@ -46,89 +49,6 @@ def built(config: CLIPConfig) -> Stage:
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
     return stage
-
-
-def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int) -> torch.Tensor:
-    """Separate projections in the order of the fused one: by head, [q k v]."""
-    parts = [part.view(heads, -1, *part.shape[1:]) for part in (q, k, v)]
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def taken_from(theirs, config: CLIPConfig) -> dict[str, torch.Tensor]:
-    """The weights of transformers' CLIPModel under our names."""
-    weights = theirs.state_dict()
-    ours = {
-        "image.embedding.patches": weights["vision_model.embeddings.patch_embedding.weight"],
-        "image.embedding.class_token": weights["vision_model.embeddings.class_embedding"],
-        "image.embedding.positions": weights["vision_model.embeddings.position_embedding.weight"],
-        "text.embedding.table.weight": weights["text_model.embeddings.token_embedding.weight"],
-        "text.embedding.positions": weights["text_model.embeddings.position_embedding.weight"],
-        "image.head.projection": weights["visual_projection.weight"],
-        "text.head.projection": weights["text_projection.weight"],
-        "scale.logit_scale": weights["logit_scale"].view(1),
-    }
-    norms = {"image.embedding.norm": "vision_model.pre_layrnorm", "image.head.norm": "vision_model.post_layernorm",
-             "text.head.norm": "text_model.final_layer_norm"}
-    for tower, prefix in (("image", "vision_model"), ("text", "text_model")):
-        for index in range(getattr(config, f"{tower}_layers")):
-            block, layer = f"{tower}.blocks.{index}", f"{prefix}.encoder.layers.{index}"
-            norms |= {f"{block}.attention_norm": f"{layer}.layer_norm1",
-                      f"{block}.feed_forward_norm": f"{layer}.layer_norm2",
-                      f"{block}.attention.out": f"{layer}.self_attn.out_proj",
-                      f"{block}.feed_forward.up": f"{layer}.mlp.fc1",
-                      f"{block}.feed_forward.down": f"{layer}.mlp.fc2"}
-            for part in ("weight", "bias"):
-                separate = [weights[f"{layer}.self_attn.{name}_proj.{part}"] for name in "qkv"]
-                ours[f"{block}.attention.qkv.{part}"] = fused(*separate, getattr(config, f"{tower}_heads"))
-    for our_name, their_name in norms.items():
-        for part in ("weight", "bias"):
-            ours[f"{our_name}.{part}"] = weights[f"{their_name}.{part}"]
-    return ours
-
-
-def beside_transformers() -> dict[str, float]:
-    """Largest differences of the logits, by activation."""
-    from transformers import CLIPConfig as TheirConfig
-    from transformers import CLIPModel
-
-    found = {}
-    for activation in ("quick_gelu", "gelu"):
-        config = small(activation=activation)
-        common = {"hidden_act": activation, "layer_norm_eps": config.norm_epsilon}
-        theirs = CLIPModel(TheirConfig(
-            text_config={"vocab_size": config.vocab_size, "hidden_size": config.text_hidden, "eos_token_id": 1,
-                         "intermediate_size": config.text_ffn_hidden, "num_hidden_layers": config.text_layers,
-                         "num_attention_heads": config.text_heads, "max_position_embeddings": config.sequence_length,
-                         **common},
-            vision_config={"hidden_size": config.image_hidden, "intermediate_size": config.image_ffn_hidden,
-                           "num_hidden_layers": config.image_layers, "num_attention_heads": config.image_heads,
-                           "image_size": config.image_size, "patch_size": config.patch_size, **common},
-            projection_dim=config.embedding)).eval()
-        with torch.no_grad():
-            for name, parameter in theirs.named_parameters():
-                if "bias" in name:
-                    parameter.normal_(0, 0.1)
-        stage = built(config)
-        weights = taken_from(theirs, config)
-        parameters = dict(stage.named_global_parameters())
-        assert parameters.keys() == weights.keys()
-        pixels = torch.randn(5, 3, config.image_size, config.image_size)
-        ids = torch.randint(2, config.vocab_size, (5, config.sequence_length))
-        ends = torch.tensor([3, 14, 0, 7, 9])
-        ids[torch.arange(5), ends] = 1
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
-            image, text = stage.run((pixels, ids, ends))
-            expected = theirs(input_ids=ids, pixel_values=pixels).logits_per_image
-        found[activation] = float((image @ text.t() - expected).abs().max() / expected.abs().max())
-    return found
-
-
-def test_logits_are_those_of_transformers():
-    pytest.importorskip("transformers")
-    found = run_ranks(in_one_process, 1, "beside_transformers")[0]
-    assert all(difference < 1e-5 for difference in found.values()), found
 
 
 def of_pixels() -> tuple[bool, int, int, int]:
@@ -241,3 +161,30 @@ def test_a_tensor_degree_that_does_not_divide_names_both_towers():
     config = config_from({**CLIP, "data": {"train": "unused"}, "parallel": parallel}, "test")
     wheres = [problem.where for problem in config.problems(3)]
     assert "model.image_heads, model.text_heads" in wheres
+
+
+@pytest.fixture(scope="module")
+def damaged(shapes, tmp_path_factory):
+    """A folder of pairs of which four cannot be used."""
+    good = PairsDataset.open(shapes / "train", 24)
+    pairs = []
+    for number in range(60):
+        image, caption = good.pair(number)
+        content = {7: b"not an image", 21: image[:90]}.get(number, image)
+        pairs.append(RawPair(f"pair {number}", ".png", content, {33: " ", 50: ""}.get(number, caption)))
+    folder = tmp_path_factory.mktemp("damaged")
+    write_pairs(pairs, good.tokenizer, folder / "train", "train", "four of 60 damaged")
+    return folder
+
+
+@pytest.mark.parametrize(("ranks", "extra"), [(1, []), (2, []), (2, ["parallel.tensor=2"])])
+def test_a_run_counts_what_it_passes_over(ranks, extra, damaged, tmp_path):
+    """Once an epoch of 60 pairs has gone by, all four were met, whoever read them; the person is told at the end."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)
+    overrides = [f"run.dir={tmp_path / 'run'}", "run.steps=15", "parallel.micro_batch=2", "parallel.global_batch=4",
+                 "data.heldout=null", "data.max_bad_fraction=0.5", *extra]
+    assert set(train_on(ranks, recipe, overrides)) == {0}
+    counts = [record["bad_samples"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert counts == sorted(counts)
+    assert counts[-1] == 4
+    assert "passed over" in (tmp_path / "run" / "logs" / "train.log").read_text(encoding="utf-8")

@@ -14,16 +14,20 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from parallel.initialise import draw
+from parallel.initialise import ParameterPlan, draw
+from parallel.layout import Layout
+from parallel.megatron import build_groups
+from parallel.rendezvous import join
 from pretrain.checkpoint.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 from pretrain.checkpoint.hf_config import by_model_type, choose_architecture, read_config, write_config
 from pretrain.checkpoint.hf_export import Export, export, write_folder
 from pretrain.checkpoint.hf_folder import HFError, HFFolder
 from pretrain.errors import UserError
-from pretrain.models import family_spec
-from pretrain.models.build import build_stage, global_shapes
+from pretrain.models import FAMILIES, family_spec
+from pretrain.models.build import global_shapes
 from pretrain.models.hf_map import Entry, Free, Must, Present, Same, Told
 from pretrain.trained import single_rank
+from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
 BOUND = 1e-5
@@ -34,6 +38,8 @@ LLAMA = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "i
 BERT = {**LLAMA, "intermediate_size": 40}
 T5 = {"num_layers": 2, "num_decoder_layers": 1, "d_model": 32, "num_heads": 4, "d_kv": 6, "d_ff": 48, "n_positions": 24,
       "vocab_size": VOCAB, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+SWITCH = {**T5, "num_decoder_layers": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 2,
+          "num_experts": 4, "expert_capacity": 64, "router_jitter_noise": 0.0}
 BART = {"encoder_layers": 2, "decoder_layers": 1, "d_model": 32, "encoder_attention_heads": 4,
         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 24,
         "vocab_size": VOCAB}
@@ -52,11 +58,15 @@ THEIRS = {  # name of the case: class of transformers, settings
     "llama-one-group-tied-biases": ("LlamaForCausalLM", {**LLAMA, "num_key_value_heads": 1, "tie_word_embeddings": True,
                                                          "attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralForCausalLM", {**LLAMA, "num_key_value_heads": 2, "sliding_window": 4096}),
+    "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4}),
     "bert": ("BertForPreTraining", BERT),
     "bert-without-pairs": ("BertForMaskedLM", {**BERT, "hidden_act": "gelu_new"}),
     "roberta": ("RobertaForMaskedLM", {**BERT, "type_vocab_size": 1, "max_position_embeddings": 26, "pad_token_id": 1}),
     "t5": ("T5ForConditionalGeneration", T5),
     "t5-1.1": ("T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "switch": ("SwitchTransformersForConditionalGeneration", SWITCH),
+    "switch-all-sparse": ("SwitchTransformersForConditionalGeneration", {
+        **SWITCH, "num_decoder_layers": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2}),
     "bart": ("BartForConditionalGeneration", BART),
     "clip": ("CLIPModel", CLIP),
 }
@@ -67,6 +77,9 @@ OURS = {  # name of the case: family, model_type it becomes, fields
                                        "kv_heads": 2, "tied_head": False, "pad_vocab_to": 4, "rotary_base": 5e5}),
     "mistral-tied": ("gpt", "mistral", {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False,
                                         "kv_heads": 1}),
+    "mixtral": ("gpt", "mixtral", {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False,
+                                   "kv_heads": 2, "tied_head": False, "experts": 4, "top_k": 2, "expert_ffn": 40,
+                                   "router": "top_k_softmax", "pad_vocab_to": 8}),
     "bert": ("bert", "bert", {"pad_vocab_to": 8}),
     "bert-unused-rows": ("bert", "bert", {"position_offset": 2, "segment_types": 1, "next_sentence": False}),
     "roberta": ("bert", "roberta", {"position_offset": 2, "segment_types": 1, "next_sentence": False,
@@ -74,13 +87,19 @@ OURS = {  # name of the case: family, model_type it becomes, fields
     "t5": ("t5", "t5", {"head_width": 6, "pad_vocab_to": 8, "target_length": 11}),
     "t5-1.1": ("t5", "t5", {"head_width": 6, "activation": "geglu_tanh", "tied_head": False, "pad_vocab_to": 8,
                             "decoder_layers": 1}),
+    "switch": ("t5", "switch_transformers", {"head_width": 6, "experts": 4, "expert_every": 2, "decoder_layers": 4,
+                                             "pad_vocab_to": 8}),
     "bart": ("bart", "bart", {"pad_vocab_to": 8, "decoder_layers": 1, "max_positions": 40}),
-    "clip": ("clip", "clip", {}),
+    "clip": ("clip", "clip", {"pad_vocab_to": 8}),
+}
+REPRESENTABLE = {  # where transformers' own defaults are not
+    "mistral": {"sliding_window": None},
+    "switch_transformers": {"num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6, "expert_capacity": 512},
 }
 SMALL = {"layers": 2, "hidden": 32, "heads": 4, "vocab_size": VOCAB, "sequence_length": 24}
 SMALL_CLIP = {"image_size": 16, "patch_size": 4, "image_layers": 2, "image_hidden": 32, "image_heads": 4,
               "text_layers": 1, "text_hidden": 24, "text_heads": 2, "vocab_size": VOCAB, "sequence_length": 16,
-              "embedding": 20, "pad_vocab_to": 8, "activation": "gelu"}
+              "embedding": 20, "activation": "gelu"}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +130,9 @@ def ours(case: str, groups):
     cls = family_spec(family).config_class
     model = cls(family=family, **{**(SMALL_CLIP if family == "clip" else SMALL), **fields})
     tensors = {}
-    for name, parameter in build_stage(model, groups, torch.device("meta")).named_global_parameters():
-        tensors[name] = draw(name, tuple(parameter.shape), replace(parameter.plan, std=0.2), seed=3)
+    for name, shape in global_shapes(model, groups).items():
+        mean = 1.0 if ("norm" in name and name.endswith("weight")) or name == "scale.logit_scale" else 0.0
+        tensors[name] = draw(name, shape, ParameterPlan(mean, 0.2, None), seed=3)
     architecture, problems = choose_architecture(family, model, model_type)
     assert problems == []
     return model, tensors, architecture
@@ -152,6 +172,37 @@ def test_our_model_gives_the_same_logits_in_transformers(case, alone, tmp_path):
     assert told["largest_logit"] > 0.5
     assert json.loads((tmp_path / "out" / "certificate.json").read_text())["within"] is True
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+
+
+def outputs_on(info, models: dict, sequence: bool) -> dict:
+    """What `models`, (config, arrays) by case, make of their samples on the tensor axis of all ranks, as arrays."""
+    join(info)
+    return outputs_of(models, build_groups(Layout(tensor=info.world_size, sequence=sequence)))
+
+
+def outputs_of(models: dict, groups) -> dict:
+    found = {}
+    for case, (model, arrays) in models.items():
+        architecture, _ = choose_architecture(model.family, model, OURS[case][1])
+        sample = sample_inputs(model, architecture, END, 2)
+        outputs = training_outputs(model, groups, lambda name, held=arrays: torch.from_numpy(held[name]),
+                                   torch.float32, sample)
+        found[case] = {name: output.numpy() for name, output in outputs.items()}
+    return found
+
+
+def test_the_training_side_is_the_same_on_two_tensor_ranks(alone):
+    models = {}
+    for case in [case for case, (_, _, fields) in OURS.items() if "pad_vocab_to" in fields]:
+        model, tensors, _ = ours(case, alone)
+        models[case] = model, {name: tensor.numpy() for name, tensor in tensors.items()}  # tensors would share memory
+    assert {model.family for model, _ in models.values()} == set(FAMILIES)
+    whole = outputs_of(models, alone)
+    for sliced in run_ranks(outputs_on, 2, models, True):
+        for case, outputs in whole.items():
+            for name, expected in outputs.items():
+                bound = BOUND * max(1.0, float(abs(expected).max()))
+                assert float(abs(sliced[case][name] - expected).max()) <= bound, (case, name)
 
 
 @pytest.mark.parametrize("case", OURS)
@@ -217,7 +268,7 @@ def test_every_key_of_transformers_config_is_known_with_its_default(model_type):
     """A new release with a new key, or another default, must not pass unseen."""
     family, architecture = by_model_type()[model_type]
     cls = transformers.AutoConfig.for_model(model_type).__class__
-    whole = {"sliding_window": None} if model_type == "mistral" else {}
+    whole = REPRESENTABLE.get(model_type, {})
     theirs = {**json.loads(cls().to_json_string(use_diff=False)), **whole}
     written, silent = (read_config(family, architecture, values, ()) for values in (theirs, whole))
     assert [written.problems, silent.problems] == [[], []]

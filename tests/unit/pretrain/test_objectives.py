@@ -7,8 +7,10 @@ import pytest
 import torch
 import yaml
 
+from data_pipeline.errors import DataError
 from data_pipeline.index import TokenDataset
 from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.texts import TextDataset
 from data_pipeline.tokenizer import Tokenizer
 from parallel.initialise import draw
 from parallel.megatron import TensorShard
@@ -16,7 +18,7 @@ from parallel.pipeline import Stage
 from pretrain.config import load_config, load_run
 from pretrain.errors import ConfigError
 from pretrain.models import FAMILIES, family_spec
-from pretrain.objectives import make_loss, make_stages
+from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from pretrain.trained import single_rank
 from tests.helpers.recipes import TEXT_VOCAB_SIZE, recipe_of
 
@@ -102,6 +104,21 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
                 means.append(float(total / loss.num_targets(batch)))
         for mean in means:
             assert abs(mean - np.log(TEXT_VOCAB_SIZE)) < 3, "about as good as a guess"
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_documents_shorter_than_a_span(family, name, config_of, dataset, tmp_path):
+    """Windows run across documents, so even empty ones and single tokens make samples of every objective."""
+    config = load_config(config_of(family, {"name": name}))
+    tokenizer = Tokenizer.load(dataset / "tokenizer.model")
+    short = TextDataset(["", "a", "if", "\n"] * 400, tokenizer)
+    assert short.token_counts.max() <= 3
+    for seed in (1, HELDOUT_SEED):
+        stages = make_stages(config.objective, config.model, short, seed)
+        for batch in heldout_batches(short, config.window_tokens, 2, 8, stages=stages):
+            assert batch["weights"].sum() > 0
+    with pytest.raises(DataError, match="holds 4 tokens"):
+        list(heldout_batches(TextDataset(["", "", "", ""], tokenizer), config.window_tokens, 2))
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "masked_lm"), ("bart", "denoising")])

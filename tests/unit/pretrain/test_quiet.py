@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from pretrain.quiet import COMPILING_NOTICE, SHARED_MEMORY_OP, compile_notice
+from pretrain.quiet import CPU_ADAM_OP, SHARED_MEMORY_OP, compile_notice
 
 
 def run_script(tmp_path, body, *, fails=False):
@@ -129,15 +129,19 @@ def test_the_real_deepspeed_is_quiet(tmp_path):
     assert log.count("during start-up") == 1 and log.count("while training") == 1
 
 
-def test_the_notice_before_an_op_is_compiled(tmp_path):
-    assert compile_notice(str(tmp_path)) == COMPILING_NOTICE
-    folder = tmp_path / SHARED_MEMORY_OP
+@pytest.mark.parametrize(("op", "told"), [
+    (SHARED_MEMORY_OP, "shared-memory op, once per machine, about a minute"),
+    (CPU_ADAM_OP, "Adam for the CPU, once per machine, about two minutes"),
+])  # fmt: skip
+def test_the_notice_before_an_op_is_compiled(op, told, tmp_path):
+    assert compile_notice(str(tmp_path), op) == f"compiling DeepSpeed's {told}"
+    folder = tmp_path / op
     folder.mkdir()
     (folder / "lock").touch()
-    assert f"delete {folder / 'lock'}" in compile_notice(str(tmp_path))
+    assert f"delete {folder / 'lock'}" in compile_notice(str(tmp_path), op)
     (folder / "lock").unlink()
-    (folder / f"{SHARED_MEMORY_OP}.so").touch()
-    assert compile_notice(str(tmp_path)) is None
+    (folder / f"{op}.so").touch()
+    assert compile_notice(str(tmp_path), op) is None
 
 
 def test_the_notice_looks_where_torch_builds(tmp_path, monkeypatch):
@@ -146,7 +150,7 @@ def test_the_notice_looks_where_torch_builds(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
     folder = cpp_extension._get_build_directory(SHARED_MEMORY_OP, verbose=False)
-    assert compile_notice(None) == COMPILING_NOTICE
+    assert compile_notice(None, SHARED_MEMORY_OP).startswith("compiling")
     with open(os.path.join(folder, f"{SHARED_MEMORY_OP}.so"), "w"):
         pass
-    assert compile_notice(None) is None
+    assert compile_notice(None, SHARED_MEMORY_OP) is None

@@ -86,7 +86,10 @@ def test_progress(tmp_path):
 def test_suspect_nodes(tmp_path):
     bad = status.Status(exit_code=71, node="n9", history=(
         {"exit_code": 70, "node": "n1"}, {"exit_code": 137, "node": "n2"}, {"exit_code": 70, "node": "n1"},
-        {"exit_code": 75, "node": "n4"}, {"exit_code": 2, "node": "n3"}, {"exit_code": 2, "node": "n3"}))
+        {"exit_code": 75, "node": "n4"}, {"exit_code": 2, "node": "n3"}, {"exit_code": 2, "node": "n3"},
+        {"exit_code": 74, "node": "n5"}, {"exit_code": 74, "node": "n5"},
+        {"exit_code": 70, "node": "n6", "reason": "UserError: nan"}, {"exit_code": 70, "node": "n6",
+                                                                      "reason": "UserError: nan"}))
     assert status.suspect_nodes(bad) == ["n1", "n9"]
 
 
