@@ -91,17 +91,19 @@ def judge(pair: Pair) -> Verdict:
         found = problems(choices)
         if not found:
             return Verdict("legal", choices)
-        first = found[0]
-        remedies = list(_remedies(first, choices))
-        if not remedies:
-            return Verdict("void" if "the unknown name" in first.asked else "wrong", choices,
-                           f"{first.where}: no change is named: {first.remedy}")
-        helpful = [(key, value) for key, value in remedies
-                   if first.where not in {problem.where for problem in problems({**choices, key: value})}]
-        free = [(key, value) for key, value in helpful if key not in dict(pair)]
-        if not free:
-            return Verdict("refused" if helpful else "wrong", choices, f"{first.where}: {first.remedy}")
-        choices |= free[:1]
+        steps = []
+        for problem in found:
+            remedies = list(_remedies(problem, choices))
+            if not remedies:
+                return Verdict("void" if "the unknown name" in problem.asked else "wrong", choices,
+                               f"{problem.where}: no change is named: {problem.remedy}")
+            helpful = [(key, value) for key, value in remedies
+                       if not any((other.where, other.possible) == (problem.where, problem.possible)
+                                  for other in problems({**choices, key: value}))]
+            steps.append([(key, value) for key, value in helpful if key not in dict(pair)])
+            if not steps[-1]:
+                return Verdict("refused" if helpful else "wrong", choices, f"{problem.where}: {problem.remedy}")
+        choices |= steps[0][:1]
     return Verdict("wrong", choices, f"{MAX_REMEDIES} remedies did not make it legal")
 
 

@@ -1,6 +1,6 @@
 """Options in company: what the other parity cases train apart is trained together here, and gives the same curve.
 
-The cases are few and each holds many pairs. `contracts/test_pairs.py` walks all pairs and names one that no case holds.
+The cases are few and each holds many pairs. `e2e/test_pairs.py` walks all pairs and names one that no case holds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SELECTIVE = ["parallel.recompute=selective"]
 SPARSE = ["parallel.recompute=full", "parallel.recompute_every=2"]
 TENSOR = ["parallel.tensor=2"]
 SEQUENCE = [*TENSOR, "parallel.sequence=true"]
+OFFLOAD = ["parallel.offload=optimizer"]
 WHOLE = ["parallel.micro_batch=8"]  # one micro-batch a step
 
 
@@ -33,21 +34,21 @@ def zero(stage: int) -> list[str]:
 
 CASES = [  # family, ranks, what makes the model or its loss another, what must change nothing
     ("gpt", 2, [*MIDDLE, *EXPERTS, *UNTIED], [*TENSOR, *zero(3), *BF16, *REDUCE, *SPARSE, *CHUNKS, *WHOLE]),
-    ("gpt", 4, MIDDLE, [*SEQUENCE, "parallel.context=2", *zero(2), *REDUCE, *SPARSE]),
+    ("gpt", 4, MIDDLE, [*SEQUENCE, "parallel.context=2", *zero(2), *OFFLOAD, *REDUCE, *SPARSE]),
     ("gpt", 1, MIDDLE, [*SELECTIVE, *WHOLE]),
     ("gpt", 1, [*ROOM, *PREFIX], SPARSE),
     ("gpt", 1, [], REDUCE),
-    ("t5", 2, UNTIED, ["parallel.pipeline=2", *REDUCE, *SPARSE, *WHOLE]),
-    ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
-    ("bart", 1, EXPERTS, [*zero(1), *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
+    ("t5", 2, UNTIED, ["parallel.pipeline=2", *zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
+    ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
+    ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
     ("bart", 2, [], zero(2)),
     ("bart", 1, ["objective.name=span_corruption"], WHOLE),
-    ("bert", 1, [], [*REDUCE, *SPARSE, *WHOLE]),
+    ("bert", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
     ("clip", 4, ["objective.name=siglip"], [*SEQUENCE, *zero(2), *REDUCE, *SPARSE]),
     ("clip", 1, ["objective.name=siglip"], [*BF16, *SELECTIVE, *WHOLE]),
-    ("clip", 1, ["objective.name=siglip"], [*zero(1), *REDUCE]),
+    ("clip", 1, ["objective.name=siglip"], [*zero(1), *OFFLOAD, *REDUCE]),
     ("clip", 2, ["objective.name=siglip"], zero(3)),
-    ("clip", 1, [], [*REDUCE, *SELECTIVE]),
+    ("clip", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE]),
     ("clip", 2, [], SPARSE),
 ]
 

@@ -18,6 +18,8 @@ ROOM = ["model.vocab_size=544"]
 # Without biases the experts of a rank are one grouped product in bf16.
 EXPERTS = ["model.experts=4", "model.top_k=2", "model.bias=false", "model.router=top_k_softmax", "model.z_loss=1e-3"]
 LEAN = ["parallel.recompute=selective", "parallel.loss_chunk_tokens=24"]
+HOST = ["parallel.zero_stage=3", "parallel.offload=parameters"]
+SPARSE = ["parallel.recompute=full", "parallel.recompute_every=2"]
 FP16 = ["precision.compute=fp16", "parallel.zero_stage=1"]
 CASES = [  # GPUs, family, options of the model, options that change nothing but speed and memory, allowed difference
     (1, "gpt", [], ["parallel.zero_stage=0"], FP32),
@@ -32,7 +34,7 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
     (1, "t5", [], ["parallel.zero_stage=2", "precision.compute=bf16"], HALF),
     (1, "bart", [], ["parallel.zero_stage=1", "precision.compute=bf16", "parallel.recompute=full"], HALF),
     (1, "bert", [], ["parallel.zero_stage=2", "precision.compute=fp16", *LEAN], HALF),
-    (1, "bart", [], FP16, HALF),
+    (1, "bart", [], [*FP16, "parallel.offload=optimizer"], HALF),
     (1, "gpt", [*ROOM, "objective.name=fill_in_the_middle"], FP16, HALF),
     (1, "clip", [], FP16, HALF),
     (2, "clip", ["objective.name=siglip"], FP16, HALF),
@@ -40,6 +42,16 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
     (4, "t5", ["model.experts=4"], [*FP16, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2",
                                     "parallel.recompute=full", "parallel.recompute_every=2", "precision.reduce=compute",
                                     "parallel.micro_batch=8"], HALF),
+    (1, "gpt", [*ROOM, "objective.name=fill_in_the_middle"], [*HOST, *SPARSE, "parallel.loss_chunk_tokens=24"], FP32),
+    (2, "gpt", [*ROOM, *UNTIED, *EXPERTS, "objective.name=prefix_lm"],
+     [*HOST, "parallel.tensor=2", "parallel.sequence=true", "parallel.recompute=selective", "parallel.micro_batch=8"],
+     FP32),
+    (2, "gpt", [], [*HOST, "parallel.context=2", "precision.compute=fp16"], HALF),
+    (2, "t5", [], [*HOST, "precision.compute=bf16", "precision.reduce=compute", "parallel.micro_batch=2"], HALF),
+    (1, "bart", [], HOST, FP32),
+    (1, "bert", [], HOST, FP32),
+    (1, "clip", [], HOST, FP32),
+    (2, "clip", ["objective.name=siglip"], HOST, FP32),
 ]  # fmt: skip
 
 
