@@ -25,6 +25,10 @@ class ParallelConfig(BaseModel):
         1, ge=1, description="neighbouring data ranks that share the experts of a layer out among them (expert "
         "parallel degree); it divides the data degree"
     )
+    schedule: Literal["1f1b", "dualpipev"] = Field(
+        "1f1b", description="order of a pipeline's work: `1f1b` alternates a forward and a backward; `dualpipev` folds "
+        "the model, so that each rank has two stages, and the first rank both ends"
+    )
     zero_stage: int = Field(
         0, ge=0, le=3, description="what data ranks share out: 1 optimizer state, 2 also gradients, 3 also weights"
     )
@@ -52,6 +56,16 @@ class ParallelConfig(BaseModel):
     def model_ranks(self) -> int:
         """The fewest ranks that this layout runs on: those of one data rank."""
         return self.tensor * self.context * self.pipeline
+
+    @property
+    def folded(self) -> bool:
+        """Whether each pipeline rank has two stages, one on the way out and one on the way back."""
+        return self.schedule == "dualpipev"
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the layers are cut into."""
+        return self.pipeline * (2 if self.folded else 1)
 
 
 class PrecisionConfig(BaseModel):

@@ -84,9 +84,11 @@ class Engine:
 
         self.shard = TensorShard(groups, device)
         specs = list(build_layers(self.shard))
-        self.bounds = cut([spec.cost for spec in specs], self.layout.pipeline, [spec.with_next for spec in specs])
+        self.bounds = cut([spec.cost for spec in specs], parallel.num_stages, [spec.with_next for spec in specs])
+        self.folded = parallel.folded
+        stages = (at.pp, parallel.num_stages - 1 - at.pp) if self.folded else (at.pp,)
         with zero.sharded_construction(config, groups):
-            stage = Stage(specs, self.bounds[at.pp], self.bounds[at.pp + 1])
+            stage = Stage(specs, *((self.bounds[number], self.bounds[number + 1]) for number in stages))
         slots = self._make_slots(stage)
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
@@ -149,8 +151,8 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank reads batches: only the first and the last stage do."""
-        return self.groups.coordinates.pp in (0, self.layout.pipeline - 1)
+        """Whether this rank reads batches: only those of the first and the last stage do; folded, that is one rank."""
+        return self.groups.coordinates.pp in (0, 0 if self.folded else self.layout.pipeline - 1)
 
     def train_step(self, batches: list[dict[str, Tensor]] | None, step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
@@ -248,6 +250,8 @@ class Engine:
         items = self._items(batches, weight=1.0)
         count = self._total_targets(self._own_parts(batches)) if batches else torch.zeros((), device=self.device)
         if self.layout.pipeline > 1:
+            missing = 2 * self.layout.pipeline - len(items) if self.folded and items else 0  # DualPipeV needs as many
+            items += [(inputs, (*targets[:-1], targets[-1] * 0)) for inputs, targets in items[:1] * missing]
             num = torch.tensor(len(items), device=self.device)
             dist.all_reduce(num, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages hold no data
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.groups.pipeline)

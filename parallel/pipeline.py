@@ -71,12 +71,15 @@ def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) ->
 
 
 class Stage(nn.Module):
-    """The layers of one pipeline stage, under their global names; with one stage it is the whole model."""
+    """The layers of one pipeline rank, under their global names; with one stage it is the whole model.
 
-    def __init__(self, specs: Sequence[LayerSpec], begin: int, end: int):
+    In a folded pipeline a rank has two spans of layers: one on the way out, one on the way back.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], *spans: tuple[int, int]):
         super().__init__()
-        self.specs = list(specs[begin:end])
-        self.begin = begin
+        self.spans = [list(specs[begin:end]) for begin, end in spans]
+        self.specs = [spec for span in self.spans for spec in span]
         self.by_name: dict[str, nn.Module] = {}
         for spec in self.specs:
             self._add(spec)

@@ -4,81 +4,22 @@ A rule looks at a `Case` and speaks only when it is broken. Most of the limits o
 seen running; the message says what the engine would do.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from math import gcd
 
+from parallel.case import (
+    Case,
+    Found,
+    ModelFacts,
+    Rule,
+    either,
+    legal_experts,
+    legal_tensors,
+    listed,
+    nearest_multiples,
+)
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import divisors
-
-Found = tuple[str, str, str, str]  # where, asked, possible, change
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What the rules need to know of a model. `vocab_size` is the padded one, as built; lengths are in tokens."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    hidden: int
-    ffn: int
-    vocab_size: int
-    sequence_length: int
-    target_length: int | None = None  # of the decoder, where it has a length of its own
-    experts: int = 0  # of a layer; 0: every layer is dense
-    expert_ffn: int = 0  # inner width of one expert
-    shared_expert_ffn: int = 0  # of the expert that every token meets; 0: there is none
-    pipeline_supported: bool = True
-    why_no_pipeline: str = ""
-    why_no_context: str = ""  # empty: its layers and its losses can be cut along the sequence
-    predicts_tokens: bool = True  # its loss is one over the vocabulary
-    pads_sequence: bool = False  # the model itself pads what sequence parallelism cannot split evenly
-    keys: Mapping[str, str] = field(default_factory=dict)  # the family's own names for `model.heads` ..
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run as the rules see it. `world_size` is the number of ranks, None while it is not known."""
-
-    parallel: ParallelConfig
-    precision: PrecisionConfig
-    model: ModelFacts
-    world_size: int | None = None
-
-    @property
-    def head_ranks(self) -> int:
-        """Ranks over which attention spreads the heads."""
-        return self.parallel.tensor * self.parallel.context
-
-    @property
-    def sequence_unit(self) -> int:
-        """Ranks over which activations between the matrices are spread along the sequence."""
-        return self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
-
-    @property
-    def data(self) -> int | None:
-        """The data degree, None while it is unknown or not whole."""
-        if self.world_size is None or self.world_size % self.parallel.model_ranks:
-            return None
-        return self.world_size // self.parallel.model_ranks
-
-    @property
-    def batch_unit(self) -> int:
-        """Sequences that all data ranks take in one forward; with an unknown world, those of one data rank."""
-        return self.parallel.micro_batch * (self.data or 1)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A combination that cannot be, and the message about it."""
-
-    name: str
-    where: str
-    broken: Callable[[Case], bool]
-    asked: Callable[[Case], str]
-    possible: Callable[[Case], str]
-    change: Callable[[Case], str]
 
 
 def problems(parallel: ParallelConfig, precision: PrecisionConfig, world_size: int | None,
@@ -90,41 +31,17 @@ def problems(parallel: ParallelConfig, precision: PrecisionConfig, world_size: i
             yield model.keys.get(rule.where, rule.where), rule.asked(case), rule.possible(case), rule.change(case)
 
 
-def nearest_multiples(number: int, unit: int) -> list[int]:
-    """The multiples of `unit` just below and above `number`, without 0."""
-    below = number // unit * unit
-    return [multiple for multiple in (below, below + unit) if multiple > 0]
-
-
-def _either(numbers: list[int]) -> str:
-    return " or ".join(str(number) for number in numbers)
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
-
-
-def _legal_tensors(model: ModelFacts) -> list[int]:
-    return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size, model.expert_ffn,
-                        model.shared_expert_ffn))
-
-
-def _legal_experts(case: Case) -> list[int]:
-    """Degrees of expert parallelism that divide the experts and, where they are known, the data ranks."""
-    return divisors(gcd(case.model.experts, case.data or 0) or 1)
-
-
 def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelFacts], int], remedy: str) -> Rule:
     """The tensor ranks share `what` out evenly. `remedy` may use {multiples}."""
 
     def possible(case: Case) -> str:
         fitting = divisors(size(case.model))
-        shown = _listed(fitting[:12]) + (", ..." if len(fitting) > 12 else "")
+        shown = listed(fitting[:12]) + (", ..." if len(fitting) > 12 else "")
         return f"parallel.tensor one of {shown} (a divisor of {size(case.model)})"
 
     def change(case: Case) -> str:
-        multiples = _either(nearest_multiples(size(case.model), case.parallel.tensor))
-        return (f"set parallel.tensor to one of {_listed(_legal_tensors(case.model))} (they fit the whole model), or "
+        multiples = either(nearest_multiples(size(case.model), case.parallel.tensor))
+        return (f"set parallel.tensor to one of {listed(legal_tensors(case.model))} (they fit the whole model), or "
                 + remedy.format(multiples=multiples, tensor=case.parallel.tensor))
 
     return Rule(
@@ -143,8 +60,8 @@ def _context_divides(name: str, where: str, what: str, size: Callable[[ModelFact
     def change(case: Case) -> str:
         common = gcd(case.model.heads, case.model.kv_heads)
         fitting = divisors(common // case.parallel.tensor) if common % case.parallel.tensor == 0 else [1]
-        return (f"set parallel.context to {_either(fitting)} (with tensor={case.parallel.tensor}), or {where} to "
-                f"{_either(nearest_multiples(size(case.model), case.head_ranks))}")
+        return (f"set parallel.context to {either(fitting)} (with tensor={case.parallel.tensor}), or {where} to "
+                f"{either(nearest_multiples(size(case.model), case.head_ranks))}")
 
     return Rule(
         name=name,
@@ -174,7 +91,7 @@ def _split_change(case: Case) -> str:
         without = "parallel.sequence=false"
     elif not parallel.sequence or length % parallel.tensor == 0:
         without = "parallel.context=1"
-    return f"set model.sequence_length to {_either(nearest_multiples(length, case.sequence_unit))}, or {without}"
+    return f"set model.sequence_length to {either(nearest_multiples(length, case.sequence_unit))}, or {without}"
 
 
 def _legal_micro_batches(case: Case) -> list[int]:
@@ -183,9 +100,9 @@ def _legal_micro_batches(case: Case) -> list[int]:
 
 
 def _batch_change(case: Case) -> str:
-    text = f"set parallel.global_batch to {_either(nearest_multiples(case.parallel.global_batch, case.batch_unit))}"
+    text = f"set parallel.global_batch to {either(nearest_multiples(case.parallel.global_batch, case.batch_unit))}"
     micro = sorted(_legal_micro_batches(case), key=lambda size: abs(size - case.parallel.micro_batch))[:3]
-    return text + (f", or parallel.micro_batch to {_either(sorted(micro))}" if micro else "")
+    return text + (f", or parallel.micro_batch to {either(sorted(micro))}" if micro else "")
 
 
 RULES: tuple[Rule, ...] = (
@@ -196,8 +113,8 @@ RULES: tuple[Rule, ...] = (
         asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
         + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
         possible=lambda c: f"a multiple of {c.parallel.model_ranks} ranks (the rest is the data degree)",
-        change=lambda c: f"start {_either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
-        f"degrees whose product is one of {_listed(divisors(c.world_size))}",
+        change=lambda c: f"start {either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
+        f"degrees whose product is one of {listed(divisors(c.world_size))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
                     "model.heads to {multiples}"),
@@ -225,10 +142,10 @@ RULES: tuple[Rule, ...] = (
         where="model.experts",
         broken=lambda c: c.model.experts % c.parallel.expert != 0,
         asked=lambda c: f"{c.model.experts} experts over parallel.expert={c.parallel.expert} ranks",
-        possible=lambda c: f"parallel.expert one of {_listed(divisors(c.model.experts))} (a divisor of "
+        possible=lambda c: f"parallel.expert one of {listed(divisors(c.model.experts))} (a divisor of "
         f"{c.model.experts}): each rank holds as many experts",
-        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or model.experts to "
-        f"{_either(nearest_multiples(c.model.experts, c.parallel.expert))}",
+        change=lambda c: f"set parallel.expert to one of {listed(legal_experts(c))}, or model.experts to "
+        f"{either(nearest_multiples(c.model.experts, c.parallel.expert))}",
     ),
     Rule(
         name="expert-data",
@@ -236,10 +153,10 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
         asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
         f"{c.parallel.model_ranks})",
-        possible=lambda c: f"expert one of {_listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
+        possible=lambda c: f"expert one of {listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
         "the experts",
-        change=lambda c: f"set parallel.expert to one of {_listed(_legal_experts(c))}, or start "
-        f"{_either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
+        change=lambda c: f"set parallel.expert to one of {listed(legal_experts(c))}, or start "
+        f"{either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
     ),
     Rule(
         name="expert-zero",
@@ -258,7 +175,7 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: "sequence=true with tensor of at least 2: it splits over the tensor ranks, and one rank "
         "has nothing to split",
         change=lambda c: "set parallel.sequence=false, or parallel.tensor to one of "
-        f"{_listed(_legal_tensors(c.model)[1:]) or 'at least 2'}",
+        f"{listed(legal_tensors(c.model)[1:]) or 'at least 2'}",
     ),
     Rule(
         name="sequence-divides",
@@ -301,10 +218,31 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="pipeline-blocks",
         where="parallel.pipeline",
-        broken=lambda c: c.parallel.pipeline > c.model.layers,
-        asked=lambda c: f"pipeline={c.parallel.pipeline} stages from {c.model.layers} blocks",
+        broken=lambda c: c.parallel.num_stages > c.model.layers,
+        asked=lambda c: f"pipeline={c.parallel.pipeline} " + ("(two stages a rank with schedule=dualpipev) " if
+        c.parallel.folded else "stages ") + f"from {c.model.layers} blocks",
         possible=lambda c: f"1 to {c.model.layers} stages: each holds at least one block",
-        change=lambda c: f"set parallel.pipeline to {c.model.layers} or less",
+        change=lambda c: f"set parallel.pipeline to {c.model.layers // (2 if c.parallel.folded else 1)} or less"
+        + (", or parallel.schedule=1f1b" if c.parallel.folded else ""),
+    ),
+    Rule(
+        name="schedule-needs-pipeline",
+        where="parallel.schedule",
+        broken=lambda c: c.parallel.folded and c.parallel.pipeline == 1,
+        asked=lambda c: "schedule=dualpipev with pipeline=1",
+        possible=lambda c: "dualpipev with pipeline of at least 2: one rank alone has nobody to hand activations to",
+        change=lambda c: "set parallel.schedule=1f1b, or parallel.pipeline=2",
+    ),
+    Rule(
+        name="dualpipev-batch",
+        where="parallel.global_batch",
+        broken=lambda c: c.parallel.folded and c.parallel.global_batch % c.batch_unit == 0
+        and c.parallel.global_batch < c.batch_unit * c.parallel.num_stages,
+        asked=lambda c: f"{c.parallel.global_batch // c.batch_unit} micro-batches a step with schedule=dualpipev and "
+        f"pipeline={c.parallel.pipeline}",
+        possible=lambda c: f"at least {c.parallel.num_stages}: {c.parallel.pipeline} ranks with two stages each",
+        change=lambda c: f"set parallel.global_batch to {c.batch_unit * c.parallel.num_stages} or more, or "
+        "parallel.schedule=1f1b",
     ),
     Rule(
         name="pipeline-zero",

@@ -17,6 +17,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups as expert_groups
@@ -142,20 +143,40 @@ class _StagePipeline(PipelineModule):
         self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
 
     def _build(self) -> None:
-        stage, wrapped = self._built
-        self.stage = stage
-        tied = {spec.tied_to for spec in stage.specs if spec.tied_to}
+        self.stage, _ = self._built
         for layer in self._layer_specs:
-            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in stage.by_name:
-                self.tied_modules[layer.key] = stage.by_name[layer.key.replace("/", ".")]
+            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in self.stage.by_name:
+                self.tied_modules[layer.key] = self.stage.by_name[layer.key.replace("/", ".")]
                 self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
-        for spec in stage.specs:
-            call = wrapped.get(spec.name, stage.by_name[spec.name])
-            if spec.tied_to in tied:
-                call = partial(_call_tied, call, stage.by_name[spec.tied_to])
-            self.forward_funcs.append(call)
+        self._build_calls()
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
+
+    def _build_calls(self) -> None:
+        self.forward_funcs = self._calls(self.stage.specs)
+
+    def _calls(self, specs: list[LayerSpec]) -> list[Callable]:
+        stage, wrapped = self._built
+        calls = []
+        for spec in specs:
+            call = wrapped.get(spec.name, stage.by_name[spec.name])
+            calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
+        return calls
+
+
+class _FoldedPipeline(_StagePipeline, DualPipeVModule):
+    """The same over the two spans of layers that a rank has in DeepSpeed's DualPipeV."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.num_stages *= 2
+        super()._partition_layers(method)
+        back = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[back], self.parts[back + 1])]
+
+    def _build_calls(self) -> None:
+        self.phase_funcs = [self._calls(span) for span in self.stage.spans]
+        self.phase_checkpointable = [[], []]
+        self.activate_phase(0)
 
 
 def _call_tied(layer: Callable, tied: nn.Module, state):
@@ -212,7 +233,8 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
     layout = groups.layout
     _fit_buckets(config, stage)
     piped = layout.pipeline > 1
-    model = _StagePipeline(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
+    kind = _FoldedPipeline if len(stage.spans) == 2 else _StagePipeline
+    model = kind(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
     if layout.expert > 1:
         _separate_experts(model, optimizer, groups)
     if piped:

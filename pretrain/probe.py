@@ -31,7 +31,7 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
         shard = TensorShard(groups, torch.device("cpu"))
         modules = import_module(f"{FAMILIES[config.model.family]}.modules")
         specs = modules.layers(config.model, shard)
-        stage = Stage(specs, 0, len(specs))
+        stage = Stage(specs, (0, len(specs)))
         for parameter in stage.parameters():
             parameter.data.normal_(0.0, 0.02)
         stage.to(DTYPES[compute])

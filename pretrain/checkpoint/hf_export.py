@@ -90,7 +90,7 @@ def written_aside(to: Path) -> Iterator[Path]:
 
 
 def write_folder(what: Export, folder: Path) -> None:
-    """config.json, the safetensors files with their index, and the tokenizer."""
+    """config.json, the safetensors files with their index, what else the architecture has, and the tokenizer."""
     ways = converted(what.architecture.names(what.model), what.shapes)
     planned = {name: _planned(what, name, way) for name, way in ways.items()}
     names = list(planned)
@@ -108,6 +108,8 @@ def write_folder(what: Export, folder: Path) -> None:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[what.dtype]
     _write_json(folder / CONFIG, write_config(what.architecture, what.model, what.token_ids, dtype))
+    for name, content in what.architecture.files(what.model).items():
+        _write_json(folder / name, content)
     what.write_tokenizer(folder)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pretrain.checkpoint.hf_config import by_model_type, read_config
 from pretrain.checkpoint.hf_tensors import to_ours, to_theirs
 from pretrain.errors import ExitCode, Problem, UserError, render
+from pretrain.models import family_spec
 from pretrain.models.hf_map import Converted, converted, pattern
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -64,12 +65,14 @@ class HFFolder:
                                            "safetensors files", "check the path")])
         values = _json(folder / CONFIG)
         self.family, self.architecture = self._architecture(values)
+        self._stand_ins = self.architecture.stand_ins(values)
         found = _places(folder)
         self._renamed = {_modern(name, self.architecture.renamed): place for name, place in found.items()}
         self.read = read_config(self.family, self.architecture, values, self._renamed.keys())
         if self.read.model is None:
             raise HFError(folder / CONFIG, self.read.problems)
         self.model = self.read.model
+        self._check_size()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._converted: dict[str, Converted] = {}
         self._places: dict[str, Place] = {}
@@ -81,6 +84,22 @@ class HFFolder:
             raise HFError(self.folder / CONFIG, [Problem("model_type", named, ", ".join(known),
                                                          "take a model of one of these architectures")])
         return known[asked]
+
+    def _check_size(self) -> None:
+        """No number of config.json may go beyond what the folder holds: a wrong one could ask for a model without end.
+
+        Raises:
+            HFError: one does.
+        """
+        facts = family_spec(self.family).facts(self.model)
+        longest = max((size for place in self._renamed.values() for size in place.shape), default=0)
+        limits = {"layers": len(self._renamed), "hidden": longest, "ffn": longest, "vocab_size": longest,
+                  "heads": longest, "experts": len(self._renamed)}
+        problems = [Problem(f"{name} in {CONFIG}", f"{getattr(facts, name):,}", f"at most {limit:,}, going by the "
+                            "tensors in the folder", "put back the config.json or the tensors that belong together")
+                    for name, limit in limits.items() if getattr(facts, name) > limit]
+        if problems:
+            raise HFError(self.folder, problems, ExitCode.DATA)
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Find a place for every tensor of our model, given its global names and shapes.
@@ -99,6 +118,9 @@ class HFFolder:
         for copy, original in copies.items():  # some folders keep only the copy
             if copy in self._places:
                 self._places.setdefault(original, self._places[copy])
+        for absent, source in self._stand_ins.items():
+            if absent in wanted and source in self._places:
+                self._places.setdefault(absent, self._places[source])
         problems = [Problem(f"tensor {name}", "nothing by that name", "a tensor for every part that config.json names",
                             "take a folder that holds the whole model, with its head")
                     for name in wanted if name not in self._places]
@@ -149,6 +171,15 @@ class HFFolder:
                                         "take a model without it"))
         if problems:
             raise HFError(self.folder, problems, ExitCode.DATA)
+
+    def notes(self) -> list[str]:
+        """What the folder says and an import does not carry over: settings of training, or of how inputs are made."""
+        found = list(self.read.notes)
+        for name, ours in self.architecture.files(self.model).items():
+            theirs = _json(self.folder / name) if (self.folder / name).is_file() else {}
+            found += [f"{name} says {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
+                      if not isinstance(value, dict | str) and key in theirs and theirs[key] != value]
+        return found
 
     def tensor(self, name: str, kind: str = "weight") -> Tensor:
         """The whole tensor of our global name, fp32 on the CPU; a folder of transformers holds weights only.

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, config_from
 from pretrain.errors import ConfigError, Problem
 
 # What decides which weights are learnt, beside the content of the data. A layout, a schedule's length or a logging
@@ -38,7 +38,9 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], folder: Path) ->
     Raises:
         ConfigError: with every difference in what is learnt.
     """
-    written, asked = manifest["config"], json.loads(config.model_dump_json())
+    # A key that is newer than the checkpoint had its default then.
+    written = json.loads(config_from(manifest["config"], str(folder)).model_dump_json())
+    asked = json.loads(config.model_dump_json())
     problems = []
     for key in LEARNT:
         old, new = _at(written, key), _at(asked, key)

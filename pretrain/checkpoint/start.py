@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.rules import Found
+from parallel.case import Found
 from pretrain.checkpoint.manifest import PREFIX, CheckpointError, published, read_manifest
 from pretrain.models.family import FamilyConfig
 

@@ -198,7 +198,7 @@ def import_(args: argparse.Namespace) -> int:
     checkpoint = write_run(source, config, args.to, args.shard_size)
     sys.stdout.write(f"{checkpoint}: {source.architecture.model_type} as the family {source.family}, "
                      f"{config.spec.parameter_count(config.model):,} parameters\n")
-    for note in source.read.notes:
+    for note in source.notes():
         sys.stdout.write(f"note: {note}\n")
     sys.stdout.write(f"to go on training: trainyard train {args.to / 'config.yaml'} run.dir=... data.train=...\n")
     return ExitCode.DONE

@@ -20,7 +20,7 @@ def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> St
     modules = import_module(f"{FAMILIES[model.family]}.modules")
     with torch.device(device):
         specs = modules.layers(model, TensorShard(groups, device))
-        return Stage(specs, 0, len(specs))
+        return Stage(specs, (0, len(specs)))
 
 
 def filled_stage(model: FamilyConfig, groups: Groups, device: torch.device, tensor: Callable[[str], Tensor]) -> Stage:

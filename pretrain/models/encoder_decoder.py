@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pydantic import Field
 
-from parallel.rules import ModelFacts
+from parallel.case import ModelFacts
 from pretrain.models import mixture
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import TextConfig

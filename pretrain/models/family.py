@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
 
+from parallel.case import Found, ModelFacts
 from parallel.config import STRICT
-from parallel.rules import Found, ModelFacts
 
 
 class FamilyConfig(BaseModel):

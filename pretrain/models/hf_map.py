@@ -215,12 +215,15 @@ class Architecture:
     free_of_ours: tuple[str, ...] = ()
     # theirs: the tensor that it repeats, where the folder holds it all the same
     copies: Callable[[FamilyConfig], Mapping[str, str]] = lambda config: {}
+    # theirs: the tensor it is read from where the folder leaves it out; given config.json
+    stand_ins: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda values: {}
     zeros: tuple[str, ...] = ()  # tensors of theirs that ours lacks, and that must be zero where they are there
     ignored: tuple[str, ...] = ()  # patterns of buffers that hold nothing learnt
     prefix: str = ""  # what names of older folders lack
     renamed: tuple[tuple[str, str], ...] = ()  # endings of names in older folders, and what they are today
     read: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # other spellings of config.json into the one above
     write: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # and back
+    files: Callable[[FamilyConfig], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
     tokens_in: str = ""  # the section of config.json that names token ids, where it is not the top
     pads_with: Callable[[FamilyConfig], int | None] = lambda config: None  # an id that it takes for padding anywhere
 

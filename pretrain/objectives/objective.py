@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from parallel.case import Found
 from parallel.config import STRICT
-from parallel.rules import Found
 from pretrain.models.family import FamilyConfig
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.rules import Found
+from parallel.case import Found
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from data_pipeline.noise_facts import num_special_ids, raw_tokens
-from parallel.rules import Found
+from parallel.case import Found
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 

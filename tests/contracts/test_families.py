@@ -35,7 +35,7 @@ def stage_of(config, groups, device="cpu") -> Stage:
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     with torch.device(device):
         specs = modules.layers(config.model, TensorShard(groups, torch.device(device)))
-        return Stage(specs, 0, len(specs))
+        return Stage(specs, (0, len(specs)))
 
 
 @pytest.mark.parametrize("padding", [1, 100])

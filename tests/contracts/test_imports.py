@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("pretrain", "parallel", "data_pipeline", "launchers")
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
-PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.rules", "parallel.rank_info",
-                  "parallel.node_list", "parallel.planner.*")
+PARALLEL_FACTS = ("parallel", "parallel.config", "parallel.layout", "parallel.case", "parallel.rules",
+                  "parallel.rank_info", "parallel.node_list", "parallel.planner.*")
 DATA_FACTS = ("data_pipeline", "data_pipeline.config", "data_pipeline.errors", "data_pipeline.manifest",
               "data_pipeline.noise_facts")
 SPEC_FACTS = ("pretrain", "pretrain.models", "pretrain.models.family", "pretrain.models.counting",

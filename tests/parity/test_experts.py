@@ -61,6 +61,7 @@ def run(dataset, tmp_path_factory):
 def check(found: list[dict], expected: list[dict], bound: float = 1e-5) -> None:
     assert len(found) == len(expected) == 24
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.4, "the reference did not learn"
+    assert any(record["grad_norm"] > 1 for record in expected), "clipping never acted"
     for key, share in (("loss", 1), ("grad_norm", 10), *((name, 10) for name in ROUTING)):
         assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=share * bound, abs=1e-9), key
     assert found[-1]["expert_load"] == pytest.approx(expected[-1]["expert_load"], abs=10 * bound)

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from parallel.case import Found, ModelFacts
 from parallel.layout import divisors
-from parallel.rules import Found, ModelFacts
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import FamilySpec, TextConfig
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from pretrain.models.clip.spec import CLIPConfig
+from pretrain.models.clip.spec import PIXEL_MEAN, PIXEL_STD, CLIPConfig
 from pretrain.models.hf_map import Architecture, Entry, Free, Must, Only, Same, Shaped, attention_parts, vocabulary
+
+BICUBIC = 3  # Pillow's number
 
 
 def _tower_names(config: CLIPConfig, tower: str, theirs: str) -> tuple[Entry, ...]:
@@ -63,6 +65,17 @@ def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) ->
     )
 
 
+def _image_processor(config: CLIPConfig) -> dict[str, Any]:
+    """What becomes of an image: the shorter side to the model's size, the square in the middle, normalised."""
+    size = config.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "do_resize": True, "resample": BICUBIC,
+        "size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(PIXEL_MEAN),
+        "image_std": list(PIXEL_STD),
+    }
+
+
 CLIP = Architecture(
     model_type="clip",
     class_name=lambda config: "CLIPModel",
@@ -82,6 +95,7 @@ CLIP = Architecture(
     ),
     names=_names,
     free_of_ours=("family", "init_temperature", "pad_vocab_to"),
+    files=lambda config: {"preprocessor_config.json": _image_processor(config)},
     tokens_in="text_config",
     read=_read,
     ignored=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"),

@@ -19,11 +19,7 @@ from parallel.initialise import plan_parameter
 from parallel.megatron import TensorShard
 from parallel.pipeline import LayerSpec
 from pretrain.models.blocks import Block, BlockShape, Norm
-from pretrain.models.clip.spec import LARGEST_LOGIT_SCALE, CLIPConfig
-
-# Mean and standard deviation of red, green and blue in OpenAI's training images (its released preprocessing).
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+from pretrain.models.clip.spec import LARGEST_LOGIT_SCALE, PIXEL_MEAN, PIXEL_STD, CLIPConfig
 
 State = tuple[Tensor, Tensor, Tensor]
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from parallel.case import Found, ModelFacts, nearest_multiples
 from parallel.layout import divisors
-from parallel.rules import Found, ModelFacts, nearest_multiples
 from pretrain.models.family import FamilySpec, TextConfig
 
 NO_PIPELINE = (
@@ -15,6 +15,9 @@ NO_PIPELINE = (
     "before every micro-batch has passed all stages; ZeRO (parallel.zero_stage) and parallel.tensor "
     "spread the model instead"
 )
+# Mean and standard deviation of red, green and blue in OpenAI's training images (its released preprocessing).
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5: logits are scaled by at most 100
 
 

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from parallel.case import Found, ModelFacts, nearest_multiples
 from parallel.layout import divisors
-from parallel.rules import Found, ModelFacts, nearest_multiples
 from pretrain.models import mixture
 from pretrain.models.family import FamilySpec, TextConfig
 from pretrain.models.mixture import MixtureFields

@@ -1,5 +1,6 @@
 """T5 in transformers, both versions, and Switch, its mixtures of experts (facts: no torch)."""
 
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -89,6 +90,11 @@ def _copies(config: T5Config) -> dict[str, str]:
     return {**sides, "lm_head.weight": "shared.weight"} if config.tied_head else sides
 
 
+def stand_ins(values: Mapping[str, Any]) -> dict[str, str]:
+    """transformers 5 also ties a head that is not scaled (version 1.1) unless both tensors are there."""
+    return {"lm_head.weight": "shared.weight"} if values.get("tie_word_embeddings", True) else {}
+
+
 def _read(values: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 writes the scaled head under a name of its own, and calls every model tied."""
     values = dict(values)
@@ -133,6 +139,7 @@ T5 = Architecture(
     names=_t5_names,
     free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
     copies=_copies,
+    stand_ins=stand_ins,
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
     read=_read,
 )

@@ -41,7 +41,7 @@ def stage_of(groups, family: str, changes: dict) -> Stage:
     content = recipe_of(family)
     config = config_from({**content, "model": {**content["model"], **changes}, "data": {"train": "none"}}, "test")
     specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, TensorShard(groups, torch.device("cpu")))
-    stage = Stage(specs, 0, len(specs))
+    stage = Stage(specs, (0, len(specs)))
     with torch.no_grad():
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from parallel.case import ModelFacts, nearest_multiples
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout, legal
-from parallel.rules import RULES, ModelFacts, nearest_multiples, problems
+from parallel.rules import RULES, problems
 
 MODEL = ModelFacts(layers=4, heads=4, kv_heads=4, hidden=256, ffn=1024, vocab_size=4096, sequence_length=256)
 
@@ -66,6 +67,11 @@ NEGATIVE = [
     ("pipeline-supported", {"pipeline": 2, "model": {"pipeline_supported": False, "why_no_pipeline": "two towers"}},
      "parallel.pipeline", "two towers", {"pipeline": 1}),
     ("pipeline-blocks", {"pipeline": 8}, "parallel.pipeline", "4 or less", {"pipeline": 4}),
+    ("pipeline-blocks", {"pipeline": 4, "schedule": "dualpipev"}, "parallel.pipeline", "set parallel.pipeline to 2",
+     {"pipeline": 2}),
+    ("schedule-needs-pipeline", {"schedule": "dualpipev"}, "parallel.schedule", "parallel.pipeline=2", {"pipeline": 2}),
+    ("dualpipev-batch", {"schedule": "dualpipev", "pipeline": 2, "global_batch": 16}, "parallel.global_batch",
+     "2 micro-batches a step", {"global_batch": 32}),
     ("pipeline-zero", {"pipeline": 2, "zero_stage": 2}, "parallel.zero_stage", "zero_stage=1", {"zero_stage": 1}),
     ("pipeline-zero", {"pipeline": 2, "zero_stage": 3}, "parallel.zero_stage", "DeepSpeed", {"pipeline": 1}),
     ("batch-divides", {"global_batch": 40}, "parallel.global_batch", "32 or 48, or parallel.micro_batch to 1 or 5",

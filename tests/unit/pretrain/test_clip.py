@@ -44,7 +44,7 @@ def in_one_process(info, work: str):
 
 def built(config: CLIPConfig) -> Stage:
     specs = layers(config, SHARD)
-    stage = Stage(specs, 0, len(specs))
+    stage = Stage(specs, (0, len(specs)))
     with torch.no_grad():
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))

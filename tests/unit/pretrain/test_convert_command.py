@@ -149,6 +149,8 @@ BAD = {
     "vocabulary": (lambda f: edited(f, vocab_size=100), 65, r"embed_tokens[\s\S]*\[101, 32\]"),
     "more-layers": (lambda f: edited(f, num_hidden_layers=4), 65, r"layers\.3[\s\S]*nothing by that name"),
     "fewer-layers": (lambda f: edited(f, num_hidden_layers=2), 65, r"layers\.2[\s\S]*no place for"),
+    "layers-without-end": (lambda f: edited(f, num_hidden_layers=10**9), 65, "layers[^$]*1,000,000,000"),
+    "width-without-end": (lambda f: edited(f, hidden_size=2**40, head_dim=None), 65, r"hidden[\s\S]*going by the"),
     "renamed-tensor": (renamed_tensor, 65, r"layers\.9\.strange"),
     "cut-short": (cut_short, 65, r"model-00001[\s\S]*cannot be read"),
     "missing-shard": (lambda f: first_shard(f).unlink(), 65, r"model-00001[\s\S]*not there"),

@@ -51,7 +51,7 @@ def _with_and_without_cache(info, positions, kv_heads):
                        positions=positions, init_std=0.3)
     with single_rank() as groups, torch.no_grad():
         specs = layers(config, TensorShard(groups, torch.device("cpu")))
-        stage = Stage(specs, 0, len(specs)).eval()
+        stage = Stage(specs, (0, len(specs))).eval()
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
         tokens = torch.randint(64, (1, 48), generator=torch.Generator().manual_seed(1))

@@ -93,7 +93,7 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
     with single_rank() as groups:
         shard = TensorShard(groups, torch.device("cpu"))
         specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, shard)
-        stage = Stage(specs, 0, len(specs))
+        stage = Stage(specs, (0, len(specs)))
         loss = make_loss(name, family, shard)
         with torch.no_grad():
             for key, parameter in stage.named_global_parameters():
