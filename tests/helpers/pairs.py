@@ -86,7 +86,7 @@ def trained_pairs(record: Mapping[str, Any]) -> set[Pair]:
 def judge(pair: Pair) -> Verdict:
     """Tries the pair with everything else as usual. Where rules refuse that, follows a remedy that leaves the pair
     alone; where every remedy changes the pair, it is refused, and the remedy has to clear the refusal."""
-    choices = dict(pair)
+    choices, names_own_change = dict(pair), False
     for _ in range(MAX_REMEDIES):
         found = problems(choices)
         if not found:
@@ -100,9 +100,12 @@ def judge(pair: Pair) -> Verdict:
             helpful = [(key, value) for key, value in remedies
                        if not any((other.where, other.possible) == (problem.where, problem.possible)
                                   for other in problems({**choices, key: value}))]
-            steps.append([(key, value) for key, value in helpful if key not in dict(pair)])
+            names_own_change |= any(key in dict(pair) for key, _ in helpful)
+            # What another remedy has set stays: two that undo each other leave only a change of the pair.
+            steps.append([(key, value) for key, value in helpful if key not in choices])
             if not steps[-1]:
-                return Verdict("refused" if helpful else "wrong", choices, f"{problem.where}: {problem.remedy}")
+                return Verdict("refused" if names_own_change else "wrong", choices,
+                               f"{problem.where}: {problem.remedy}")
         choices |= steps[0][:1]
     return Verdict("wrong", choices, f"{MAX_REMEDIES} remedies did not make it legal")
 
@@ -126,10 +129,14 @@ def config_of(choices: Choices) -> RunConfig:
 
 def overrides(choices: Choices) -> list[str]:
     """The choices as words of a command line."""
-    usual = recipe_of(_family(choices))["parallel"]["global_batch"]
+    usual = _global_batch(choices)
     micro_batch = usual // (choices.get(DATA, 1) * choices.get(MICRO_BATCHES, 1))
     words = [f"parallel.global_batch={usual}", f"parallel.micro_batch={micro_batch}"]
     return words + [f"{key}={_written(value)}" for key, value in choices.items() if "." in key]
+
+
+def _global_batch(choices: Choices) -> int:
+    return recipe_of(_family(choices))["parallel"]["global_batch"]
 
 
 def world_size_of(config: RunConfig, choices: Choices) -> int:
@@ -147,6 +154,12 @@ def _remedies(problem: Problem, choices: Choices) -> Iterable[tuple[str, Any]]:
     """(option, value) for each change that a problem names."""
     known = options()
     for key, text in ASSIGNMENT.findall(problem.remedy):
+        if key == "parallel.micro_batch" and text.isdigit():
+            yield MICRO_BATCHES, _global_batch(choices) // (choices.get(DATA, 1) * int(text))
+        if key == "parallel.global_batch" and text.isdigit():  # as many more micro-batches of the same size
+            yield MICRO_BATCHES, choices.get(MICRO_BATCHES, 1) * int(text) // _global_batch(choices)
+        if key in AMOUNTS:
+            continue
         meant = [value for value in known.get(key, (text,)) if _written(value) == text]
         if meant or text.isdigit():
             yield key, meant[0] if meant else int(text)

@@ -25,6 +25,7 @@ SPARSE = ["parallel.recompute=full", "parallel.recompute_every=2"]
 TENSOR = ["parallel.tensor=2"]
 SEQUENCE = [*TENSOR, "parallel.sequence=true"]
 OFFLOAD = ["parallel.offload=optimizer"]
+FOLDED = ["parallel.pipeline=2", "parallel.schedule=dualpipev"]
 WHOLE = ["parallel.micro_batch=8"]  # one micro-batch a step
 
 
@@ -38,6 +39,12 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
     ("gpt", 1, MIDDLE, [*SELECTIVE, *WHOLE]),
     ("gpt", 1, [*ROOM, *PREFIX], SPARSE),
     ("gpt", 1, [], REDUCE),
+    ("gpt", 4, MIDDLE, [*FOLDED, "parallel.context=2", *zero(1), *OFFLOAD, *REDUCE, *SELECTIVE,
+                                     "parallel.recompute_every=2"]),
+    ("gpt", 2, [*ROOM, *PREFIX, *EXPERTS], FOLDED),
+    ("bart", 2, [], [*FOLDED, *BF16]),
+    ("bert", 2, [], FOLDED),
+    ("t5", 1, [], BF16),
     ("t5", 2, UNTIED, ["parallel.pipeline=2", *zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
     ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
     ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
@@ -50,7 +57,7 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
     ("clip", 2, ["objective.name=siglip"], zero(3)),
     ("clip", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE]),
     ("clip", 2, [], SPARSE),
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
