@@ -300,16 +300,6 @@ RULES: tuple[Rule, ...] = (
         change=lambda c: "set parallel.pipeline=1 and parallel.zero_stage=3, or parallel.offload=none",
     ),
     Rule(
-        name="offload-pipeline",
-        where="parallel.offload",
-        broken=lambda c: c.parallel.offload == "optimizer" and c.parallel.zero_stage > 0 and c.parallel.pipeline > 1
-        and c.precision.compute != "fp32",
-        asked=lambda c: f"offload=optimizer with pipeline={c.parallel.pipeline} in {c.precision.compute}",
-        possible=lambda c: "offload in a pipeline with precision.compute=fp32, or in 16 bits without a pipeline: "
-        "DeepSpeed 0.19.8 loses a part of the gradient where both meet",
-        change=lambda c: "set parallel.offload=none, or parallel.pipeline=1",
-    ),
-    Rule(
         name="loss-chunks",
         where="parallel.loss_chunk_tokens",
         broken=lambda c: c.parallel.loss_chunk_tokens > 0 and not c.model.predicts_tokens,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -162,6 +163,17 @@ class _StagePipeline(PipelineModule):
             call = wrapped.get(spec.name, stage.by_name[spec.name])
             calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
         return calls
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights with the groups of stages that hold them, for the sum of their gradients.
+
+        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
+        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
+        """
+        found = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
+        return [(weight if total is None else SimpleNamespace(grad=total), group)
+                for (weight, group), total in zip(found, sums, strict=True)]
 
 
 class _FoldedPipeline(_StagePipeline, DualPipeVModule):

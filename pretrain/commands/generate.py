@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from pretrain.errors import ExitCode, UserError
@@ -22,8 +23,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation, as it is made. Returns the exit code."""
     _check(args)
-    from pretrain.generation import Sampling, continue_tokens
-    from pretrain.trained import open_model, single_rank
+    with redirect_stdout(sys.stderr):  # libraries speak when they are loaded, and standard output is for the text
+        from pretrain.generation import Sampling, continue_tokens
+        from pretrain.trained import open_model, single_rank
 
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)

@@ -192,7 +192,7 @@ class Mixture(nn.Module):
 
     def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
         super().__init__()
-        self.tensor = shard
+        self.shard = shard
         self.router = Router(mixture, shape.hidden, shape.std, shard)
         self.experts = Experts(shape, mixture, shard)
         self.shared = FeedForward(replace(shape, ffn=mixture.shared_ffn), shard) if mixture.shared_ffn else None
@@ -200,10 +200,10 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
         # Every tensor rank routes alike, so the router's gradient is whole on each. The experts' outputs are partial
         # sums until the end, and so is what they say of the weights.
-        chosen, weights, kept = self.router(self.tensor.leave_whole(x))
-        weights = self.tensor.whole_for_columns(weights)
-        whole = self.tensor.leave_for_columns(x)
+        chosen, weights, kept = self.router(self.shard.leave_whole(x))
+        weights = self.shard.whole_for_columns(weights)
+        whole = self.shard.leave_for_columns(x)
         y = self.experts(whole.flatten(0, 1), chosen.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
         y = (y * weights.flatten(0, 1).t().unsqueeze(-1).to(y.dtype)).sum(0).view(whole.shape)
-        y = self.tensor.reduce_rows(y)
+        y = self.shard.reduce_rows(y)
         return y if self.shared is None else y + self.shared(x)

@@ -21,7 +21,7 @@ def run(folder, family, dataset, layout, extra=()):
 
 
 @pytest.mark.parametrize(("family", "layout", "extra"), [
-    ("gpt", (1, 2, 1, 0, False), []),
+    ("gpt", (1, 2, 1, 0, False), ["model.experts=4", "model.top_k=2", "model.balance_loss=0.05"]),
     ("gpt", (2, 2, 1, 1, True), [*UNTIED, "model.layers=5", "parallel.recompute=full"]),
     ("gpt", (1, 2, 2, 1, False), ["parallel.micro_batch=1", "parallel.loss_chunk_tokens=12"]),
     ("t5", (1, 2, 1, 1, False), []),

@@ -92,7 +92,7 @@ def test_blocks_that_do_not_divide_into_stages(layout, tmp_path, recipe, referen
 @pytest.mark.parametrize(("layout", "extra"), [
     *(((*layout, False), ()) for layout in ((1, 1, 1, 1), (1, 1, 2, 3), (1, 1, 2, 2), (1, 2, 2, 0))),
     ((2, 1, 2, 1, True), ()), ((2, 2, 1, 1, True), ()),
-    *(((1, 1, 2, stage, False), ("parallel.offload=optimizer",)) for stage in (1, 3)),
+    *((layout, ("parallel.offload=optimizer",)) for layout in ((1, 1, 2, 3, False), (1, 2, 2, 1, False))),
 ], ids=str)  # fmt: skip
 def test_bf16_curve_is_close(layout, extra, tmp_path, recipe, reference):
     expected = reference(("precision.compute=bf16",))

@@ -87,8 +87,6 @@ NEGATIVE = [
      {"offload": "optimizer"}),
     ("offload-parameters-pipeline", {"offload": "parameters", "zero_stage": 3, "pipeline": 2}, "parallel.offload",
      "at stage 3 alone", {"pipeline": 1}),
-    ("offload-pipeline", {"offload": "optimizer", "pipeline": 2, "zero_stage": 1, "compute": "bf16"},
-     "parallel.offload", "loses a part of the gradient", {"pipeline": 1}),
     ("loss-chunks", {"loss_chunk_tokens": 256, "model": {"predicts_tokens": False}}, "parallel.loss_chunk_tokens",
      "compares samples", {"loss_chunk_tokens": 0}),
     ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",
