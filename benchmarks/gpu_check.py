@@ -53,6 +53,8 @@ class Check:
     reference_device: str | None = None
 
 
+ON_DEVICES_ONLY = {"precision.compute=fp16", "parallel.offload=parameters"}
+EXPERTS = ("model.experts=4", "model.top_k=2", "model.bias=false")
 CHECKS = (
     Check("ZeRO 1 against ZeRO 0", ("parallel.zero_stage=1",)),
     Check("ZeRO 3 against ZeRO 0", ("parallel.zero_stage=3",)),
@@ -62,6 +64,12 @@ CHECKS = (
     Check("selective recompute against none", ("parallel.recompute=selective",)),
     Check("full recompute against none", ("parallel.recompute=full",)),
     Check("loss in chunks against whole", ("parallel.loss_chunk_tokens=48",)),
+    Check("optimizer in host memory against none there", ("parallel.zero_stage=1", "parallel.offload=optimizer"),
+          bound=KERNELS),
+    Check("weights in host memory against none there", ("parallel.zero_stage=3", "parallel.offload=parameters"),
+          bound=KERNELS),
+    Check("experts in bf16 (grouped products) against fp32", (*EXPERTS, "precision.compute=bf16"), EXPERTS, HALF),
+    Check("experts against the CPU", EXPERTS, EXPERTS, KERNELS, reference_device="cpu"),
     Check("compiled blocks against eager", (), compiled=True, bound=KERNELS),
     Check("this device against the CPU", (), bound=KERNELS, reference_device="cpu"),
 )
@@ -168,7 +176,7 @@ def compared(checks: Sequence[Check], groups: Groups, device: torch.device, mode
         return known[key]
 
     for check in checks:
-        if device.type == "cpu" and ("precision.compute=fp16" in check.changed or check.reference_device):
+        if device.type == "cpu" and (check.reference_device or not ON_DEVICES_ONLY.isdisjoint(check.changed)):
             yield Row(check.name, None, check.bound, "needs a GPU")
             continue
         reference = torch.device(check.reference_device) if check.reference_device else device

@@ -284,11 +284,20 @@ RULES: tuple[Rule, ...] = (
     Rule(
         name="offload-parameters",
         where="parallel.offload",
-        broken=lambda c: c.parallel.offload == "parameters" and c.parallel.zero_stage in (1, 2),
+        broken=lambda c: c.parallel.offload == "parameters" and c.parallel.zero_stage in (1, 2)
+        and c.parallel.pipeline == 1,
         asked=lambda c: f"offload=parameters with zero_stage={c.parallel.zero_stage}",
         possible=lambda c: "zero_stage=3, which fetches each layer's weights when they are used; "
         "offload=optimizer with stages 1, 2 and 3",
-        change=lambda c: "set parallel.offload=optimizer, or parallel.zero_stage=3 without a pipeline",
+        change=lambda c: "set parallel.offload=optimizer, or parallel.zero_stage=3",
+    ),
+    Rule(
+        name="offload-parameters-pipeline",
+        where="parallel.offload",
+        broken=lambda c: c.parallel.offload == "parameters" and c.parallel.pipeline > 1,
+        asked=lambda c: f"offload=parameters with pipeline={c.parallel.pipeline}",
+        possible=lambda c: "pipeline=1: weights go to host memory at stage 3 alone, which the pipeline engine refuses",
+        change=lambda c: "set parallel.pipeline=1 and parallel.zero_stage=3, or parallel.offload=none",
     ),
     Rule(
         name="loss-chunks",

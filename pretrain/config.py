@@ -297,7 +297,9 @@ def _objective_problems(objective: ObjectiveConfig, model: FamilyConfig, world_s
                         ) -> Iterator[rules.Found]:
     names = family_spec(model.family).objectives
     if objective.name not in names:
-        yield _choice_problem("objective.name", "objective.name", objective.name, list(names))
+        able = [name for name in FAMILIES if objective.name in family_spec(name).objectives]
+        yield ("objective.name", f"{objective.name} with model.family={model.family}", ", ".join(names),
+               f"set objective.name={names[0]}, or model.family={able[0]}")
     else:
         yield from OBJECTIVES[objective.name].problems(objective, model)
 

@@ -115,6 +115,7 @@ class PositionedInput(nn.Module):
 
     def enter(self, x: Tensor, types: Tensor | None = None) -> Tensor:
         """x [b, s, h] and the type of each token's segment [b, s] -> [s(/t), b, h]."""
+        x = x.to(self.positions.dtype)  # a table of another layer is not cast with this one
         x = x + self.positions[self.offset : self.offset + x.shape[1]]
         if self.types is not None:
             x = x + F.embedding(types, self.types)

@@ -80,7 +80,8 @@ class DecoderEmbedding(Enter):
 
     def forward(self, state: State, embedding: Embedding) -> State:
         memory, ids, *mask = state
-        x = entered(embedding(ids), self.shard, self.probability if self.training else 0.0)
+        looked_up = embedding(ids).to(memory.dtype)  # a table of another layer is not cast with this one
+        x = entered(looked_up, self.shard, self.probability if self.training else 0.0)
         return (x, memory, *mask)
 
 

@@ -85,6 +85,8 @@ NEGATIVE = [
     ("offload-zero", {"offload": "parameters"}, "parallel.offload", "without a word", {"zero_stage": 3}),
     ("offload-parameters", {"offload": "parameters", "zero_stage": 2}, "parallel.offload", "offload=optimizer",
      {"offload": "optimizer"}),
+    ("offload-parameters-pipeline", {"offload": "parameters", "zero_stage": 3, "pipeline": 2}, "parallel.offload",
+     "at stage 3 alone", {"pipeline": 1}),
     ("loss-chunks", {"loss_chunk_tokens": 256, "model": {"predicts_tokens": False}}, "parallel.loss_chunk_tokens",
      "compares samples", {"loss_chunk_tokens": 0}),
     ("recompute-every", {"recompute_every": 2}, "parallel.recompute_every", "recompute=full or selective",

@@ -1,0 +1,56 @@
+"""Every pair of options is trained by the parity suite, or refused by a rule whose remedy works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import pairs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> set[pairs.Pair]:
+    """The pairs in the configs that the tests of `tests/parity` train, read from those tests as they run."""
+    record = tmp_path_factory.mktemp("record") / "runs.jsonl"
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests/parity", "-q", "-p", "no:cacheprovider", "-p",
+                           "tests.helpers.recorder", "--record", str(record)], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert record.exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    runs = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert len(runs) > 100
+    return set().union(*(pairs.trained_pairs(run) for run in runs))
+
+
+def test_every_pair_is_trained_or_refused(trained):
+    neither = []
+    for pair in pairs.all_pairs():
+        verdict = pairs.judge(pair)
+        if verdict.kind == "wrong" or (verdict.kind == "legal" and pair not in trained):
+            neither.append(f"{verdict.kind} {told(pair)}: {verdict.words or pairs.overrides(verdict.choices)}")
+        assert not (verdict.kind == "refused" and pair in trained), f"trained and refused: {told(pair)}"
+    assert not neither, f"{len(neither)} pairs are neither trained nor refused:\n" + "\n".join(neither)
+
+
+def told(pair: pairs.Pair) -> str:
+    return " x ".join(f"{key}={value}" for key, value in pair)
+
+
+def test_the_walk_meets_known_rules():
+    kinds = {told(pair): pairs.judge(pair).kind for pair in pairs.all_pairs()}
+    assert kinds["parallel.pipeline=2 x parallel.zero_stage=2"] == "refused"
+    assert kinds["parallel.tensor=1 x parallel.sequence=True"] == "refused"
+    assert kinds["parallel.sequence=True x parallel.zero_stage=3"] == "legal"
+    assert kinds["parallel.pipeline=2 x model.family=clip"] == "refused"
+    assert kinds["model.family=clip x model.tied_head=True"] == "void"
+
+
+def test_a_field_without_values_is_told(monkeypatch):
+    monkeypatch.delitem(pairs.VALUES, "parallel.tensor")
+    with pytest.raises(LookupError, match="parallel.tensor"):
+        pairs.options()

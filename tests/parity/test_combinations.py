@@ -1,0 +1,90 @@
+"""Options in company: what the other parity cases train apart is trained together here, and gives the same curve.
+
+The cases are few and each holds many pairs. `e2e/test_pairs.py` walks all pairs and names one that no case holds.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.metrics import METRICS_FILE, read_metrics
+from tests.helpers.ranks import train_on
+from tests.helpers.recipes import recipe_of, write_recipe
+
+STEPS = 8
+EXPERTS = ["model.experts=4"]
+UNTIED = ["model.tied_head=false"]
+ROOM = ["model.vocab_size=544"]  # for what an objective needs beside the tokenizer's ids
+MIDDLE = [*ROOM, "objective.name=fill_in_the_middle"]
+PREFIX = ["objective.name=prefix_lm"]
+BF16 = ["precision.compute=bf16"]
+REDUCE = ["precision.reduce=compute"]
+CHUNKS = ["parallel.loss_chunk_tokens=24"]
+SELECTIVE = ["parallel.recompute=selective"]
+SPARSE = ["parallel.recompute=full", "parallel.recompute_every=2"]
+TENSOR = ["parallel.tensor=2"]
+SEQUENCE = [*TENSOR, "parallel.sequence=true"]
+OFFLOAD = ["parallel.offload=optimizer"]
+FOLDED = ["parallel.pipeline=2", "parallel.schedule=dualpipev"]
+WHOLE = ["parallel.micro_batch=8"]  # one micro-batch a step
+
+
+def zero(stage: int) -> list[str]:
+    return [f"parallel.zero_stage={stage}"]
+
+
+CASES = [  # family, ranks, what makes the model or its loss another, what must change nothing
+    ("gpt", 2, [*MIDDLE, *EXPERTS, *UNTIED], [*TENSOR, *zero(3), *BF16, *REDUCE, *SPARSE, *CHUNKS, *WHOLE]),
+    ("gpt", 4, MIDDLE, [*SEQUENCE, "parallel.context=2", *zero(2), *OFFLOAD, *REDUCE, *SPARSE]),
+    ("gpt", 1, MIDDLE, [*SELECTIVE, *WHOLE]),
+    ("gpt", 1, [*ROOM, *PREFIX], SPARSE),
+    ("gpt", 1, [], REDUCE),
+    ("gpt", 4, MIDDLE, [*FOLDED, "parallel.context=2", *zero(1), *OFFLOAD, *REDUCE, *SELECTIVE,
+                                     "parallel.recompute_every=2"]),
+    ("gpt", 2, [*ROOM, *PREFIX, *EXPERTS], FOLDED),
+    ("bart", 2, [], [*FOLDED, *BF16]),
+    ("bert", 2, [], FOLDED),
+    ("t5", 1, [], BF16),
+    ("t5", 2, UNTIED, ["parallel.pipeline=2", *zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
+    ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
+    ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
+    ("bart", 2, [], zero(2)),
+    ("bart", 1, ["objective.name=span_corruption"], WHOLE),
+    ("bert", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
+    ("clip", 4, ["objective.name=siglip"], [*SEQUENCE, *zero(2), *REDUCE, *SPARSE]),
+    ("clip", 1, ["objective.name=siglip"], [*BF16, *SELECTIVE, *WHOLE]),
+    ("clip", 1, ["objective.name=siglip"], [*zero(1), *OFFLOAD, *REDUCE]),
+    ("clip", 2, ["objective.name=siglip"], zero(3)),
+    ("clip", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE]),
+    ("clip", 2, [], SPARSE),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(dataset, shapes, tmp_path_factory):
+    """The records of a family's run by its words, each made once."""
+    known: dict[tuple, list[dict]] = {}
+
+    def records(family: str, ranks: int, words: list[str]) -> list[dict]:
+        key = (family, ranks, *words)
+        if key not in known:
+            folder = tmp_path_factory.mktemp(family)
+            recipe = write_recipe(folder / "recipe.yaml", shapes if family == "clip" else dataset, recipe_of(family))
+            codes = train_on(ranks, recipe, [f"run.dir={folder / 'run'}", f"run.steps={STEPS}",
+                                             "schedule.warmup_steps=2", "optimizer.lr=1e-3", *words])
+            assert codes == [0] * ranks
+            known[key] = read_metrics(folder / "run" / METRICS_FILE)
+        return known[key]
+
+    return records
+
+
+@pytest.mark.parametrize(("family", "ranks", "model", "extra"), CASES, ids=str)
+def test_the_curve_is_the_same(family, ranks, model, extra, run):
+    expected, found = run(family, 1, model), run(family, ranks, [*model, *extra])
+    assert len(found) == len(expected) == STEPS
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.02, "the reference did not learn"
+    bound = 2e-2 if BF16[0] in extra else 1e-5
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=bound)
+    if bound < 1e-2:
+        assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in expected], rel=10 * bound)
