@@ -34,7 +34,8 @@ MODEL_VALUES: dict[str, tuple] = {
     "model.experts": (0, 4),
 }  # fmt: skip
 DATA, MICRO_BATCHES = "data degree", "micro-batches"  # they follow from other fields and from the number of ranks
-ASSIGNMENT = re.compile(r"\b((?:parallel|precision|model|objective)\.[a-z_]+)(?:=| to (?:one of )?)([A-Za-z0-9_.]+)")
+ASSIGNMENT = re.compile(r"\b((?:parallel|precision|model|objective)\.[a-z_]+)"
+                        r"(?:=| to (?:one of |a multiple of )?)([A-Za-z0-9_.]+)")
 RANKS = re.compile(r"\bstart (\d+)")
 MAX_REMEDIES = 8
 
@@ -62,7 +63,7 @@ def options() -> dict[str, tuple]:
                 if values is None:
                     raise LookupError(f"{key} is new: give it values in tests/helpers/pairs.py, or call it an amount")
                 found[key] = values
-    return {**found, DATA: (1, 2), MICRO_BATCHES: (1, 2), **MODEL_VALUES}
+    return {**found, DATA: (1, 2), MICRO_BATCHES: (1, 4), **MODEL_VALUES}
 
 
 def all_pairs() -> Iterator[Pair]:

@@ -26,6 +26,7 @@ TENSOR = ["parallel.tensor=2"]
 SEQUENCE = [*TENSOR, "parallel.sequence=true"]
 OFFLOAD = ["parallel.offload=optimizer"]
 FOLDED = ["parallel.pipeline=2", "parallel.schedule=dualpipev"]
+SPREAD = ["parallel.expert=2"]
 WHOLE = ["parallel.micro_batch=8"]  # one micro-batch a step
 
 
@@ -45,6 +46,9 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
     ("bart", 2, [], [*FOLDED, *BF16]),
     ("bert", 2, [], FOLDED),
     ("t5", 1, [], BF16),
+    ("gpt", 2, [*MIDDLE, *EXPERTS, *UNTIED], [*SPREAD, *zero(1), *REDUCE, *SPARSE]),
+    ("bart", 2, [*PREFIX, *EXPERTS], SPREAD),
+    ("bart", 2, EXPERTS, SPREAD),
     ("t5", 2, UNTIED, ["parallel.pipeline=2", *zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
     ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
     ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),

@@ -42,6 +42,7 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
     (4, "t5", ["model.experts=4"], [*FP16, "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2",
                                     "parallel.recompute=full", "parallel.recompute_every=2", "precision.reduce=compute",
                                     "parallel.micro_batch=8"], HALF),
+    (2, "gpt", EXPERTS, [*FP16, "parallel.expert=2"], HALF),
     (2, "gpt", [], [*FP16, "parallel.pipeline=2", "parallel.schedule=dualpipev", "parallel.micro_batch=2"], HALF),
     (1, "gpt", [*ROOM, "objective.name=fill_in_the_middle"], [*HOST, *SPARSE, "parallel.loss_chunk_tokens=24"], FP32),
     (2, "gpt", [*ROOM, *UNTIED, *EXPERTS, "objective.name=prefix_lm"],
