@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from launchers import supervise as supervise_module
 from launchers.outcome import Outcome, close, decide
 from parallel.rank_info import alone, process_environment
 from pretrain.status import Status, begin, first_failure, note_failure, read, write
@@ -141,8 +140,7 @@ def test_a_cancelled_job_does_not_come_back_however_its_ranks_ended(tmp_path, ca
     assert (tmp_path / "did").exists() != cancelled
 
 
-def test_a_launcher_that_starts_ranks_again_is_left_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise_module, "FAILED_SECONDS", 0.5)
+def test_a_launcher_that_starts_ranks_again_is_left_to_it(tmp_path):
     (tmp_path / "logs").mkdir()
     body = f"""
 import json, os, time
@@ -156,8 +154,15 @@ note.unlink()
 """
     for restarts in (True, False):
         (tmp_path / "again").unlink(missing_ok=True)
-        supervisor = supervise_module.Supervisor(tmp_path, [sys.executable, "-c", body], False, "t", restarts)
-        supervisor.run()
+        # in a process of its own: a supervisor ends everything below it, and below this one is the ranks' fork server
+        supervised = f"""
+import sys
+from pathlib import Path
+from launchers import supervise
+supervise.FAILED_SECONDS = 0.5
+supervise.Supervisor(Path({str(tmp_path)!r}), [sys.executable, "-c", {body!r}], False, "t", {restarts}).run()
+"""
+        subprocess.run([sys.executable, "-c", supervised], check=True, timeout=60)
         assert (tmp_path / "again").exists() == restarts
 
 
