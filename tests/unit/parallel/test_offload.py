@@ -36,3 +36,22 @@ def test_both_kinds_of_adam_agree(decay):
             optimizer.step()
     assert torch.allclose(*weights, rtol=1e-5, atol=1e-6)
     assert not torch.equal(weights[0], torch.linspace(-1, 1, 1000))
+
+
+def test_a_step_after_a_restart_has_the_same_bits():
+    """Steps taken one after the other, and each again as the first one of a fresh optimizer's counter would be."""
+    weight, again = torch.nn.Parameter(torch.linspace(-1, 1, 1000)), torch.nn.Parameter(torch.zeros(1000))
+    running, resumed = (adamw("optimizer")([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+                        for p in (weight, again))
+    taken = []
+    for step in range(40):
+        weight.grad = torch.sin(torch.arange(1000.0) * (step + 1))
+        before = {key: value.clone() if key != "step" else value for key, value in running.state[weight].items()}
+        taken.append((weight.detach().clone(), weight.grad, before))
+        running.step()
+    after = [entry[0] for entry in taken[1:]] + [weight.detach()]
+    for (start, gradient, state), end in list(zip(taken, after, strict=True))[:0:-1]:  # backwards
+        again.data.copy_(start)
+        again.grad, resumed.state[again] = gradient, state
+        resumed.step()
+        assert torch.equal(again, end), f"step {state['step']}"
