@@ -40,6 +40,10 @@ class ParallelConfig(BaseModel):
         "none", description="what ZeRO keeps in host memory: `optimizer` master weights, moments and the step, "
         "`parameters` also the weights (stage 3)"
     )
+    offload_folder: str = Field(
+        "", description="folder on a local disc of each node (NVMe) in whose files offload keeps master weights and "
+        "moments, where host memory is too small for them; empty: in host memory"
+    )
     loss_chunk_tokens: int = Field(
         0, ge=0, description="tokens whose logits are made at a time, and again in the backward, so that a large "
         "vocabulary never has all of its logits in memory; 0: all at once"

@@ -22,6 +22,7 @@ from parallel.balance import Balances
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.initialise import draw, slice_of
 from parallel.megatron import Groups, TensorShard
+from parallel.offload import MappedFiles
 from parallel.pipeline import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
 from parallel.recompute import recompute_selectively, recomputed
@@ -72,6 +73,9 @@ class Engine:
             build_layers: the family's layer list, given the tensor axis.
             make_optimizer: from [(global name, parameter)] and the kind of AdamW to the one that DeepSpeed shards.
             clip_norm: largest global gradient norm, 0 for no clipping.
+
+        Raises:
+            NoRoom: the disc of `parallel.offload_folder` is full.
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
         self.clip_norm, self.seed = clip_norm, seed
@@ -97,6 +101,8 @@ class Engine:
         self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
         self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
+        if parallel.offload_folder:
+            self.state.move_to(MappedFiles(parallel.offload_folder))
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
         self._hold_bounds()

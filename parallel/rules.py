@@ -282,6 +282,14 @@ RULES: tuple[Rule, ...] = (
         "stage 1 splits nothing and only moves the optimizer), or parallel.offload=none",
     ),
     Rule(
+        name="offload-folder",
+        where="parallel.offload_folder",
+        broken=lambda c: bool(c.parallel.offload_folder) and c.parallel.offload == "none",
+        asked=lambda c: f"offload_folder={c.parallel.offload_folder} with offload=none",
+        possible=lambda c: "a folder with offload=optimizer or parameters: otherwise nothing would lie in it",
+        change=lambda c: "set parallel.offload=optimizer, or leave parallel.offload_folder empty",
+    ),
+    Rule(
         name="offload-parameters",
         where="parallel.offload",
         broken=lambda c: c.parallel.offload == "parameters" and c.parallel.zero_stage in (1, 2)

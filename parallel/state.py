@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.offload import MappedFiles
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -124,6 +126,11 @@ class PartitionedState:
                 gradient = mapping.get_lp_grad_fragment(slot.parameter._index_in_param_group).view(-1)
             yield from slot.fragments(mapping.lp_fragment_address.start, gradient)
 
+    def move_to(self, files: MappedFiles) -> None:
+        """Keep the fp32 partitions and Adam's moments in files."""
+        files.hold(self.base, (flat for group in self.base.param_groups for flat in group["params"]))
+        self.optimizer._link_all_hp_params()  # DeepSpeed's own views were of the partitions in memory
+
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's weights and gather the others' (replicas)."""
         self.optimizer.update_lp_params()
@@ -177,6 +184,10 @@ class FullySharded:
             else:
                 gradient = self.optimizer.averaged_gradients[group][index].view(-1)[:count]
             yield from slot.fragments(start, gradient)
+
+    def move_to(self, files: MappedFiles) -> None:
+        """Keep the fp32 partitions and Adam's moments in files."""
+        files.hold(self.base, self.optimizer.fp32_partitioned_groups_flat)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""

@@ -6,7 +6,6 @@ matters is written out here.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -23,7 +22,6 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from deepspeed.utils import groups as expert_groups
 from torch import Tensor, nn
-from torch.utils import cpp_extension
 
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
@@ -88,23 +86,6 @@ def _offload(what: str, on_accelerator: bool) -> dict:
     host = {"device": "cpu", "pin_memory": on_accelerator}
     sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
     return dict.fromkeys(sections[what], host)
-
-
-def lacking_for_offload(what: str, device_type: str) -> str | None:
-    """What this machine has not got for `parallel.offload`, and what to do; None when nothing is missing."""
-    if what == "none":
-        return None
-    if what == "parameters" and device_type == "cpu":
-        return ("parallel.offload=parameters needs an accelerator: it moves weights out of device memory, and here "
-                "they are in host memory already. Set parallel.offload=optimizer or none")
-    compiler = cpp_extension.get_cxx_compiler()
-    missing = [] if shutil.which(compiler) else [f"the C++ compiler {compiler}"]
-    missing += [] if cpp_extension.is_ninja_available() else ["ninja"]
-    if not missing:
-        return None
-    return (f"parallel.offload={what} steps with DeepSpeed's Adam for the CPU, which is compiled on the machine, and "
-            f"{' and '.join(missing)} cannot be found: install it (Debian: apt-get install g++ ninja-build; another "
-            "compiler by the variable CXX), or set parallel.offload=none")
 
 
 def adamw(offload: str) -> Callable[..., torch.optim.Optimizer]:
@@ -271,7 +252,18 @@ def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     else:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=Units())
+    if config["zero_optimization"]["stage"] == 2 and "offload_optimizer" not in config["zero_optimization"]:
+        _keep_own_share(engine.optimizer)
     return engine
+
+
+def _keep_own_share(optimizer) -> None:
+    """Have ZeRO-2 sum gradients in one flat buffer of this rank's share.
+
+    DeepSpeed does so where they are summed in another type than that of the weights. In fp32 it would keep whole
+    every gradient of which a part is in the share, until the step.
+    """
+    optimizer._use_compact_grad_partition_buffer = lambda group: True
 
 
 def _fit_buckets(config: dict, stage: Stage) -> None:

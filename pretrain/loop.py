@@ -18,9 +18,9 @@ from data_pipeline.manifest import TOKENIZER_FILE
 from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.megatron import Groups, TensorShard, build_groups, destroy_groups
+from parallel.offload import NoRoom, lacking_for_offload
 from parallel.rank_info import RankInfo
 from parallel.rendezvous import RendezvousError, join, leave, total
-from parallel.zero import lacking_for_offload
 from pretrain.attempt import Attempt
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.resume import check_same_run, facts_of
@@ -134,7 +134,7 @@ def choose_device(config: RunConfig, info: RankInfo) -> tuple[torch.device, str]
     if config.precision.compute == "fp16" and device.type == "cpu":
         raise UserError("precision.compute=fp16 needs an accelerator; this machine has none, and DeepSpeed's CPU "
                         "accelerator refuses it: set precision.compute=bf16 or fp32")
-    lacking = lacking_for_offload(config.parallel.offload, device.type)
+    lacking = lacking_for_offload(config.parallel, device.type)
     if lacking:
         raise UserError(lacking)
     return device, name
@@ -152,7 +152,7 @@ def local_device(info: RankInfo) -> tuple[torch.device, str]:
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups."""
+    """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -160,9 +160,12 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
         return adamw(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
-    return Engine(lambda shard: modules.layers(config.model, shard),
-                  make_loss(config.objective.name, config.model.family, TensorShard(groups, device)), groups,
-                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+    try:
+        return Engine(lambda shard: modules.layers(config.model, shard),
+                      make_loss(config.objective.name, config.model.family, TensorShard(groups, device)), groups,
+                      config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+    except NoRoom as error:
+        raise UserError(str(error)) from None
 
 
 def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: Attempt, quiet: Quiet | None) -> int:

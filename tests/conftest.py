@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.shapes import write_shapes
 from tests.helpers import devices
-from tests.helpers.recipes import write_dataset_of_this_project, write_recipe
+from tests.helpers.recipes import write_drawn_dataset, write_recipe
 
 devices.hide()
 
@@ -48,8 +48,8 @@ def _fork_server_ends():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
-    """A folder with `train` and `heldout`: this project's own source, a vocabulary of 512."""
-    return write_dataset_of_this_project(tmp_path_factory.mktemp("dataset"))
+    """A folder with `train` and `heldout`: drawn prose, a vocabulary of 512."""
+    return write_drawn_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def banner(run: RunView) -> list[tuple[str, str]]:
         words.append("sequence parallel")
     words.append(f"ZeRO {parallel.zero_stage}")
     if parallel.offload != "none":
-        words.append(f"{parallel.offload} in host memory")
+        words.append(f"{parallel.offload} in host memory" + (" and files" if parallel.offload_folder else ""))
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
         words.append(f"recompute {parallel.recompute}{every}")

@@ -25,7 +25,7 @@ class StopSignals:
         """folder: the run folder in which to look for a stop file, on one rank; None on the others."""
         self._folder, self._token = folder, attempt_token
         self._owner = os.getpid()
-        self._number = 0
+        self._noted: set[int] = set()  # adding is one step, which no handler can come between
         self._interrupts = 0
         self._before: dict[int, object] = {}
 
@@ -52,19 +52,19 @@ class StopSignals:
     @property
     def requested(self) -> bool:
         """True once a signal asked this rank to stop."""
-        return self._number > 0
+        return any(self._noted)
 
     def requested_number(self) -> int:
         """0, or a number that the loop reduces with MAX over all ranks: STOP file > SIGTERM > SIGINT > SIGUSR1."""
         if self._folder is not None:
-            self._number = max(self._number, _FILES.get(requested(self._folder, self._token), 0))
-        return self._number
+            self._noted.add(_FILES.get(requested(self._folder, self._token), 0))
+        return max(self._noted, default=0)
 
     def _handle(self, number: int, _frame: object) -> None:
         if os.getpid() != self._owner:
             # A loader worker inherits the handlers when it is forked. What is meant for ranks does not concern it.
             return
-        self._number = max(self._number, _NUMBERS[number])
+        self._noted.add(_NUMBERS[number])
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 1:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -22,7 +23,8 @@ CASES = {  # name: (ranks, overrides)
     "tensor x pipeline": (4, ["parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2",
                               "parallel.zero_stage=1"]),
     "dropout": (2, ["parallel.zero_stage=1", "model.dropout=0.1", "model.attention_dropout=0.1"]),
-    "offload": (2, ["parallel.zero_stage=3", "parallel.offload=optimizer"]),
+    "offload": (2, ["parallel.zero_stage=3", "parallel.offload=optimizer",
+                    f"parallel.offload_folder={tempfile.gettempdir()}"]),
     "workers": (2, ["parallel.zero_stage=2", "data.workers=2"]),
 }
 

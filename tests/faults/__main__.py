@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.faults.bench import Bench, Trial
 from tests.faults.rows import ROWS, Row
-from tests.helpers.recipes import write_dataset_of_this_project, write_recipe
+from tests.helpers.recipes import write_drawn_dataset, write_recipe
 from tests.helpers.slurm import local_slurm, why_not
 
 LINE = "{:<5} {:<58} {:<54} {:>7} {:>8}\n"
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(10**6)
     folder = Path(tempfile.mkdtemp(prefix="trainyard-faults-"))
     sys.stdout.write(f"seed {seed}\n" + LINE.format("row", "fault", "expected", "passed", "seconds"))
-    recipe = write_recipe(folder / "gpt.yaml", write_dataset_of_this_project(folder / "data"))
+    recipe = write_recipe(folder / "gpt.yaml", write_drawn_dataset(folder / "data"))
     with local_slurm(nodes=3, cpus=4) if needs_slurm else nullcontext() as cluster:
         bench, results = Bench(recipe, folder, cluster), []
         for row in rows:

@@ -27,8 +27,9 @@ VALUES: dict[str, tuple] = {
     "parallel.tensor": (1, 2), "parallel.pipeline": (1, 2), "parallel.context": (1, 2), "parallel.expert": (1, 2),
     "parallel.zero_stage": (0, 1, 2, 3), "parallel.loss_chunk_tokens": (0, 24), "parallel.recompute_every": (1, 2),
 }  # fmt: skip
-# Fields that only say how much: nothing works otherwise with another amount.
-AMOUNTS = {"parallel.micro_batch", "parallel.global_batch", "precision.initial_scale_power", "precision.scale_window"}
+# Fields that only say how much, or where: nothing works otherwise with another amount or place.
+AMOUNTS = {"parallel.micro_batch", "parallel.global_batch", "parallel.offload_folder", "precision.initial_scale_power",
+           "precision.scale_window"}
 MODEL_VALUES: dict[str, tuple] = {
     "model.family": tuple(FAMILIES), "objective.name": tuple(OBJECTIVES), "model.tied_head": (True, False),
     "model.experts": (0, 4),

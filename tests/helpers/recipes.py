@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import accumulate, product
 from pathlib import Path
 
 import yaml
@@ -10,7 +12,6 @@ from data_pipeline.corpus import documents
 from data_pipeline.shards import write_dataset
 from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
 
-REPOSITORY = Path(__file__).parents[2]
 VOCAB_SIZE = 512
 
 GPT = {
@@ -38,16 +39,37 @@ CLIP = {
 }
 
 
-def write_dataset_of_this_project(folder: Path) -> Path:
-    """Writes `train` and `heldout` from this project's own source, with a vocabulary of 512; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus = documents([REPOSITORY / room for room in ("parallel", "pretrain", "data_pipeline", "launchers")])
+def write_drawn_dataset(folder: Path) -> Path:
+    """Writes `train` and `heldout` from drawn prose, with a vocabulary of 512; returns the folder.
+
+    The text never changes: what layouts may differ by depends on it, and a test must not get another with a commit.
+    """
+    rng, texts = random.Random(7), {"train": 60, "heldout": 6}
+    syllables = ["".join(parts) for parts in product("bdfgklmnprst", "aeiou", ("", "n", "r", "s"))]
+    words = ["".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3)))) for _ in range(1500)]
+    for split, num_documents in texts.items():
+        (folder / "text" / split).mkdir(parents=True)
+        for number in range(num_documents):
+            (folder / "text" / split / f"{number:02}.txt").write_text(_prose(rng, words), encoding="utf-8")
+    corpus = documents([folder / "text" / "train"])
     options = TokenizerOptions(vocab_size=VOCAB_SIZE, sample_bytes=300_000)
     tokenizer = train_tokenizer(sample_text(corpus, options.sample_bytes, options), options)
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     write_dataset(corpus, tokenizer, folder / "train", split="train")
-    write_dataset(documents([REPOSITORY / "benchmarks"]), tokenizer, folder / "heldout", split="heldout")
+    write_dataset(documents([folder / "text" / "heldout"]), tokenizer, folder / "heldout", split="heldout")
     return folder
+
+
+def _prose(rng: random.Random, words: list[str]) -> str:
+    """About 8 kB of sentences whose words follow Zipf's law, with some numbers among them."""
+    weights = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))
+    sentences = []
+    for _ in range(130):
+        drawn = rng.choices(words, cum_weights=weights, k=rng.randint(4, 14))
+        if rng.random() < 0.3:
+            drawn.insert(rng.randint(1, len(drawn)), str(rng.randint(0, 2000)))
+        sentences.append(" ".join(drawn).capitalize() + rng.choice(".,.?\n"))
+    return " ".join(sentences)
 
 
 def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:

@@ -109,6 +109,13 @@ def test_offload_changes_nothing(layout, tmp_path, recipe, reference):
     check(layout, ["parallel.offload=optimizer"], tmp_path, recipe, lambda extra: reference(()))
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 2, 2, False), (1, 1, 2, 3, False)], ids=str)
+def test_state_in_files_is_state_in_memory(layout, tmp_path, recipe):
+    memory, files = ["parallel.offload=optimizer"], [f"parallel.offload_folder={tmp_path}"]
+    in_memory = curve(tmp_path / "memory", layout, recipe, memory)
+    assert curve(tmp_path / "files", layout, recipe, [*memory, *files]) == in_memory
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights out of device memory")
 def test_weights_in_host_memory_change_nothing(tmp_path, recipe):

@@ -3,22 +3,58 @@
 import pytest
 import torch
 
-from parallel.zero import adamw, lacking_for_offload
+from parallel.config import ParallelConfig
+from parallel.offload import MappedFiles, NoRoom, lacking_for_offload
+from parallel.zero import adamw
+
+
+def lacking(offload: str, device_type: str, folder: str = "") -> str | None:
+    parallel = ParallelConfig(micro_batch=1, global_batch=1, offload=offload, offload_folder=folder)
+    return lacking_for_offload(parallel, device_type)
 
 
 def test_a_missing_compiler_is_named_with_the_remedy(monkeypatch):
-    assert lacking_for_offload("optimizer", "cpu") is None
+    assert lacking("optimizer", "cpu") is None
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    told = lacking_for_offload("optimizer", "cpu")
+    told = lacking("optimizer", "cpu")
     assert "/nowhere/c++ cannot be found" in told
     assert "apt-get install g++" in told
     assert "parallel.offload=none" in told
-    assert lacking_for_offload("none", "cpu") is None
+    assert lacking("none", "cpu") is None
 
 
 def test_parameters_stay_where_there_is_no_accelerator():
-    assert "parallel.offload=optimizer" in lacking_for_offload("parameters", "cpu")
-    assert lacking_for_offload("parameters", "cuda") is None
+    assert "parallel.offload=optimizer" in lacking("parameters", "cpu")
+    assert lacking("parameters", "cuda") is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    assert lacking("optimizer", "cpu", str(tmp_path)) is None
+    (tmp_path / "file").touch()
+    for name in ("missing", "file"):
+        told = lacking("optimizer", "cpu", str(tmp_path / name))
+        assert f"parallel.offload_folder={tmp_path / name}" in told
+        assert "local disc" in told
+
+
+def test_mapped_files_hold_values_and_leave_nothing(tmp_path):
+    files = MappedFiles(str(tmp_path))
+    mapped = files.zeros_like(torch.ones(3, 5))
+    assert torch.equal(mapped, torch.zeros(3, 5))
+    mapped += 2
+    assert torch.equal(mapped, torch.full((3, 5), 2.0))
+    assert files.zeros_like(torch.ones(0)).numel() == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disc_is_told_before_the_first_write(tmp_path):
+    class Large:  # of a size that no disc has
+        dtype, shape = torch.float32, (1 << 55,)
+        numel, element_size = (lambda self: 1 << 55), (lambda self: 4)
+
+    with pytest.raises(NoRoom, match="more data ranks"):
+        MappedFiles(str(tmp_path)).zeros_like(Large())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -83,6 +83,8 @@ NEGATIVE = [
     ("fp8", {"compute": "fp8"}, "precision.compute", "set precision.compute=bf16", {"compute": "bf16"}),
     ("offload-zero", {"offload": "optimizer"}, "parallel.offload", "zero_stage=1", {"zero_stage": 1}),
     ("offload-zero", {"offload": "parameters"}, "parallel.offload", "without a word", {"zero_stage": 3}),
+    ("offload-folder", {"offload_folder": "/nvme"}, "parallel.offload_folder", "/nvme with offload=none",
+     {"offload_folder": ""}),
     ("offload-parameters", {"offload": "parameters", "zero_stage": 2}, "parallel.offload", "offload=optimizer",
      {"offload": "optimizer"}),
     ("offload-parameters-pipeline", {"offload": "parameters", "zero_stage": 3, "pipeline": 2}, "parallel.offload",

@@ -33,6 +33,16 @@ def test_a_persons_stop_wins_and_stays(tmp_path):
     assert (tmp_path / "STOP").exists()
 
 
+def test_a_signal_while_the_folder_is_looked_at_is_not_lost(tmp_path, monkeypatch):
+    def requested(folder, token):
+        signal.raise_signal(signal.SIGTERM)
+        return stop_files.requested(folder, token)
+
+    with StopSignals(tmp_path, "mine") as signals:
+        monkeypatch.setattr("pretrain.hooks.signals.requested", requested)
+        assert request_name(signals.requested_number()) == "SIGTERM"
+
+
 def wait_for(condition):
     end = time.monotonic() + 20
     while not condition():
