@@ -20,6 +20,8 @@ CASES = {  # name: (ranks, overrides, what the message must hold)
     "fp16 on a cpu": (1, ["precision.compute=fp16", "parallel.zero_stage=1"], ["fp16", "bf16"]),
     "weights offloaded on a cpu": (1, ["parallel.offload=parameters", "parallel.zero_stage=3"],
                                    ["needs an accelerator", "parallel.offload=optimizer"]),
+    "offload into no folder": (2, ["parallel.offload=optimizer", "parallel.offload_folder=/nowhere",
+                                   "parallel.zero_stage=2"], ["parallel.offload_folder=/nowhere", "local disc"]),
     "no such config": (1, None, ["missing.yaml"]),
 }
 
