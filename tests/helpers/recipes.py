@@ -78,6 +78,7 @@ def write_recipe(path: Path, dataset: Path, content: dict = GPT) -> Path:
     path.write_text(yaml.safe_dump({**content, "data": data}), encoding="utf-8")
     return path
 
+
 TEXT_VOCAB_SIZE = VOCAB_SIZE + 32  # room for what objectives need beside the tokenizer's ids
 
 # The usual objective of each family, at the smallest shape that divides by 4 (layers by 2 on either side).

@@ -24,8 +24,6 @@ from pretrain.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
-REPOSITORY = Path(__file__).parents[3]
-
 
 @pytest.mark.parametrize("length", [1, 3, 7, 20])
 def test_every_token_is_a_target_once(length):
@@ -116,7 +114,7 @@ def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_pat
     if family != "bert":
         argv += ["--examples", "2"]
     found = []
-    for data, batch in ((dataset / "heldout", "3"), (REPOSITORY / "benchmarks", "32")):
+    for data, batch in ((dataset / "heldout", "3"), (dataset / "text" / "heldout", "32")):
         code, written = run_ranks(evaluated, 1, [*argv, "--data", str(data), "--batch", batch])[0]
         assert code == 0
         found.append(json.loads(written))
