@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import cpp_extension
 
 from parallel.config import ParallelConfig
@@ -53,24 +52,12 @@ class MappedFiles:
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """Raises NoRoom when the disc is full: better now than by SIGBUS at the first write."""
         num_bytes = max(1, tensor.numel()) * tensor.element_size()
-        descriptor, name = tempfile.mkstemp(prefix="trainyard-", suffix=".optimizer", dir=self.folder)
         try:
-            os.posix_fallocate(descriptor, 0, num_bytes)
-            mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            with tempfile.NamedTemporaryFile(prefix="trainyard-", suffix=".optimizer", dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, num_bytes)
+                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                return mapped.view(tensor.shape)
         except OSError as error:
             raise NoRoom(f"parallel.offload_folder={self.folder}: {num_bytes / 1e9:.1f} GB more for this rank's "
                          f"optimizer: {error.strerror}; it takes 12 bytes for each parameter of the share. Make room, "
                          "name another folder, or use more data ranks") from None
-        finally:
-            os.close(descriptor)
-            os.unlink(name)
-        return mapped.view(tensor.shape)
-
-    @torch.no_grad()
-    def hold(self, optimizer: torch.optim.Optimizer, flats: Iterable[nn.Parameter]) -> None:
-        """Move master weights here, and begin Adam's moments beside them."""
-        for flat in flats:
-            mapped = self.zeros_like(flat)
-            mapped.copy_(flat)
-            flat.data = mapped
-            optimizer.state[flat] = {"step": 0, "exp_avg": self.zeros_like(flat), "exp_avg_sq": self.zeros_like(flat)}

@@ -8,7 +8,7 @@ parameter `name`. That is what initialisation fills, clipping measures, and chec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -128,7 +128,7 @@ class PartitionedState:
 
     def move_to(self, files: MappedFiles) -> None:
         """Keep the fp32 partitions and Adam's moments in files."""
-        files.hold(self.base, (flat for group in self.base.param_groups for flat in group["params"]))
+        _keep_in(files, self.base, [flat for group in self.base.param_groups for flat in group["params"]])
         self.optimizer._link_all_hp_params()  # DeepSpeed's own views were of the partitions in memory
 
     def refresh(self) -> None:
@@ -187,7 +187,7 @@ class FullySharded:
 
     def move_to(self, files: MappedFiles) -> None:
         """Keep the fp32 partitions and Adam's moments in files."""
-        files.hold(self.base, self.optimizer.fp32_partitioned_groups_flat)
+        _keep_in(files, self.base, self.optimizer.fp32_partitioned_groups_flat)
 
     def refresh(self) -> None:
         """Copy the fp32 partitions into the model's; small parameters that stay gathered are gathered anew."""
@@ -201,12 +201,23 @@ class FullySharded:
 
 def _moment(optimizer: torch.optim.Optimizer, parameter: Tensor, kind: str) -> Tensor:
     """AdamW's moment of a tensor, made (zero, step 0) when no step has been taken yet."""
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = _step_count(optimizer, parameter, 0)
-        for name in KINDS[1:]:
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    return state[kind]
+    if not optimizer.state[parameter]:
+        _begin(optimizer, parameter, torch.zeros_like)
+    return optimizer.state[parameter][kind]
+
+
+def _begin(optimizer: torch.optim.Optimizer, parameter: Tensor, zeros_like: Callable[[Tensor], Tensor]) -> None:
+    """Adam's state of a tensor before its first step."""
+    optimizer.state[parameter] = {"step": _step_count(optimizer, parameter, 0),
+                                  **{kind: zeros_like(parameter) for kind in KINDS[1:]}}
+
+
+@torch.no_grad()
+def _keep_in(files: MappedFiles, optimizer: torch.optim.Optimizer, flats: list[nn.Parameter]) -> None:
+    """Move master weights into files, and begin the moments there."""
+    for flat in flats:
+        flat.data = files.zeros_like(flat).copy_(flat)
+        _begin(optimizer, flat, files.zeros_like)
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
