@@ -48,4 +48,4 @@ lint: install
 	$(BIN)/ruff check .
 
 docs: install
-	$(BIN)/python -m pretrain.config_reference > docs/config.md
+	$(BIN)/python -m pretrain.config.reference > docs/config.md

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-SHIPPED = ("configs", "slurm")  # installed under share/trainyard, see pretrain/shipped.py
+SHIPPED = ("configs", "slurm")  # installed under share/trainyard, see common/shipped_files.py
 
 
 def shipped_files() -> list[tuple[str, list[str]]]:
@@ -24,7 +24,8 @@ setup(
     description="Pretrains large models on many accelerators",
     python_requires=">=3.11",
     packages=find_packages(include=[
-        room + below for room in ("pretrain", "parallel", "data_pipeline", "launchers") for below in ("", ".*")
+        room + below for room in ("common", "pretrain", "parallel", "data_pipeline", "launchers")
+        for below in ("", ".*")
     ]),
     data_files=shipped_files(),
     install_requires=[

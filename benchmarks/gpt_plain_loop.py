@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.index import TokenDataset
 from data_pipeline.loader import Loader
-from parallel.initialise import ParameterPlan, draw
-from pretrain.config import load_config
-from pretrain.optim import learning_rate
+from data_pipeline.tokens.token_dataset import TokenDataset
+from parallel.parameter_plan import ParameterPlan, draw
+from pretrain.config.run_config import load_config
+from pretrain.training.optim import learning_rate
 
 
 class Block(nn.Module):

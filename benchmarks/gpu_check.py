@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 
 from parallel.layout import Layout
-from parallel.megatron import Groups, build_groups, destroy_groups
-from parallel.rank_info import alone
-from parallel.rendezvous import join, leave
-from pretrain.config import RunConfig, config_from, load_config
-from pretrain.config_file import RawConfig, apply_overrides
-from pretrain.metrics import mfu, throughput
-from pretrain.quiet import quiet_third_parties
+from parallel.process_groups import Groups, build_groups, destroy_groups
+from parallel.ranks.rank_info import alone
+from parallel.ranks.rendezvous import join, leave
+from pretrain.config.config_file import RawConfig, apply_overrides
+from pretrain.config.run_config import RunConfig, config_from, load_config
+from pretrain.training.metrics import mfu, throughput
+from pretrain.training.third_party_output import third_party_output
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"layers": 4, "hidden": 512, "heads": 8, "vocab_size": 8192, "sequence_length": 256}
@@ -142,7 +142,7 @@ def main() -> int:
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     name = torch.cuda.get_device_name(device) if args.device == "cuda" else "cpu"
     started = time.monotonic()
-    with (tempfile.TemporaryDirectory() as folder, quiet_third_parties(Path(folder) / "log"), one_rank() as groups):
+    with (tempfile.TemporaryDirectory() as folder, third_party_output(Path(folder) / "log"), one_rank() as groups):
         rows = list(compared(checks, groups, device, TINY if args.tiny else SMALL))
         speeds = TINY_SPEEDS if args.tiny else SPEEDS
         measured = [] if args.skip_speed else list(timed(groups, device, name, speeds, started))
@@ -234,7 +234,9 @@ def timed(groups: Groups, device: torch.device, device_name: str, speeds: Sequen
 def trained(config: RunConfig, groups: Groups, device: torch.device, compiled: bool, num_steps: int
             ) -> list[tuple[float, float]]:
     """(loss, seconds) of every step. `compiled`: each block goes through torch.compile. All memory is given back."""
-    from pretrain.loop import build_engine  # DeepSpeed talks as soon as it is imported, so not before it is quiet
+    from pretrain.training.loop import (
+        build_engine,  # DeepSpeed talks as soon as it is imported, so not before it is quiet
+    )
 
     engine = build_engine(config, groups, device)
     if compiled:

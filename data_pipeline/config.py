@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_pipeline.errors import DataError
-from data_pipeline.manifest import Manifest, PairsManifest, file_sizes, shard_faults
+from common.errors import DataError
+from data_pipeline.folder.manifest import Manifest, PairsManifest, file_sizes, shard_faults
 
 # A problem as every facts room reports it: where, what was asked, what is possible, what to change.
 Problem = tuple[str, str, str, str]

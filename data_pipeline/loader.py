@@ -20,7 +20,7 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
-from data_pipeline.errors import DataError
+from common.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.errors import DataError
+from common.errors import DataError
 
 # The epoch being read and the next one: windows near the border come from both when steps run across it.
 MAX_CACHED_EPOCHS = 2
 
 
-class Piece(NamedTuple):
+class DocumentSpan(NamedTuple):
     """Tokens `start` up to `stop` (not included) of one document."""
 
     document: int
@@ -61,7 +61,7 @@ class WindowOrder:
         epoch, turn = divmod(position, self.windows_per_epoch)
         return epoch, int(self._epoch(epoch).windows[turn])
 
-    def pieces(self, position: int) -> list[Piece]:
+    def pieces(self, position: int) -> list[DocumentSpan]:
         """The pieces that, joined, are the `sequence_length + 1` tokens of the sample at `position`."""
         epoch, window = self.locate(position)
         documents, ends, _ = self._epoch(epoch)
@@ -75,7 +75,7 @@ class WindowOrder:
             end = int(ends[place])
             begin = end - int(self.token_counts[document])
             if end > begin:
-                pieces.append(Piece(document, max(start, begin) - begin, min(stop, end) - begin))
+                pieces.append(DocumentSpan(document, max(start, begin) - begin, min(stop, end) - begin))
         return pieces
 
     def _epoch(self, epoch: int) -> _Epoch:

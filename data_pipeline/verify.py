@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import DataError
-from data_pipeline.images import BadImage, decode
-from data_pipeline.index import TOKENS_SUFFIX, Shard, load_index
-from data_pipeline.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
-from data_pipeline.pairs import BadPair, PairsDataset
-from data_pipeline.tokenizer import Tokenizer
+from common.errors import DataError
+from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
+from data_pipeline.folder.shard_reader import TOKENS_SUFFIX, Shard, load_index
+from data_pipeline.image_text.images import BadImage, decode
+from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
+from data_pipeline.text.tokenizer import Tokenizer
 
 READ_BYTES = 1 << 20
 MAX_MEMBER_PROBLEMS = 20

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.errors import Problem
+from common.errors import Problem
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 LIST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,-]{0,199}")
@@ -95,7 +95,7 @@ class Job:
     @property
     def rank_module(self) -> tuple[str, ...]:
         """Arguments of python for one rank: its keeper, which writes its log and its exit code."""
-        return ("-m", "launchers.one_rank", str(self.folder), *self.train)
+        return ("-m", "launchers.supervise.rank_wrapper", str(self.folder), *self.train)
 
     def problems(self) -> Iterator[Problem]:
         """What keeps the job from being written down safely, whatever the launcher."""

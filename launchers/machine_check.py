@@ -4,11 +4,11 @@ import socket
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from common.errors import Problem
 from launchers.job import Job
-from launchers.node_check import devices_here
-from parallel.rank_info import alone
-from pretrain.errors import Problem
-from pretrain.run_lock import RunLock
+from launchers.run_folder.run_lock import RunLock
+from launchers.supervise.node_check import devices_here
+from parallel.ranks.rank_info import alone
 
 
 def problems(job: Job, folders: Iterable[Path], nodes: Iterable[str], starts_here: bool) -> Iterator[Problem]:

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from common.errors import Problem
 from launchers import with_mpi
 from launchers.job import Job
-from pretrain.errors import Problem
 
 # With a remote shell between, the words are read by that shell; deepspeed quotes with double quotes only.
 REMOTE_WORD = re.compile(r"[A-Za-z0-9_./:=,+@%-]*")
@@ -56,7 +56,7 @@ def _through_scheduler(job: Job, known: Collection[str], as_root: bool) -> list[
         words = [f"--nodes={job.nodes}", f"--ntasks-per-node={job.ranks_per_node}", "--kill-on-bad-exit=1",
                  "--mpi=none", "--input=none"]
         # Its Slurm runner leaves --module out and starts a script.
-        rank = [str(Path(__file__).with_name("one_rank.py")), *job.rank_module[2:]]
+        rank = [str(Path(__file__).with_name("supervise") / "rank_wrapper.py"), *job.rank_module[2:]]
     # Without an address deepspeed asks the first node over ssh; these two runners do not use it.
     return ["--force_multi", "--no_ssh_check", f"--launcher={job.remote}", "--master_addr=localhost",
             f"--launcher_args={shlex.join(words)}", *rank]

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterator
 
+from common.errors import Problem
 from launchers.job import Job
-from parallel.rank_info import ATTEMPT
-from pretrain.errors import Problem
+from parallel.ranks.rank_info import ATTEMPT
 
 PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")
 

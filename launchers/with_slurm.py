@@ -9,8 +9,8 @@ import string
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import Problem
 from launchers.job import Job
-from pretrain.errors import Problem
 
 TEMPLATE = "train.sbatch"
 
@@ -120,7 +120,7 @@ def _address(job: Job) -> list[str]:
 
 def _supervisor(job: Job) -> str:
     slurm = job.slurm
-    words = ["exec", job.python, "-m", "launchers.supervise", "--slurm"]
+    words = ["exec", job.python, "-m", "launchers.supervise.supervisor", "--slurm"]
     if slurm.requeue and slurm.chain == 1:
         words.append("--requeue")
     if slurm.torchrun_inside:
@@ -154,5 +154,7 @@ def _rank(job: Job) -> str:
         # The port differs from that of other jobs on the node, and is known before the agents start.
         endpoint = ('--rdzv-endpoint="${MASTER_ADDR:-$first_node}:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}" '
                     '--rdzv-id="$SLURM_JOB_ID"')
-        return f'{shlex.join(torchrun)} {endpoint} -m launchers.one_rank "$folder" {train} "${{overrides[@]}}"'
-    return f'{shlex.join([job.python, "-m", "launchers.one_rank"])} "$folder" {train} "${{overrides[@]}}"'
+        start = f"{shlex.join(torchrun)} {endpoint} -m launchers.supervise.rank_wrapper"
+    else:
+        start = shlex.join([job.python, "-m", "launchers.supervise.rank_wrapper"])
+    return f'{start} "$folder" {train} "${{overrides[@]}}"'

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from common.errors import Problem
 from launchers.job import Job
-from pretrain.errors import Problem
 
 
 def argv(job: Job) -> list[str]:

@@ -62,14 +62,14 @@ class ParallelConfig(BaseModel):
         return self.tensor * self.context * self.pipeline
 
     @property
-    def folded(self) -> bool:
+    def v_shaped(self) -> bool:
         """Whether each pipeline rank has two stages, one on the way out and one on the way back."""
         return self.schedule == "dualpipev"
 
     @property
     def num_stages(self) -> int:
         """Parts that the layers are cut into."""
-        return self.pipeline * (2 if self.folded else 1)
+        return self.pipeline * (2 if self.v_shaped else 1)
 
 
 class PrecisionConfig(BaseModel):

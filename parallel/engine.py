@@ -17,19 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import zero
-from parallel.balance import Balances
+from parallel.chunked_loss import waiting
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.initialise import draw, slice_of
-from parallel.megatron import Groups, TensorShard
-from parallel.offload import MappedFiles
-from parallel.pipeline import LayerSpec, Stage, cut
+from parallel.gradient_cache import DataRows, GradientCache, concatenated, surrogate
+from parallel.load_balance import Balances
+from parallel.parameter_plan import draw, slice_of
+from parallel.pipeline_stages import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
+from parallel.process_groups import Groups
+from parallel.random_streams import seed_step
 from parallel.recompute import recompute_selectively, recomputed
-from parallel.seeds import seed_step
-from parallel.state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
-from parallel.two_pass import DataRows, GradientCache, concatenated, surrogate
-from parallel.vocabulary_loss import waiting
+from parallel.tensor_parallel import TensorParallel
+from parallel.zero import engine as zero
+from parallel.zero.offload import MappedFiles
+from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 
 
 class NotFinite(Exception):
@@ -39,8 +40,9 @@ class NotFinite(Exception):
 class Objective(Protocol):
     """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim.
 
-    One that couples all samples of the global batch says `two_pass = True`, see parallel/two_pass.py. One that can be
-    cut along the sequence has `part(batch, context)`: the batch of this context rank's part, see parallel/context.py.
+    One that couples all samples of the global batch says `two_pass = True`, see parallel/gradient_cache.py. One that
+    can be cut along the sequence has `part(batch, context)`: the batch of this context rank's part, see
+    parallel/context_parallel.py.
     """
 
     def inputs(self, batch: dict[str, Tensor]): ...
@@ -65,8 +67,8 @@ class StepResult:
 class Engine:
     """A model on a layout, ready to step."""
 
-    def __init__(self, build_layers: Callable[[TensorShard], Sequence[LayerSpec]], objective: Objective, groups: Groups,
-                 parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
+    def __init__(self, build_layers: Callable[[TensorParallel], Sequence[LayerSpec]], objective: Objective,
+                 groups: Groups, parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
                  make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int):
         """
         Args:
@@ -80,18 +82,18 @@ class Engine:
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
         self.clip_norm, self.seed = clip_norm, seed
         self.two_pass = getattr(objective, "two_pass", False)
-        self.stage_zero = parallel.zero_stage == 0
+        self.is_replicated = parallel.zero_stage == 0
         self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
         at = groups.coordinates
         config = zero.deepspeed_config(parallel, precision, self.layout, device.type == "cuda")
         zero.init_distributed(dist.get_backend())
 
-        self.shard = TensorShard(groups, device)
-        specs = list(build_layers(self.shard))
+        self.tp = TensorParallel(groups, device)
+        specs = list(build_layers(self.tp))
         self.bounds = cut([spec.cost for spec in specs], parallel.num_stages, [spec.with_next for spec in specs])
-        self.folded = parallel.folded
-        stages = (at.pp, parallel.num_stages - 1 - at.pp) if self.folded else (at.pp,)
-        with zero.sharded_construction(config, groups):
+        self.v_shaped = parallel.v_shaped
+        stages = (at.pp, parallel.num_stages - 1 - at.pp) if self.v_shaped else (at.pp,)
+        with zero.partitioned_construction(config, groups):
             stage = Stage(specs, *((self.bounds[number], self.bounds[number + 1]) for number in stages))
         slots = self._make_slots(stage)
         self.slots = {name: slot for slot in slots for name in slot.names}
@@ -126,7 +128,7 @@ class Engine:
     def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
               ) -> dict[str, Callable]:
         """How this stage's layers are called, by name, where that is not as they are."""
-        stage, cast = self.stage, self.stage_zero and precision.compute != "fp32"
+        stage, cast = self.stage, self.is_replicated and precision.compute != "fp32"
         blocks = [spec.name for spec in specs if spec.recompute]
         chosen = set(blocks[:: parallel.recompute_every])  # counted over the whole model, so no layout changes it
         wrapped: dict[str, Callable] = {}
@@ -137,7 +139,7 @@ class Engine:
             if cast:
                 layer = CastOnUse(layer, DTYPES[precision.compute])
             if parallel.loss_chunk_tokens and spec.vocabulary:
-                layer = waiting(layer, zero.chunked_cross_entropy(self.shard, parallel.loss_chunk_tokens))
+                layer = waiting(layer, zero.chunked_cross_entropy(self.tp, parallel.loss_chunk_tokens))
             if parallel.recompute == "full" and spec.name in chosen:
                 layer = recomputed(layer)
             if layer is not stage.by_name[spec.name]:
@@ -158,7 +160,7 @@ class Engine:
     @property
     def needs_data(self) -> bool:
         """Whether this rank reads batches: only those of the first and the last stage do; folded, that is one rank."""
-        return self.groups.coordinates.pp in (0, 0 if self.folded else self.layout.pipeline - 1)
+        return self.groups.coordinates.pp in (0, 0 if self.v_shaped else self.layout.pipeline - 1)
 
     def train_step(self, batches: list[dict[str, Tensor]] | None, step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
@@ -242,7 +244,7 @@ class Engine:
     def _own_parts(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Batches on the device, each cut to this context rank's part of the sequence before any layer."""
         moved = [{key: value.to(self.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
-        return moved if self.layout.context == 1 else [self.objective.part(b, self.shard.context) for b in moved]
+        return moved if self.layout.context == 1 else [self.objective.part(b, self.tp.context) for b in moved]
 
     def _total_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
         total = torch.stack([self.objective.num_targets(b).double() for b in batches]).sum()
@@ -256,7 +258,7 @@ class Engine:
         items = self._items(batches, weight=1.0)
         count = self._total_targets(self._own_parts(batches)) if batches else torch.zeros((), device=self.device)
         if self.layout.pipeline > 1:
-            missing = 2 * self.layout.pipeline - len(items) if self.folded and items else 0  # DualPipeV needs as many
+            missing = 2 * self.layout.pipeline - len(items) if self.v_shaped and items else 0  # DualPipeV needs as many
             items += [(inputs, (*targets[:-1], targets[-1] * 0)) for inputs, targets in items[:1] * missing]
             num = torch.tensor(len(items), device=self.device)
             dist.all_reduce(num, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages hold no data
@@ -287,8 +289,8 @@ class Engine:
 
     def _hold_bounds(self) -> None:
         """Hold planned upper bounds in the fp32 weights, before DeepSpeed copies them out: right after Adam's step."""
-        bounded = [(fragment.tensor, self._plan(fragment.name).most) for fragment in self.state.fragments("weight")
-                   if self._plan(fragment.name).most is not None]
+        bounded = [(fragment.tensor, self._plan(fragment.name).max_value) for fragment in self.state.fragments("weight")
+                   if self._plan(fragment.name).max_value is not None]
         inner = self.state.base.step
 
         def step(*args, **kwargs):
@@ -314,7 +316,7 @@ class Engine:
         if counted:
             square = torch.stack(torch._foreach_norm(counted)).double().square().sum().to(self.device)  # from the host
         # stage 0: replicas hold equal gradients, so only tp x ep x pp is summed; else every rank holds its own pieces
-        group = self.groups.model if self.stage_zero else None
+        group = self.groups.model if self.is_replicated else None
         dist.all_reduce(square, group=group)
         self._grad_norm = (square.sqrt() / self._loss_scale()).float()
         norm = float(self._grad_norm)
@@ -329,7 +331,7 @@ class Engine:
         """Whether this rank's piece of a tensor is the one that counts, and is stored."""
         slot, at = self.slots[name], self.groups.coordinates
         first = slot.slice_dim is not None or at.tp == 0
-        if self.stage_zero and not slot.parameter.plan.stack:
+        if self.is_replicated and not slot.parameter.plan.stack:
             first = first and at.dp % self.layout.expert == 0
         return name not in self._borrowed and first
 
@@ -367,7 +369,7 @@ class Engine:
         if self.groups.replica == at.tp == 0:
             for name, buffer in self.stage.named_global_buffers():
                 yield OwnedFragment(name, "weight", tuple(buffer.shape), None, 0, 1, 0, buffer.view(-1))
-        if self.stage_zero and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
+        if self.is_replicated and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
             return
         for kind in KINDS:
             for name, start, tensor in self.state.fragments(kind):

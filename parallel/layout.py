@@ -63,7 +63,7 @@ class Layout:
     def of(cls, parallel: Degrees, world_size: int) -> "Layout":
         """The layout of `parallel` on `world_size` ranks.
 
-        Raises ValueError when they do not divide; `parallel.rules` tells the user before that.
+        Raises ValueError when they do not divide; `parallel.rules.table` tells the user before that.
         """
         model_ranks = parallel.tensor * parallel.context * parallel.pipeline
         if world_size < 1 or world_size % model_ranks:

@@ -33,11 +33,11 @@ class Recomputable(nn.Module):
 
     selective = False
 
-    def cheap(self, function: Callable[..., Tensor], *inputs) -> Tensor:
+    def recompute(self, function: Callable[..., Tensor], *inputs) -> Tensor:
         """function(*inputs); under selective recompute only the inputs and the output live until the backward."""
         return checkpoint(function, *inputs, use_reentrant=False) if self._recomputes() else function(*inputs)
 
-    def cheap_before(self, product: Callable[[Tensor], Tensor], function: Callable[..., Tensor], *inputs) -> Tensor:
+    def recompute_before(self, product: Callable[[Tensor], Tensor], function: Callable[..., Tensor], *inputs) -> Tensor:
         """product(function(*inputs)); under selective recompute only the inputs live until the backward.
 
         What `product` keeps for its backward is its input's storage, which is emptied once it has been read and filled
@@ -46,7 +46,7 @@ class Recomputable(nn.Module):
         """
         if not self._recomputes():
             return product(function(*inputs))
-        between = self.cheap(function, *inputs)
+        between = self.recompute(function, *inputs)
         result = product(between)
         storage, again = between.untyped_storage(), tuple(tensor.detach() for tensor in inputs)
         num_bytes = storage.nbytes()

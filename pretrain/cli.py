@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from data_pipeline.errors import DataError
-from pretrain.errors import ConfigError, ExitCode, UserError
+from common.errors import ConfigError, DataError, ExitCode, UserError
 
 VERBS = {  # verb: what it does; one file each in pretrain/commands, imported only when it is called
     "train": "train on this machine, or join the ranks that a launcher started",
@@ -28,7 +27,7 @@ VERBS = {  # verb: what it does; one file each in pretrain/commands, imported on
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code of the process, see `pretrain.errors.ExitCode`."""
+    """Runs one verb and returns the exit code of the process, see `common.errors.ExitCode`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parse(argv)
     return report(lambda: args.run(args))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.shapes import write_shapes
+from data_pipeline.image_text.synthetic_shapes import write_shapes
 from tests.helpers import devices
 from tests.helpers.recipes import write_drawn_dataset, write_recipe
 

@@ -6,10 +6,11 @@ equations 1 to 6, for activations, with the terms of our blocks. docs/memory.md 
 
 from dataclasses import dataclass
 
+from parallel.zero.settings import BUCKET_ELEMENTS
+
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FULL_BYTES = 4  # master weights, moments and sums of gradients are fp32
 NUM_MOMENTS = 2
-BUCKET_ELEMENTS = 500_000_000  # largest bucket in which gradients are exchanged
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import ExitCode
+from common.errors import ExitCode
 
 FORMAT = 1
 MANIFEST = "manifest.json"

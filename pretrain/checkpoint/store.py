@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from parallel.state import OwnedFragment
+from common.errors import ExitCode
+from parallel.zero.optimizer_state import OwnedFragment
 from pretrain.checkpoint.manifest import (
     FORMAT,
     CheckpointError,
@@ -27,7 +28,6 @@ from pretrain.checkpoint.manifest import (
     sha256_of,
     write_manifest,
 )
-from pretrain.errors import ExitCode
 
 
 class StorageError(Exception):

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
+from common.errors import UserError
 from pretrain.commands.jobs import cancel, job_ids_of
 from pretrain.commands.status import folder_of
-from pretrain.errors import UserError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -5,9 +5,9 @@ import json
 import sys
 from pathlib import Path
 
+from common.errors import ExitCode, UserError
 from pretrain.checkpoint.manifest import PREFIX, CheckpointError, damaged_files, published, read_manifest
 from pretrain.commands import checkpoint_hf
-from pretrain.errors import ExitCode, UserError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

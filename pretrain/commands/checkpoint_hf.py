@@ -14,18 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.checkpoint.hf_config import choose_architecture, token_ids_of
-from pretrain.config import RunConfig, config_from
-from pretrain.errors import ConfigError, ExitCode, UserError
+from common.errors import ConfigError, ExitCode, UserError
+from pretrain.config.run_config import RunConfig, config_from
+from pretrain.hf.config_json import choose_architecture, token_ids_of
 from pretrain.models import family_spec
 
 if TYPE_CHECKING:
     import torch
 
-    from parallel.megatron import Groups
-    from pretrain.checkpoint.hf_export import Export
-    from pretrain.checkpoint.hf_folder import HFFolder
+    from parallel.process_groups import Groups
     from pretrain.checkpoint.store import Checkpoint
+    from pretrain.hf.export_folder import Export
+    from pretrain.hf.read_folder import HFFolder
 
 DTYPES = ("fp32", "bf16", "fp16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -68,8 +68,9 @@ def export(args: argparse.Namespace) -> int:
     if not args.checkpoint.exists():
         raise UserError(f"{args.checkpoint}: no such folder. Give a run folder, or one of its checkpoints")
     _must_be_new(args.to)
-    from pretrain.checkpoint.hf_export import export as write
-    from pretrain.trained import open_checkpoint, single_rank
+    from parallel.single_rank import single_rank
+    from pretrain.hf.export_folder import export as write
+    from pretrain.inference.trained_model import open_checkpoint
 
     with single_rank() as groups:
         checkpoint = open_checkpoint(args.checkpoint)
@@ -92,7 +93,7 @@ def export(args: argparse.Namespace) -> int:
 
 def _what(args: argparse.Namespace, checkpoint: Checkpoint, config: RunConfig, groups: Groups) -> Export:
     """The export that was asked for. Raises ConfigError with what the architecture cannot say of the model."""
-    from pretrain.checkpoint.hf_export import Export
+    from pretrain.hf.export_folder import Export
     from pretrain.models.build import global_shapes
 
     imported = checkpoint.manifest.get("imported", {})
@@ -115,9 +116,9 @@ def _tokenizer(checkpoint: Checkpoint, config: RunConfig) -> tuple[Callable[[Pat
 
     An imported model's files go out as they came in.
     """
-    from pretrain.checkpoint.hf_import import TOKENIZER_FILES
-    from pretrain.checkpoint.hf_tokenizer import export_tokenizer
-    from pretrain.trained import load_tokenizer
+    from pretrain.hf.import_folder import TOKENIZER_FILES
+    from pretrain.hf.tokenizer_export import export_tokenizer
+    from pretrain.inference.trained_model import load_tokenizer
 
     def copy_files(folder: Path) -> None:
         for source in map(checkpoint.folder.joinpath, TOKENIZER_FILES):
@@ -140,8 +141,8 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
 
 def _measured(what: Export, folder: Path, checkpoint: Checkpoint, config: RunConfig, groups: Groups) -> dict[str, Any]:
     """The certificate of a folder, from both sides."""
-    from pretrain.checkpoint.certificate import certificate, folder_outputs, sample_inputs, training_outputs
     from pretrain.checkpoint.tensor_file import DTYPES as torch_dtypes
+    from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 
     parallel = config.parallel
     end_id = what.token_ids.get("eos_token_id")
@@ -166,12 +167,12 @@ def _outputs_of_ranks(checkpoint: Path, degree: int, sample: dict[str, torch.Ten
     """What the model makes of the sample at its own tensor degree, on so many ranks of this machine."""
     from safetensors.torch import load_file, save_file
 
-    from launchers.local import run_ranks
+    from launchers.local.ranks_here import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="trainyard-export-") as folder:
         inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
         save_file(sample, inputs)
-        code = run_ranks([sys.executable, "-m", "pretrain.commands.checkpoint_rank", str(checkpoint), str(inputs),
+        code = run_ranks([sys.executable, "-m", "pretrain.hf.measure_rank", str(checkpoint), str(inputs),
                           str(outputs), dtype], degree, Path(folder))
         if code:
             raise UserError(f"{checkpoint}: the training model could not be run on {degree} ranks of this machine to "
@@ -185,10 +186,10 @@ def _outputs_of_ranks(checkpoint: Path, degree: int, sample: dict[str, torch.Ten
 def import_(args: argparse.Namespace) -> int:
     """Write the run folder and say how to go on. Returns the exit code."""
     _must_be_new(args.to)
-    from pretrain.checkpoint.hf_folder import HFFolder
-    from pretrain.checkpoint.hf_import import write_run
+    from parallel.single_rank import single_rank
+    from pretrain.hf.import_folder import write_run
+    from pretrain.hf.read_folder import HFFolder
     from pretrain.models.build import global_shapes
-    from pretrain.trained import single_rank
 
     source = HFFolder(args.folder)
     with single_rank() as groups:

@@ -14,14 +14,13 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_pipeline.errors import DataError
+from common.errors import DataError, ExitCode
 from pretrain.commands import data_pairs
-from pretrain.errors import ExitCode
 
 if TYPE_CHECKING:
-    from data_pipeline.corpus import Corpus
-    from data_pipeline.shards import Progress as Written
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.text.corpus import Corpus
+    from data_pipeline.text.tokenizer import Tokenizer
+    from data_pipeline.tokens.token_writer import Progress as Written
 
 SECONDS_BETWEEN_LINES = 5.0
 MEGABYTE = 1e6
@@ -83,7 +82,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _open_corpus(args: argparse.Namespace, part: str) -> "Corpus":
-    from data_pipeline.corpus import Limits, documents, standard_library_documents
+    from data_pipeline.text.corpus import Limits, documents, standard_library_documents
 
     limits = Limits(heldout_fraction=args.heldout_fraction)
     if args.input == ["stdlib"]:
@@ -134,7 +133,7 @@ def _print_report(corpus: "Corpus", console: Console) -> None:
 
 
 def _tokenizer(args: argparse.Namespace, console: Console) -> int:
-    from data_pipeline.tokenizer import TokenizerOptions, inputs_sha256, load_facts, sample_text, train_tokenizer
+    from data_pipeline.text.tokenizer import TokenizerOptions, inputs_sha256, load_facts, sample_text, train_tokenizer
 
     options = TokenizerOptions(vocab_size=args.vocab_size, algorithm=args.algorithm)
     corpus = _open_corpus(args, "train")
@@ -158,7 +157,7 @@ def _tokenizer(args: argparse.Namespace, console: Console) -> int:
 
 
 def _reuse_tokenizer(path: Path, fingerprint: str, facts: dict, console: Console) -> int:
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.text.tokenizer import Tokenizer
 
     if facts.get("inputs_sha256") != fingerprint or Tokenizer.load(path).sha256 != facts.get("sha256"):
         raise DataError(
@@ -171,7 +170,7 @@ def _reuse_tokenizer(path: Path, fingerprint: str, facts: dict, console: Console
 
 def _fertility(tokenizer: "Tokenizer", heldout: "Corpus", train: "Corpus") -> dict:
     """Measured on text that the tokenizer was not trained on, or on the training part where there is no other."""
-    from data_pipeline.tokenizer import measure
+    from data_pipeline.text.tokenizer import measure
 
     measured_on = "held-out documents"
     found = measure(tokenizer, heldout)
@@ -194,8 +193,8 @@ def _print_facts(facts: dict, console: Console) -> None:
 
 
 def _shard(args: argparse.Namespace, console: Console) -> int:
-    from data_pipeline.shards import write_dataset
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.text.tokenizer import Tokenizer
+    from data_pipeline.tokens.token_writer import write_dataset
 
     corpus = _open_corpus(args, args.split)
     tokenizer = Tokenizer.load(args.tokenizer)
@@ -288,9 +287,9 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 def _stats(args: argparse.Namespace, console: Console) -> int:
     import numpy as np
 
-    from data_pipeline.index import TokenDataset
-    from data_pipeline.manifest import PairsManifest, load_manifest
+    from data_pipeline.folder.manifest import PairsManifest, load_manifest
     from data_pipeline.order import num_windows
+    from data_pipeline.tokens.token_dataset import TokenDataset
 
     if args.sequence_length < 1:
         raise DataError(f"--sequence-length {args.sequence_length} must be at least 1")

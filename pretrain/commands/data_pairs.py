@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.errors import ExitCode
+from common.errors import ExitCode
 
 MEGABYTE = 1e6
 MAX_LOOKED_AT = 1000
@@ -35,7 +35,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 def shapes(args: argparse.Namespace, console: Console) -> int:
     """Draw, or reuse what was drawn with the same settings."""
-    from data_pipeline.shapes import HELD_OUT, SEEN, write_shapes
+    from data_pipeline.image_text.synthetic_shapes import HELD_OUT, SEEN, write_shapes
 
     with console.status("drawing"):
         folders = write_shapes(args.to, args.num_train, args.num_test, args.seed, args.size)
@@ -48,8 +48,8 @@ def shapes(args: argparse.Namespace, console: Console) -> int:
 
 def images(args: argparse.Namespace, console: Console) -> int:
     """Write what has an image and a caption; whether an image can be decoded is found out when it is read."""
-    from data_pipeline.pairs_writer import inputs_of, raw_pairs, write_pairs
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.image_text.pair_writer import inputs_of, raw_pairs, write_pairs
+    from data_pipeline.text.tokenizer import Tokenizer
 
     lonely: list[str] = []
     with console.status(f"writing {args.to}"):
@@ -67,8 +67,8 @@ def stats(args: argparse.Namespace, console: Console) -> int:
     """Describe a folder of pairs; sizes of images and captions are those of its first pairs."""
     import numpy as np
 
-    from data_pipeline.images import BadImage, decode
-    from data_pipeline.pairs import BadPair, PairsDataset
+    from data_pipeline.image_text.images import BadImage, decode
+    from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
 
     dataset = PairsDataset.open(args.folder)
     manifest = dataset.manifest

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config import RunConfig, load_config
-from pretrain.errors import UserError
-from pretrain.shipped import shipped_folder
+from common.errors import UserError
+from common.shipped_files import shipped_folder
+from pretrain.config.run_config import RunConfig, load_config
 
 DATA = Path("data") / "stdlib"
 SHAPES = Path("data") / "shapes"
@@ -133,7 +133,8 @@ def _as_overrides(compute: str, steps: int) -> list[str]:
 def _step_seconds(demo: Demo, recipe: Path, config: RunConfig, compute: str, nproc: int) -> float:
     """Time of one optimizer step, from a forward and backward of one micro-batch on as many threads as a rank gets."""
     threads = max(1, (os.cpu_count() or 1) // nproc)
-    argv = [sys.executable, "-m", "pretrain.probe", str(recipe), compute, str(threads), *demo.overrides]
+    argv = [sys.executable, "-m", "pretrain.training.micro_batch_timing", str(recipe), compute, str(threads),
+            *demo.overrides]
     result = subprocess.run(argv, check=True, capture_output=True, text=True)
     micro_batches = config.parallel.global_batch / (config.parallel.micro_batch * nproc)
     return float(result.stdout.splitlines()[-1]) * micro_batches

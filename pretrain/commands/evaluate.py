@@ -14,14 +14,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import ExitCode, UserError
+from common.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
-    from data_pipeline.index import TokenDataset
-    from data_pipeline.texts import TextDataset
-    from parallel.megatron import Groups
-    from pretrain.evaluation.language import Text
-    from pretrain.trained import Trained
+    from data_pipeline.tokens.in_memory_dataset import TextDataset
+    from data_pipeline.tokens.token_dataset import TokenDataset
+    from parallel.process_groups import Groups
+    from pretrain.inference.language import Text
+    from pretrain.inference.trained_model import Trained
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> dict:
-    from pretrain.trained import open_model, single_rank
+    from parallel.single_rank import single_rank
+    from pretrain.inference.trained_model import open_model
 
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)
@@ -120,9 +121,9 @@ def _shown(batches: Iterable[dict]) -> Iterator[dict]:
 
 
 def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
-    from data_pipeline.manifest import MANIFEST_NAME
-    from data_pipeline.pairs import PairsDataset
-    from pretrain.evaluation.zero_shot import DualEncoder, classification, retrieval, templates_of
+    from data_pipeline.folder.manifest import MANIFEST_NAME
+    from data_pipeline.image_text.pair_dataset import PairsDataset
+    from pretrain.inference.zero_shot import DualEncoder, classification, retrieval, templates_of
 
     config = trained.model
     model = DualEncoder(trained.stage, trained.tokenizer, config.image_size, config.sequence_length, args.batch)
@@ -143,12 +144,12 @@ def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Group
 
 
 def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
-    from parallel.megatron import TensorShard
-    from pretrain.evaluation.language import language_measures, stream_batches, summed_loss
+    from parallel.tensor_parallel import TensorParallel
+    from pretrain.inference.language import language_measures, stream_batches, summed_loss
     from pretrain.objectives import make_loss
 
     text = _first_documents(_dataset(args, trained), args.samples)
-    objective = make_loss("causal_lm", trained.model.family, TensorShard(groups, trained.device))
+    objective = make_loss("causal_lm", trained.model.family, TensorParallel(groups, trained.device))
     length = args.sequence_length or trained.model.sequence_length
     batches = stream_batches(text, length, args.batch, trained.device)
     nats, num_tokens = summed_loss(trained.stage, objective, _shown(batches))
@@ -156,12 +157,12 @@ def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups"
 
 
 def _measure_noised(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
-    from parallel.megatron import TensorShard
-    from pretrain.evaluation.noised import examples, noised_batches, noised_measures
+    from parallel.tensor_parallel import TensorParallel
+    from pretrain.inference.masked_quality import examples, noised_batches, noised_measures
     from pretrain.objectives import make_loss
 
     dataset = _dataset(args, trained)
-    objective = make_loss(trained.objective.name, trained.model.family, TensorShard(groups, trained.device))
+    objective = make_loss(trained.objective.name, trained.model.family, TensorParallel(groups, trained.device))
     found = noised_measures(trained, objective, _shown(noised_batches(trained, dataset, args.batch, args.samples)))
     if args.examples:
         found["examples"] = examples(trained, noised_batches(trained, dataset, 1, args.examples), args.examples)
@@ -170,10 +171,10 @@ def _measure_noised(args: argparse.Namespace, trained: "Trained", groups: "Group
 
 def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | TextDataset":
     """A dataset folder of the model's own tokenizer, or what the tokenizer makes of files."""
-    from data_pipeline.corpus import documents
-    from data_pipeline.index import TokenDataset
-    from data_pipeline.manifest import MANIFEST_NAME
-    from data_pipeline.texts import TextDataset
+    from data_pipeline.folder.manifest import MANIFEST_NAME
+    from data_pipeline.text.corpus import documents
+    from data_pipeline.tokens.in_memory_dataset import TextDataset
+    from data_pipeline.tokens.token_dataset import TokenDataset
 
     folder = args.data[0]
     if len(args.data) == 1 and (folder / MANIFEST_NAME).exists():
@@ -187,7 +188,7 @@ def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | Te
 
 def _first_documents(dataset: "TokenDataset | TextDataset", count: int | None) -> "Text":
     """The first `count` documents (None: all) as one stream."""
-    from pretrain.evaluation.language import Text
+    from pretrain.inference.language import Text
 
     count = min(count or len(dataset), len(dataset))
     tokens = [dataset.tokens(number).tolist() for number in range(count)]

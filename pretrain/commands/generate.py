@@ -5,7 +5,7 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from pretrain.errors import ExitCode, UserError
+from common.errors import ExitCode, UserError
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,8 +24,9 @@ def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation, as it is made. Returns the exit code."""
     _check(args)
     with redirect_stdout(sys.stderr):  # libraries speak when they are loaded, and standard output is for the text
-        from pretrain.generation import Sampling, continue_tokens
-        from pretrain.trained import open_model, single_rank
+        from parallel.single_rank import single_rank
+        from pretrain.inference.generation import Sampling, continue_tokens
+        from pretrain.inference.trained_model import open_model
 
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import ExitCode, UserError
+from launchers.run_folder.status import read, write_note
 from launchers.with_slurm import cancel_argv, state_argv
-from pretrain.errors import ExitCode, UserError
-from pretrain.status import read, write_note
 
 SUBMITTED_FILE = "submitted.json"
 POLL_SECONDS = 2.0

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launchers.local import run_local
-from launchers.node_check import devices_here, note_node, problems
-from parallel.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from common.errors import ConfigError, UserError
+from launchers.local.ranks_here import run_local
+from launchers.supervise.node_check import devices_here, note_node, problems
+from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, read_rank_info
 from pretrain.commands.train import check_nproc
-from pretrain.config import RunConfig, load_run
-from pretrain.errors import ConfigError, UserError
-from pretrain.quiet import quiet_third_parties
+from pretrain.config.run_config import RunConfig, load_run
+from pretrain.training.third_party_output import third_party_output
 
 if TYPE_CHECKING:
-    from pretrain.selfcheck import Report
+    from pretrain.selfcheck.check import Report
 
 DEVICE_MIB, HOST_MIB = 64, 1
 MAX_SHOWN = 20
@@ -80,10 +80,10 @@ def _run_rank(args: argparse.Namespace, info: RankInfo) -> int:
         except ConfigError as refused:
             error = refused  # kept for now: the other ranks wait for this one
     with (tempfile.TemporaryDirectory(prefix="trainyard-selfcheck-") as folder,
-          quiet_third_parties(Path(folder) / f"rank-{info.rank}.log", info.rank == 0) as quiet):
+          third_party_output(Path(folder) / f"rank-{info.rank}.log", info.rank == 0) as quiet):
         import torch  # not before the arguments are checked
 
-        from pretrain.selfcheck import check
+        from pretrain.selfcheck.check import check
 
         mib = args.mib or (DEVICE_MIB if torch.cuda.is_available() else HOST_MIB)
         report = check(info, config, error, _node_problems(info), mib << 20, args.timeout)

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError, UserError
+from launchers.run_folder.status import attempts_without_progress, read
 from pretrain.commands.jobs import job_ids_of, states
-from pretrain.config import load_config
-from pretrain.errors import ConfigError, UserError
-from pretrain.status import attempts_without_progress, read
+from pretrain.config.run_config import load_config
 
 TAIL_BYTES = 1 << 16
 

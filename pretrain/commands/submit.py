@@ -11,13 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import ConfigError, Problem, UserError
+from common.shipped_files import shipped_folder
 from launchers import machine_check, with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
-from parallel.rank_info import process_environment
+from parallel.ranks.rank_info import process_environment
 from pretrain.commands.jobs import cancel, remember, states, wait
-from pretrain.config import load_run
-from pretrain.errors import ConfigError, Problem, UserError
-from pretrain.shipped import shipped_folder
+from pretrain.config.run_config import load_run
 
 # Reasons of a pending job that time alone does not cure.
 NEVER_STARTS = {"PartitionConfig", "PartitionTimeLimit", "PartitionNodeLimit", "BadConstraints", "InvalidAccount",
@@ -202,7 +202,7 @@ def command_here(launcher: str, job: Job) -> tuple[list[str], dict[str, str]]:
         environ = with_launcher.environment(job)
     options = [f"--token={job.token}"] if job.token else []
     options += ["--restarts"] if job.restarts else []
-    return ([job.python, "-m", "launchers.supervise", str(job.folder), *options, "--", *command],
+    return ([job.python, "-m", "launchers.supervise.supervisor", str(job.folder), *options, "--", *command],
             {**environ, **dict(job.variables)})
 
 

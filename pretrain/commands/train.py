@@ -3,12 +3,18 @@
 import argparse
 from pathlib import Path
 
-from launchers.children import usable_cores
-from launchers.local import run_local
-from parallel.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
-from pretrain.config import RunConfig, load_run
-from pretrain.errors import ConfigError, UserError
-from pretrain.quiet import CPU_ADAM_OP, SHARED_MEMORY_OP, Quiet, compile_notice, quiet_third_parties
+from common.errors import ConfigError, UserError
+from launchers.local.child_process import usable_cores
+from launchers.local.ranks_here import run_local
+from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
+from pretrain.config.run_config import RunConfig, load_run
+from pretrain.training.third_party_output import (
+    CPU_ADAM_OP,
+    SHARED_MEMORY_OP,
+    ThirdPartyOutput,
+    compile_notice,
+    third_party_output,
+)
 
 RANKS_PER_CORE = 4
 
@@ -44,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 def run_rank(config: RunConfig, info: RankInfo) -> int:
     """This process's part of the run; what third parties say at start-up goes to the rank's log file."""
-    with quiet_third_parties(Path(config.run.dir) / "logs" / f"rank-{info.rank}.log", info.rank == 0) as quiet:
+    with third_party_output(Path(config.run.dir) / "logs" / f"rank-{info.rank}.log", info.rank == 0) as quiet:
         _tell_of_compiling(quiet, info, config)
-        from pretrain.loop import train  # torch comes in here, after every check that can do without it
+        from pretrain.training.loop import train  # torch comes in here, after every check that can do without it
 
         return train(config, info, quiet)
 
 
-def _tell_of_compiling(quiet: Quiet, info: RankInfo, config: RunConfig) -> None:
+def _tell_of_compiling(quiet: ThirdPartyOutput, info: RankInfo, config: RunConfig) -> None:
     """The first DeepSpeed start on a CPU, or with offload, takes minutes and would look like a hang."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Transformer parts shared by every family, over the parallel layers of parallel/megatron.py.
+"""Transformer parts shared by every family, over the parallel layers of parallel/tensor_parallel.py.
 
 Shapes: s the part of the sequence that this context rank holds (s/t inside a sequence-parallel region), b micro-batch,
 h hidden, a heads and g key-value heads on this tensor rank, d head width, t tensor degree. Activations between layers
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
+from parallel.parameter_plan import plan_parameter
+from parallel.random_streams import dropout
 from parallel.recompute import Recomputable
-from parallel.seeds import attention, dropout
+from parallel.tensor_parallel import TensorParallel
+from pretrain.models.attention import attention
 from pretrain.models.feed_forward import FeedForward, Mixture, MixtureShape
 
 
@@ -82,15 +83,15 @@ class Norm(nn.Module):
     `sliced` says whether it is used on activations that sequence parallelism slices.
     """
 
-    def __init__(self, kind: str, hidden: int, epsilon: float, shard: TensorShard, sliced: bool = True):
+    def __init__(self, kind: str, hidden: int, epsilon: float, tp: TensorParallel, sliced: bool = True):
         super().__init__()
         self.kind, self.epsilon = kind, epsilon
-        self.shared = shard.shared if sliced else (lambda parameter: parameter)
-        self.weight = nn.Parameter(torch.empty(hidden, device=shard.device))
+        self.shared = tp.shared if sliced else (lambda parameter: parameter)
+        self.weight = nn.Parameter(torch.empty(hidden, device=tp.device))
         plan_parameter(self.weight, mean=1.0)
         self.bias = None
         if kind == "layernorm":
-            self.bias = nn.Parameter(torch.empty(hidden, device=shard.device))
+            self.bias = nn.Parameter(torch.empty(hidden, device=tp.device))
             plan_parameter(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # [.., h] -> [.., h]
@@ -133,24 +134,24 @@ class SelfAttention(Recomputable):
     groups.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, num_keys: int | None = None):
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, causal: bool, num_keys: int | None = None):
         """num_keys: only the first this many tokens are seen; the rest is padding. None: all of them."""
         super().__init__()
-        self.shape, self.shard, self.name, self.causal, self.num_keys = shape, shard, name, causal, num_keys
+        self.shape, self.tp, self.name, self.causal, self.num_keys = shape, tp, name, causal, num_keys
         self.width = shape.width
         self.per_group = shape.heads // shape.kv_heads
         size = (shape.heads + 2 * shape.kv_heads) * self.width
         std = shape.std
         if shape.query_std is not None:
             std = ((self.per_group * self.width, shape.query_std), (2 * self.width, shape.std))
-        self.qkv = shard.column(shape.hidden, size, bias=shape.bias, std=std)
-        self.out = shard.row(shape.heads * self.width, shape.hidden, bias=shape.bias, std=shape.residual_std)
+        self.qkv = tp.column(shape.hidden, size, bias=shape.bias, std=std)
+        self.out = tp.row(shape.heads * self.width, shape.hidden, bias=shape.bias, std=shape.residual_std)
         self.rotary = Rotary(self.width, shape.rotary_base) if shape.rotary_base else None
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
-        """x [s(/t), b, h] -> same; `mask` as in `parallel.seeds.attention`."""
-        qkv = self.shard.context.to_heads(self.qkv(x))
-        return self.out(self.shard.context.to_sequence(self.cheap(self._attend, qkv, cache, mask)))
+        """x [s(/t), b, h] -> same; `mask` as in `parallel.random_streams.attention`."""
+        qkv = self.tp.context.to_heads(self.qkv(x))
+        return self.out(self.tp.context.to_sequence(self.recompute(self._attend, qkv, cache, mask)))
 
     def _attend(self, qkv: Tensor, cache: Cache | None, mask: Tensor | None) -> Tensor:
         """All between the products, with the whole sequence: [s, b, g * (per_group + 2) * d] -> [s, b, heads * d]."""
@@ -166,7 +167,7 @@ class SelfAttention(Recomputable):
             k, v = k[:, :, : self.num_keys], v[:, :, : self.num_keys]
         causal = self.causal and q.shape[2] > 1  # a single new token sees every earlier one
         y = attention(q, k, v, causal=causal, probability=self.shape.attention_dropout if self.training else 0.0,
-                      shard=self.shard, mask=mask, scale=self.shape.attention_scale)
+                      tp=self.tp, mask=mask, scale=self.shape.attention_scale)
         return y.permute(2, 0, 1, 3).reshape(s, b, -1)
 
 
@@ -176,25 +177,25 @@ class CrossAttention(Recomputable):
     Keys and values are fused by head, [k v], for the same reason as in SelfAttention.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard):
+    def __init__(self, shape: BlockShape, tp: TensorParallel):
         super().__init__()
-        self.shape, self.shard, self.width = shape, shard, shape.width
+        self.shape, self.tp, self.width = shape, tp, shape.width
         size = shape.heads * self.width
         query_std = shape.std if shape.query_std is None else shape.query_std
-        self.q = shard.column(shape.hidden, size, bias=shape.bias, std=query_std)
-        self.kv = shard.column(shape.hidden, 2 * size, bias=shape.bias, std=shape.std)
-        self.out = shard.row(size, shape.hidden, bias=shape.bias, std=shape.residual_std)
+        self.q = tp.column(shape.hidden, size, bias=shape.bias, std=query_std)
+        self.kv = tp.column(shape.hidden, 2 * size, bias=shape.bias, std=shape.std)
+        self.out = tp.row(size, shape.hidden, bias=shape.bias, std=shape.residual_std)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [t(/tp), b, h] and the encoder's output [s(/tp), b, h] -> as x."""
-        return self.out(self.cheap(self._attend, self.q(x), self.kv(memory), mask))
+        return self.out(self.recompute(self._attend, self.q(x), self.kv(memory), mask))
 
     def _attend(self, q: Tensor, kv: Tensor, mask: Tensor | None) -> Tensor:
         """What stands between the products: [t, b, heads * d] and [s, b, heads * 2 d] -> [t, b, heads * d]."""
         t, b, _ = q.shape
         q = q.view(t, b, -1, self.width).permute(1, 2, 0, 3)
         kv = kv.view(kv.shape[0], b, -1, 2, self.width).permute(1, 2, 3, 0, 4)  # [b, heads, 2, s, d]
-        y = attention(q, kv[:, :, 0], kv[:, :, 1], causal=False, shard=self.shard, mask=mask,
+        y = attention(q, kv[:, :, 0], kv[:, :, 1], causal=False, tp=self.tp, mask=mask,
                       probability=self.shape.attention_dropout if self.training else 0.0,
                       scale=self.shape.attention_scale)
         return y.permute(2, 0, 1, 3).reshape(t, b, -1)
@@ -216,21 +217,21 @@ class Block(nn.Module):
     With `cross`, attention to an encoder's output stands between the two.
     """
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, causal: bool, cross: bool = False,
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, causal: bool, cross: bool = False,
                  num_keys: int | None = None):
         super().__init__()
-        self.pre, self.probability, self.shard = shape.norm_position == "pre", shape.dropout, shard
-        self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-        self.attention = SelfAttention(shape, shard, name, causal, num_keys)
+        self.pre, self.probability, self.tp = shape.norm_position == "pre", shape.dropout, tp
+        self.attention_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, tp)
+        self.attention = SelfAttention(shape, tp, name, causal, num_keys)
         if cross:
-            self.cross_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-            self.cross_attention = CrossAttention(shape, shard)
-        self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, shard)
-        self.feed_forward = Mixture(shape, shape.mixture, shard) if shape.mixture else FeedForward(shape, shard)
+            self.cross_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, tp)
+            self.cross_attention = CrossAttention(shape, tp)
+        self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, tp)
+        self.feed_forward = Mixture(shape, shape.mixture, tp) if shape.mixture else FeedForward(shape, tp)
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None, memory: Tensor | None = None,
                 memory_mask: Tensor | None = None) -> Tensor:
-        """x [s(/t), b, h] -> same. `memory` is the encoder's output; masks as in `parallel.seeds.attention`."""
+        """x [s(/t), b, h] -> same. `memory` is the encoder's output; masks as in `attention`."""
         x = self._add(x, self.attention_norm, self.attention, cache, mask)
         if memory is not None:
             x = self._add(x, self.cross_norm, self.cross_attention, memory, memory_mask)
@@ -244,5 +245,5 @@ class Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         if self.training and self.probability:
-            return dropout(x, self.probability, self.shard, sliced=self.shard.sequence)
+            return dropout(x, self.probability, self.tp, sliced=self.tp.sequence)
         return x

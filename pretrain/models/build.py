@@ -8,9 +8,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from parallel.initialise import slice_of
-from parallel.megatron import Groups, TensorShard
-from parallel.pipeline import Stage
+from parallel.parameter_plan import slice_of
+from parallel.pipeline_stages import Stage
+from parallel.process_groups import Groups
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models import FAMILIES
 from pretrain.models.family import FamilyConfig
 
@@ -19,7 +20,7 @@ def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> St
     """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled."""
     modules = import_module(f"{FAMILIES[model.family]}.modules")
     with torch.device(device):
-        specs = modules.layers(model, TensorShard(groups, device))
+        specs = modules.layers(model, TensorParallel(groups, device))
         return Stage(specs, (0, len(specs)))
 
 

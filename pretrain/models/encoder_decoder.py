@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from pydantic import Field
 
-from parallel.case import ModelFacts
+from parallel.rules.model_traits import ModelTraits
 from pretrain.models import mixture
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import TextConfig
@@ -41,9 +41,9 @@ class EncoderDecoderConfig(MixtureFields, TextConfig):
         return 4 * self.hidden if self.ffn is None else self.ffn
 
 
-def facts(config: EncoderDecoderConfig) -> ModelFacts:
+def facts(config: EncoderDecoderConfig) -> ModelTraits:
     """What the rules need to know."""
-    return ModelFacts(
+    return ModelTraits(
         layers=config.layers + config.num_decoder_layers, heads=config.heads, kv_heads=config.heads,
         hidden=config.hidden, ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size,
         sequence_length=config.sequence_length, target_length=config.num_targets,

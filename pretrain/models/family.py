@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
 
-from parallel.case import Found, ModelFacts
 from parallel.config import STRICT
+from parallel.rules.model_traits import ModelTraits
+from parallel.rules.rule import Found
 
 
 class FamilyConfig(BaseModel):
@@ -57,7 +58,7 @@ class FamilySpec:
     form: str
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
     problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
-    facts: Callable[[FamilyConfig], ModelFacts]
+    facts: Callable[[FamilyConfig], ModelTraits]
     parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding
     # forward and backward for one `unit`, for samples of so many tokens of text

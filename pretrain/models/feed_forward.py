@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.balance import Balance
-from parallel.experts import Dispatch, ExpertShard
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
+from parallel.expert_parallel import Dispatch, ExpertParallel
+from parallel.load_balance import Balance
+from parallel.parameter_plan import plan_parameter
 from parallel.recompute import Recomputable
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.mixture import MixtureFields, added_active_parameters
 
 if TYPE_CHECKING:
@@ -42,20 +42,20 @@ def activation_of(shape: BlockShape) -> Callable[[Tensor], Tensor]:
 class FeedForward(Recomputable):
     """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard):
+    def __init__(self, shape: BlockShape, tp: TensorParallel):
         super().__init__()
         self.activation = activation_of(shape)
-        self.up = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
+        self.up = tp.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
         self.gate = None
         if shape.activation in GATES:
-            self.gate = shard.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+            self.gate = tp.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
         down_std = shape.residual_std if shape.down_std is None else shape.down_std
-        self.down = shard.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
+        self.down = tp.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
 
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
         if self.gate is None:
-            return self.cheap_before(self.down, self.activation, self.up(x))
-        return self.cheap_before(self.down, self._gated, self.up(x), self.gate(x))
+            return self.recompute_before(self.down, self.activation, self.up(x))
+        return self.recompute_before(self.down, self._gated, self.up(x), self.gate(x))
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.activation(gate) * y
@@ -96,12 +96,12 @@ class Router(nn.Module):
     2.2), so that no layout and no size of micro-batch changes it.
     """
 
-    def __init__(self, mixture: MixtureShape, hidden: int, std: float, shard: TensorShard):
+    def __init__(self, mixture: MixtureShape, hidden: int, std: float, tp: TensorParallel):
         super().__init__()
         self.mixture = mixture
-        self.weight = nn.Parameter(torch.empty(mixture.experts, hidden, device=shard.device))
+        self.weight = nn.Parameter(torch.empty(mixture.experts, hidden, device=tp.device))
         plan_parameter(self.weight, std=std, keep_fp32=True)
-        self.balance = Balance(mixture.experts, mixture.bias_rate, shard.device)
+        self.balance = Balance(mixture.experts, mixture.bias_rate, tp.device)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [s, b, h], whole sequences -> experts int64 [s, b, k], their weights fp32 [s, b, k], and bool [s, b, k],
@@ -163,25 +163,25 @@ def within_capacity(chosen: Tensor, num_experts: int, capacity_factor: float) ->
 class Experts(Recomputable):
     """The feed-forward parts of this rank's experts; shapes and names are those of `FeedForward`, stacked."""
 
-    def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
+    def __init__(self, shape: BlockShape, mixture: MixtureShape, tp: TensorParallel):
         super().__init__()
-        self.shard = ExpertShard(mixture.experts, shard)
+        self.tp = ExpertParallel(mixture.experts, tp)
         self.activation = activation_of(shape)
-        self.up = self.shard.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.up_std or shape.std)
+        self.up = self.tp.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.up_std or shape.std)
         self.gate = None
         if shape.activation in GATES:
-            self.gate = self.shard.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.std)
+            self.gate = self.tp.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.std)
         down_std = shape.residual_std if shape.down_std is None else shape.down_std
-        self.down = self.shard.row(mixture.ffn, shape.hidden, bias=shape.bias, std=down_std)
+        self.down = self.tp.row(mixture.ffn, shape.hidden, bias=shape.bias, std=down_std)
 
     def forward(self, x: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
         """x [T, h], chosen and kept [T, k] -> [k, T, h], a partial sum over the tensor axis; 0 where dropped."""
-        way = Dispatch(chosen, kept, self.shard)
-        rows = way.there(x)
+        way = Dispatch(chosen, kept, self.tp)
+        rows = way.dispatch(x)
         down, y = partial(self.down, counts=way.counts), self.up(rows, way.counts)
         if self.gate is None:
-            return way.back(self.cheap_before(down, self.activation, y))
-        return way.back(self.cheap_before(down, self._gated, y, self.gate(rows, way.counts)))
+            return way.combine(self.recompute_before(down, self.activation, y))
+        return way.combine(self.recompute_before(down, self._gated, y, self.gate(rows, way.counts)))
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.activation(gate) * y
@@ -190,20 +190,20 @@ class Experts(Recomputable):
 class Mixture(nn.Module):
     """Each token's sum of a few experts' outputs, by the router's weights, in place of one feed-forward part."""
 
-    def __init__(self, shape: BlockShape, mixture: MixtureShape, shard: TensorShard):
+    def __init__(self, shape: BlockShape, mixture: MixtureShape, tp: TensorParallel):
         super().__init__()
-        self.shard = shard
-        self.router = Router(mixture, shape.hidden, shape.std, shard)
-        self.experts = Experts(shape, mixture, shard)
-        self.shared = FeedForward(replace(shape, ffn=mixture.shared_ffn), shard) if mixture.shared_ffn else None
+        self.tp = tp
+        self.router = Router(mixture, shape.hidden, shape.std, tp)
+        self.experts = Experts(shape, mixture, tp)
+        self.shared = FeedForward(replace(shape, ffn=mixture.shared_ffn), tp) if mixture.shared_ffn else None
 
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
         # Every tensor rank routes alike, so the router's gradient is whole on each. The experts' outputs are partial
         # sums until the end, and so is what they say of the weights.
-        chosen, weights, kept = self.router(self.shard.leave_whole(x))
-        weights = self.shard.whole_for_columns(weights)
-        whole = self.shard.leave_for_columns(x)
+        chosen, weights, kept = self.router(self.tp.gather_sequence(x))
+        weights = self.tp.copy_to_ranks(weights)
+        whole = self.tp.gather_for_columns(x)
         y = self.experts(whole.flatten(0, 1), chosen.flatten(0, 1), None if kept is None else kept.flatten(0, 1))
         y = (y * weights.flatten(0, 1).t().unsqueeze(-1).to(y.dtype)).sum(0).view(whole.shape)
-        y = self.shard.reduce_rows(y)
+        y = self.tp.reduce_from_ranks(y)
         return y if self.shared is None else y + self.shared(x)

@@ -2,7 +2,7 @@
 
 `pretrain/models/<family>/hf.py` holds `ARCHITECTURES`, a tuple of `Architecture`: the keys of config.json beside our
 fields, and the names of tensors beside ours, with what happens to a tensor on the way. Nothing here or there runs on a
-tensor; `pretrain/checkpoint/hf_tensors.py` does what the steps say, in both directions.
+tensor; `pretrain/hf/tensor_steps.py` does what the steps say, in both directions.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def converted(entries: Iterable[Entry], names: Iterable[str]) -> dict[str, Conve
 
 
 @dataclass(frozen=True)
-class Same:
+class Mapped:
     """A value that both configs hold.
 
     ours: our field; theirs: dotted key; default: what their class takes when the key is absent; words: (ours, theirs)
@@ -131,7 +131,7 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Must:
+class RequiredValue:
     """A key of theirs that has one value for which our model is the same. change: the remedy, where there is one."""
 
     theirs: str
@@ -141,7 +141,7 @@ class Must:
 
 
 @dataclass(frozen=True)
-class Only:
+class SupportedValues:
     """Our field fits this architecture with these values, and takes the first of them on import.
 
     implied: the value is not said to the config on import (it follows from others, or is the default).
@@ -154,7 +154,7 @@ class Only:
 
 
 @dataclass(frozen=True)
-class Told:
+class TrainingOnly:
     """A key of theirs that acts in their training only: another value than this is told, and not carried over."""
 
     theirs: str
@@ -162,7 +162,7 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Present:
+class IfTensorPresent:
     """Our switch for a part that is there when their folder holds this tensor."""
 
     ours: str
@@ -170,16 +170,16 @@ class Present:
 
 
 @dataclass(frozen=True)
-class Free:
+class Ignored:
     """Keys of theirs without a bearing on the numbers."""
 
     theirs: tuple[str, ...]
 
 
-DENSE = Only("experts", (0,))  # of an architecture without mixtures of experts
+DENSE = SupportedValues("experts", (0,))  # of an architecture without mixtures of experts
 OF_A_MIXTURE = tuple(name for name in MixtureFields.model_fields if name != "experts")  # without a bearing there
 
-FieldRule = Same | Must | Only | Told | Present | Free
+FieldRule = Mapped | RequiredValue | SupportedValues | TrainingOnly | IfTensorPresent | Ignored
 
 # Of every config.json: who wrote it, labels of other heads, and how texts are generated.
 _NO_BEARING = """

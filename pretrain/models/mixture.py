@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from parallel.case import Found
 from parallel.config import STRICT
+from parallel.rules.rule import Found
 
 # Fields that say nothing without experts, and whose defaults say so.
 DEPENDENT = ("expert_ffn", "shared_expert_ffn", "capacity_factor", "bias_rate")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
-from parallel.seeds import dropout
+from parallel.parameter_plan import plan_parameter
+from parallel.random_streams import dropout
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Norm
 from pretrain.models.family import TextConfig
 
@@ -26,9 +26,9 @@ class Embedding(nn.Module):
     The state may carry more beside the ids; that is handed on.
     """
 
-    def __init__(self, config: TextConfig, shard: TensorShard, std: float):
+    def __init__(self, config: TextConfig, tp: TensorParallel, std: float):
         super().__init__()
-        self.table = shard.vocabulary(config.padded_vocab_size, config.hidden, std=std)
+        self.table = tp.vocabulary(config.padded_vocab_size, config.hidden, std=std)
 
     @property
     def weight(self) -> Tensor:
@@ -43,18 +43,18 @@ class Embedding(nn.Module):
 class Logits(nn.Module):
     """Products with this rank's slice of the token table, its own or a tied one; the padding never gets probability."""
 
-    def __init__(self, config: TextConfig, shard: TensorShard, std: float | None, bias: bool = False):
+    def __init__(self, config: TextConfig, tp: TensorParallel, std: float | None, bias: bool = False):
         """With `std` None the table is tied: it comes with each call."""
         super().__init__()
-        padded, slice_size = config.padded_vocab_size, config.padded_vocab_size // shard.size
+        padded, slice_size = config.padded_vocab_size, config.padded_vocab_size // tp.size
         # columns of this tensor rank that stand for real tokens
-        self.num_real = min(max(config.vocab_size - shard.rank * slice_size, 0), padded // shard.size)
+        self.num_real = min(max(config.vocab_size - tp.rank * slice_size, 0), padded // tp.size)
         self.weight = self.bias = None
         if std is not None:
-            self.weight = nn.Parameter(torch.empty(slice_size, config.hidden, device=shard.device))
+            self.weight = nn.Parameter(torch.empty(slice_size, config.hidden, device=tp.device))
             plan_parameter(self.weight, std=std, slice_dim=0)
         if bias:
-            self.bias = nn.Parameter(torch.empty(slice_size, device=shard.device))
+            self.bias = nn.Parameter(torch.empty(slice_size, device=tp.device))
             plan_parameter(self.bias, slice_dim=0)
 
     def over(self, x: Tensor, tied: Embedding | None, cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
@@ -80,38 +80,39 @@ class Logits(nn.Module):
 class Head(Logits):
     """Logits of every token, or the losses of all labels. What the state carries beside x ends here."""
 
-    def __init__(self, config: TextConfig, shard: TensorShard, std: float | None, scale: float = 1.0):
-        super().__init__(config, shard, std)
-        self.shard, self.scale = shard, scale
+    def __init__(self, config: TextConfig, tp: TensorParallel, std: float | None, scale: float = 1.0):
+        super().__init__(config, tp, std)
+        self.tp, self.scale = tp, scale
 
     def forward(self, state: Tensor | tuple[Tensor, ...], tied: Embedding | None = None,
                 cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
         x = state[0] if isinstance(state, tuple) else state  # [s(/t), b, h]
-        x = self.shard.leave_for_columns(x) if cross_entropy is None else self.shard.leave_whole(x)
+        x = self.tp.gather_for_columns(x) if cross_entropy is None else self.tp.gather_sequence(x)
         return self.over(x if self.scale == 1.0 else x * self.scale, tied, cross_entropy)
 
 
-def entered(x: Tensor, shard: TensorShard, probability: float) -> Tensor:
+def entered(x: Tensor, tp: TensorParallel, probability: float) -> Tensor:
     """[b, s, h] -> [s(/t), b, h], with dropout where the probability is not 0."""
-    x = shard.enter(x.transpose(0, 1)).contiguous()  # a slice of its own, or all of x would live as long as it does
-    return dropout(x, probability, shard, sliced=shard.sequence) if probability else x
+    # a slice of its own, or all of x would live as long as it does
+    x = tp.scatter_sequence(x.transpose(0, 1)).contiguous()
+    return dropout(x, probability, tp, sliced=tp.sequence) if probability else x
 
 
 class PositionedInput(nn.Module):
     """Learned positions, a norm and dropout on the way from the token table to the blocks (as in BERT and BART)."""
 
     def __init__(self, num_positions: int, offset: int, hidden: int, std: float, norm_epsilon: float, dropout: float,
-                 shard: TensorShard, num_types: int = 0):
+                 tp: TensorParallel, num_types: int = 0):
         """`offset` is the row of the first position; `num_types` kinds of segments add a row each."""
         super().__init__()
-        self.shard, self.offset, self.probability = shard, offset, dropout
-        self.positions = nn.Parameter(torch.empty(num_positions, hidden, device=shard.device))
+        self.tp, self.offset, self.probability = tp, offset, dropout
+        self.positions = nn.Parameter(torch.empty(num_positions, hidden, device=tp.device))
         plan_parameter(self.positions, std=std)
         self.types = None
         if num_types:
-            self.types = nn.Parameter(torch.empty(num_types, hidden, device=shard.device))
+            self.types = nn.Parameter(torch.empty(num_types, hidden, device=tp.device))
             plan_parameter(self.types, std=std)
-        self.norm = Norm("layernorm", hidden, norm_epsilon, shard)
+        self.norm = Norm("layernorm", hidden, norm_epsilon, tp)
 
     def enter(self, x: Tensor, types: Tensor | None = None) -> Tensor:
         """x [b, s, h] and the type of each token's segment [b, s] -> [s(/t), b, h]."""
@@ -119,7 +120,7 @@ class PositionedInput(nn.Module):
         x = x + self.positions[self.offset : self.offset + x.shape[1]]
         if self.types is not None:
             x = x + F.embedding(types, self.types)
-        x = self.norm(entered(x, self.shard, 0.0))
+        x = self.norm(entered(x, self.tp, 0.0))
         if self.training and self.probability:
-            x = dropout(x, self.probability, self.shard, sliced=self.shard.sequence)
+            x = dropout(x, self.probability, self.tp, sliced=self.tp.sequence)
         return x

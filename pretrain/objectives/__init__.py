@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from data_pipeline.noise_facts import GivenIds, SpecialIds
+from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import pairs_spec, text_spec
@@ -13,9 +13,9 @@ HELDOUT_SEED = "heldout"
 OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS, **pairs_spec.SPECS}
 
 
-def make_loss(name: str, family: str, shard: object) -> object:
-    """The loss of an objective for the form of a family, on a tensor shard; imports torch."""
-    return _load(OBJECTIVES[name].losses[family_spec(family).form])(shard)
+def make_loss(name: str, family: str, tp: object) -> object:
+    """The loss of an objective for the form of a family, on the tensor axis; imports torch."""
+    return _load(OBJECTIVES[name].losses[family_spec(family).form])(tp)
 
 
 def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: int | str,

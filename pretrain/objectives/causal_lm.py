@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.context import ContextShard
-from parallel.megatron import TensorShard
-from parallel.vocabulary_loss import WaitingHead, token_losses
+from parallel.chunked_loss import DeferredHead, token_losses
+from parallel.context_parallel import ContextParallel
+from parallel.tensor_parallel import TensorParallel
 
 
 class CausalLM:
@@ -15,10 +15,10 @@ class CausalLM:
     the number of first tokens that see each other in both directions.
     """
 
-    def __init__(self, shard: TensorShard):
-        self.shard = shard
+    def __init__(self, tp: TensorParallel):
+        self.tp = tp
 
-    def part(self, batch: dict[str, Tensor], context: ContextShard) -> dict[str, Tensor]:
+    def part(self, batch: dict[str, Tensor], context: ContextParallel) -> dict[str, Tensor]:
         """The batch of this context rank's part of the sequence; its last target is the next part's first token."""
         own = {**batch, "tokens": context.part(batch["tokens"], overlap=1)}
         return {**own, "weights": context.part(batch["weights"])} if "weights" in batch else own
@@ -42,7 +42,7 @@ class CausalLM:
         tokens = batch["tokens"]
         return torch.full((), tokens.shape[0] * (tokens.shape[1] - 1), device=tokens.device)
 
-    def loss_sum(self, outputs: Tensor | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+    def loss_sum(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
         """Sum of cross entropies: logits [s, b, v/t] or the head, targets as above -> scalar fp32."""
-        losses, = token_losses(outputs, targets[0], self.shard)
+        losses, = token_losses(outputs, targets[0], self.tp)
         return (losses * targets[1]).sum() if len(targets) > 1 else losses.sum()

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.megatron import TensorShard
-from parallel.two_pass import DataRows
+from parallel.gradient_cache import DataRows
+from parallel.tensor_parallel import TensorParallel
 
 
 class _Pairs:
@@ -20,8 +20,8 @@ class _Pairs:
     unit = "samples"
     two_pass = True
 
-    def __init__(self, shard: TensorShard):
-        self.shard = shard
+    def __init__(self, tp: TensorParallel):
+        self.tp = tp
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return batch["pixels"], batch["tokens"], batch["ends"]

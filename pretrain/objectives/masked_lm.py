@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.megatron import TensorShard
-from parallel.vocabulary_loss import WaitingHead, token_losses
+from parallel.chunked_loss import DeferredHead, token_losses
+from parallel.tensor_parallel import TensorParallel
 
 
 class MaskedLM:
@@ -14,8 +14,8 @@ class MaskedLM:
     `weights` [b, p]. `mask` int64 [b, s] where samples may be filled up; `not_next` int64 [b, 1] where they are pairs.
     """
 
-    def __init__(self, shard: TensorShard):
-        self.shard = shard
+    def __init__(self, tp: TensorParallel):
+        self.tp = tp
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """(ids, segment types [b, s], positions to predict [b, p]) and the mask where there is one."""
@@ -31,7 +31,7 @@ class MaskedLM:
         """How many hidden tokens count, a scalar."""
         return batch["weights"].sum()
 
-    def loss_sum(self, outputs: Tensor | tuple[Tensor, Tensor] | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+    def loss_sum(self, outputs: Tensor | tuple[Tensor, Tensor] | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
         """Sum over hidden tokens, scalar fp32: logits [p, b, v/tp], or (logits, scores [b, 2] of the pair), or the
         head.
 
@@ -39,7 +39,7 @@ class MaskedLM:
         paper's sum of the two means.
         """
         labels, weights, *pair = targets
-        losses, *scores = token_losses(outputs, labels, self.shard)
+        losses, *scores = token_losses(outputs, labels, self.tp)
         loss = (losses * weights).sum()
         if not scores:
             return loss

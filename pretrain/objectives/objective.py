@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from parallel.case import Found
 from parallel.config import STRICT
+from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
 
 
@@ -30,7 +30,7 @@ class ObjectiveSpec:
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by the form of the family (`FamilySpec.form`), "module:Class"; the class is made with the tensor shard.
+        losses: by the form of the family (`FamilySpec.form`), "module:Class"; the class is made with the tensor tp.
         stages: "module:function"; called with (objective config, model config, open dataset, seed, special ids), it
             returns the webdataset stages between a window of tokens and a batch. The seed is a number, or a text for
             held-out data.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.case import Found
+from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_pipeline.pairs import PairsDataset
+from data_pipeline.image_text.pair_dataset import PairsDataset
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig
 

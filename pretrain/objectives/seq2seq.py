@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parallel.megatron import TensorShard
-from parallel.vocabulary_loss import WaitingHead, token_losses
+from parallel.chunked_loss import DeferredHead, token_losses
+from parallel.tensor_parallel import TensorParallel
 
 
 class Seq2Seq:
@@ -14,8 +14,8 @@ class Seq2Seq:
     `source_mask` int64 [b, s] is there where a source may be filled up; without it attention has nothing to leave out.
     """
 
-    def __init__(self, shard: TensorShard):
-        self.shard = shard
+    def __init__(self, tp: TensorParallel):
+        self.tp = tp
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """(source [b, s], decoder inputs [b, t]) and the source's mask where there is one."""
@@ -30,7 +30,7 @@ class Seq2Seq:
         """How many targets count, a scalar."""
         return batch["weights"].sum()
 
-    def loss_sum(self, outputs: Tensor | WaitingHead, targets: tuple[Tensor, ...]) -> Tensor:
+    def loss_sum(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
         """Sum of cross entropies: logits [t, b, v/tp] or the head, targets as above -> scalar fp32."""
-        losses, = token_losses(outputs, targets[0], self.shard)
+        losses, = token_losses(outputs, targets[0], self.tp)
         return (losses * targets[1]).sum()

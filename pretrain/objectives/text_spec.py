@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from data_pipeline.noise_facts import num_special_ids, raw_tokens
-from parallel.case import Found
+from data_pipeline.corruption.special_ids import num_special_ids, raw_tokens
+from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 

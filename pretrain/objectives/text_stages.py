@@ -7,14 +7,14 @@ segments, its windows.
 
 from __future__ import annotations
 
-from data_pipeline.corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
-from data_pipeline.denoising import Denoising
-from data_pipeline.index import TokenDataset
+from data_pipeline.corruption.bart_denoising import Denoising
+from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
+from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
+from data_pipeline.corruption.special_ids import GivenIds, SpecialIds, num_masked, raw_tokens
 from data_pipeline.loader import each
-from data_pipeline.masking import Masking, SegmentPairs
-from data_pipeline.noise_facts import GivenIds, SpecialIds, num_masked, raw_tokens
-from data_pipeline.pieces import sentence_ends, word_starts
-from data_pipeline.texts import TextDataset
+from data_pipeline.text.token_pieces import sentence_ends, word_starts
+from data_pipeline.tokens.in_memory_dataset import TextDataset
+from data_pipeline.tokens.token_dataset import TokenDataset
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import OBJECTIVES

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pretrain.config import SECTIONS, VARIANTS, RunConfig
-from pretrain.config_reference import reference
+from pretrain.config.reference import reference
+from pretrain.config.run_config import SECTIONS, VARIANTS, RunConfig
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 import yaml
 
-from parallel import rules
-from parallel.megatron import TensorShard
-from parallel.pipeline import Stage, cut
-from pretrain.config import load_config
+from parallel.pipeline_stages import Stage, cut
+from parallel.rules import table as rules
+from parallel.single_rank import single_rank
+from parallel.tensor_parallel import TensorParallel
+from pretrain.config.run_config import load_config
 from pretrain.models import FAMILIES, family_spec
 from pretrain.objectives import OBJECTIVES, make_loss
-from pretrain.trained import single_rank
 from tests.helpers.recipes import recipe_of
 
 CASES = [(family, name) for family in FAMILIES for name in family_spec(family).objectives]
@@ -34,7 +34,7 @@ def config_of(family, tmp_path, **model):
 def stage_of(config, groups, device="cpu") -> Stage:
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     with torch.device(device):
-        specs = modules.layers(config.model, TensorShard(groups, torch.device(device)))
+        specs = modules.layers(config.model, TensorParallel(groups, torch.device(device)))
         return Stage(specs, (0, len(specs)))
 
 
@@ -88,7 +88,7 @@ def test_flops_grow_with_the_model(family, tmp_path):
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
     assert family_spec(family).form in OBJECTIVES[name].losses
-    loss = make_loss(name, family, TensorShard(None, torch.device("cpu")))
+    loss = make_loss(name, family, TensorParallel(None, torch.device("cpu")))
     assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
     in_parts = not family_spec(family).facts(config_of(family, tmp_path).model).why_no_context
     assert callable(getattr(loss, "part", None)) == in_parts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_config
+from pretrain.config.run_config import load_config
 from pretrain.models import FAMILIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from pretrain.cli import main
-from pretrain.metrics import read_metrics
+from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import GPT, write_recipe
 

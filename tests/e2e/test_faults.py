@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from launchers.run_folder.status import Status, read, write
 from pretrain.checkpoint.manifest import published
-from pretrain.status import Status, read, write
 from tests.faults.bench import Bench
 from tests.faults.rows import run_one
 from tests.helpers.ranks import run_ranks, train

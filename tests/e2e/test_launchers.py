@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.status import read
+from launchers.run_folder.status import read
 
 pytestmark = pytest.mark.slow
 

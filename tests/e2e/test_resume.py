@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from pretrain.metrics import read_metrics
+from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import run_ranks, train, train_on
 
 STEPS = 30

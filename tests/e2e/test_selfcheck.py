@@ -111,9 +111,9 @@ def test_a_rank_with_another_config_is_named_before_groups_are_built(two_nodes):
 def check_with_a_bad_rank(info, how: str) -> tuple[int, str]:
     import torch.distributed as dist
 
-    from parallel.rendezvous import join
-    from pretrain.errors import NodeSuspected
-    from pretrain.selfcheck import check
+    from common.errors import NodeSuspected
+    from parallel.ranks.rendezvous import join
+    from pretrain.selfcheck.check import check
 
     if info.rank == 1 and how == "hangs":
         join(info)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.status import read
+from launchers.run_folder.status import read
 from tests.faults.bench import Bench
 from tests.faults.rows import run_one
 from tests.helpers.slurm import LocalSlurm, local_slurm, wait_until, why_not

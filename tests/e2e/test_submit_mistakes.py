@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.rank_info import alone, process_environment
-from pretrain.run_lock import RunLock
+from launchers.run_folder.run_lock import RunLock
+from parallel.ranks.rank_info import alone, process_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {  # name: (launcher, words, text of a hostfile or None, what the message must hold)

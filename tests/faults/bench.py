@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launchers.run_folder.status import Status, read
 from pretrain.checkpoint.manifest import damaged_files, published, read_manifest
-from pretrain.metrics import read_metrics
-from pretrain.status import Status, read
+from pretrain.training.metrics import read_metrics
 from tests.helpers.slurm import LocalSlurm, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]

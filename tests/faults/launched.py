@@ -10,8 +10,8 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from parallel.rank_info import read_rank_info
-from pretrain.status import read
+from launchers.run_folder.status import read
+from parallel.ranks.rank_info import read_rank_info
 from tests.faults.bench import (
     INJECT,
     ROOT,
@@ -44,7 +44,7 @@ def exit_code_under_deepspeed(bench: Bench, trial: Trial) -> None:
     assert (status.exit_code, status.rank) == (77, rank), status
 
 
-OUTER, MIDDLE, TOP = RUNNER, LAUNCH, b"launchers.supervise"
+OUTER, MIDDLE, TOP = RUNNER, LAUNCH, b"launchers.supervise.supervisor"
 F9 = [(module, number) for module in (OUTER, MIDDLE, TOP)
       for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)]
 

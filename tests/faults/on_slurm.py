@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from pretrain.status import read
+from launchers.run_folder.status import read
 from tests.faults.bench import (
     INJECT,
     ROOT,

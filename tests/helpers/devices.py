@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.node_check import devices_here
+from launchers.supervise.node_check import devices_here
 
 NAME = "CUDA_VISIBLE_DEVICES"
 VISIBLE = os.environ.get(NAME)  # as it was before `hide`

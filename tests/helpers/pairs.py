@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations, product
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from common.errors import ConfigError, Problem
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
-from pretrain.config import RunConfig, config_from
-from pretrain.config_file import RawConfig, apply_overrides
-from pretrain.errors import ConfigError, Problem
+from pretrain.config.config_file import RawConfig, apply_overrides
+from pretrain.config.run_config import RunConfig, config_from
 from pretrain.models import FAMILIES, family_spec
 from pretrain.objectives import OBJECTIVES
 from tests.helpers.recipes import recipe_of
@@ -98,7 +98,7 @@ def judge(pair: Pair) -> Verdict:
             remedies = list(_remedies(problem, choices))
             if not remedies:
                 return Verdict("void" if "the unknown name" in problem.asked else "wrong", choices,
-                               f"{problem.where}: no change is named: {problem.remedy}")
+                               f"{problem.where}: no change is named: {problem.change}")
             helpful = [(key, value) for key, value in remedies
                        if not any((other.where, other.possible) == (problem.where, problem.possible)
                                   for other in problems({**choices, key: value}))]
@@ -107,7 +107,7 @@ def judge(pair: Pair) -> Verdict:
             steps.append([(key, value) for key, value in helpful if key not in choices])
             if not steps[-1]:
                 return Verdict("refused" if names_own_change else "wrong", choices,
-                               f"{problem.where}: {problem.remedy}")
+                               f"{problem.where}: {problem.change}")
         choices |= steps[0][:1]
     return Verdict("wrong", choices, f"{MAX_REMEDIES} remedies did not make it legal")
 
@@ -155,7 +155,7 @@ def _family(choices: Choices) -> str:
 def _remedies(problem: Problem, choices: Choices) -> Iterable[tuple[str, Any]]:
     """(option, value) for each change that a problem names."""
     known = options()
-    for key, text in ASSIGNMENT.findall(problem.remedy):
+    for key, text in ASSIGNMENT.findall(problem.change):
         if key == "parallel.micro_batch" and text.isdigit():
             yield MICRO_BATCHES, _global_batch(choices) // (choices.get(DATA, 1) * int(text))
         if key == "parallel.global_batch" and text.isdigit():  # as many more micro-batches of the same size
@@ -165,7 +165,7 @@ def _remedies(problem: Problem, choices: Choices) -> Iterable[tuple[str, Any]]:
         meant = [value for value in known.get(key, (text,)) if _written(value) == text]
         if meant or text.isdigit():
             yield key, meant[0] if meant else int(text)
-    for ranks in RANKS.findall(problem.remedy):
+    for ranks in RANKS.findall(problem.change):
         model_ranks = world_size_of(config_of(choices), {})
         if int(ranks) % model_ranks == 0:
             yield DATA, int(ranks) // model_ranks

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from parallel.rank_info import LOOPBACK, RankInfo
+from parallel.ranks.rank_info import LOOPBACK, RankInfo
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.warm"])
@@ -90,7 +90,7 @@ def train(info: RankInfo, config_path: str, overrides: list[str]) -> int:
     """What `trainyard train` does in a rank that its launcher started; returns the exit code."""
     from pretrain.cli import report
     from pretrain.commands.train import run_rank
-    from pretrain.config import load_run
+    from pretrain.config.run_config import load_run
 
     return report(lambda: run_rank(load_run(config_path, overrides, info.world_size), info))
 

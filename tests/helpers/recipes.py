@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from data_pipeline.corpus import documents
-from data_pipeline.shards import write_dataset
-from data_pipeline.tokenizer import TokenizerOptions, sample_text, train_tokenizer
+from data_pipeline.text.corpus import documents
+from data_pipeline.text.tokenizer import TokenizerOptions, sample_text, train_tokenizer
+from data_pipeline.tokens.token_writer import write_dataset
 
 VOCAB_SIZE = 512
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pretrain.config import RunConfig, load_run
-from pretrain.errors import ConfigError
-from pretrain.metrics import EVALUATIONS_FILE, METRICS_FILE
+from common.errors import ConfigError
+from pretrain.config.run_config import RunConfig, load_run
+from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE
 from tests.helpers import devices, ranks
 
 

@@ -9,4 +9,4 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 with contextlib.redirect_stdout(io.StringIO()):
     import pretrain.commands.train
-    import pretrain.loop  # noqa: F401
+    import pretrain.training.loop  # noqa: F401

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.config import load_run
-from pretrain.errors import ConfigError
-from pretrain.metrics import EVALUATIONS_FILE, read_metrics
+from common.errors import ConfigError
+from pretrain.config.run_config import load_run
+from pretrain.training.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import CLIP, write_recipe
 from tests.parity.test_layouts import curve, largest_differences

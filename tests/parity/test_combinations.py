@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.metrics import METRICS_FILE, read_metrics
+from pretrain.training.metrics import METRICS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 

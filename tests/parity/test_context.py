@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.metrics import EVALUATIONS_FILE, read_metrics
+from pretrain.training.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import VOCAB_SIZE
 from tests.parity.test_layouts import LLAMA, UNTIED, curve, largest_differences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.metrics import EVALUATIONS_FILE, read_metrics
+from pretrain.training.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.recipes import recipe_of, write_recipe
 from tests.parity.test_layouts import UNTIED, curve, largest_differences
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from pretrain.metrics import read_metrics
+from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 
@@ -141,10 +141,10 @@ def poisoned_step(info, values: dict) -> str:
 
     from parallel.engine import NotFinite
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
-    from pretrain.config import config_from
-    from pretrain.loop import build_engine
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
+    from pretrain.config.run_config import config_from
+    from pretrain.training.loop import build_engine
 
     config = config_from(values, "test")
     join(info)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.metrics import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from pretrain.models import FAMILIES
+from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 

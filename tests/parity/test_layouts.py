@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 
-from pretrain.metrics import read_metrics
+from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import train_on
 
 LAYOUTS = [  # (tensor, pipeline, data, ZeRO stage)

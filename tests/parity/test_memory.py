@@ -20,8 +20,8 @@ RUNS = [(shape, recompute) for shape in ({}, DROPOUT, LLAMA) for recompute in ("
 def open_engine(groups, model: dict, parallel: dict, compute: str = "fp32"):
     import torch
 
-    from pretrain.config import config_from
-    from pretrain.loop import build_engine
+    from pretrain.config.run_config import config_from
+    from pretrain.training.loop import build_engine
 
     values = {**GPT, "model": {**GPT["model"], **model}, "parallel": parallel, "precision": {"compute": compute},
               "data": {"train": "none"}}
@@ -30,8 +30,8 @@ def open_engine(groups, model: dict, parallel: dict, compute: str = "fp32"):
 
 def joined(info, tensor: int = 1, sequence: bool = False):
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
 
     join(info)
     return build_groups(Layout(tensor=tensor, data=info.world_size // tensor, sequence=sequence))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain.checkpoint.manifest import read_manifest
-from pretrain.metrics import read_metrics
+from pretrain.training.metrics import read_metrics
 from tests.helpers import devices
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT
@@ -87,10 +87,10 @@ def formats(info, values: dict) -> dict:
 def prepared(info, values: dict):
     """An engine on these ranks and the micro-batches of this rank."""
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
-    from pretrain.config import config_from
-    from pretrain.loop import build_engine
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
+    from pretrain.config.run_config import config_from
+    from pretrain.training.loop import build_engine
 
     config = config_from(values, "test")
     join(info)

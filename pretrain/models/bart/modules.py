@@ -10,8 +10,8 @@ from functools import partial
 
 from torch import Tensor
 
-from parallel.megatron import TensorShard
-from parallel.pipeline import LayerSpec
+from parallel.pipeline_stages import LayerSpec
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
 from pretrain.models.blocks import Block, BlockShape, seen
 from pretrain.models.feed_forward import of_block
@@ -20,27 +20,27 @@ from pretrain.models.vocabulary import Embedding, Head, PositionedInput, lookup_
 State = tuple[Tensor, ...]
 
 
-def layers(config: BARTConfig, shard: TensorShard) -> list[LayerSpec]:
+def layers(config: BARTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
     dense = block_shape(config)
     decoder_cost = config.num_targets / config.sequence_length * 4 / 3
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
     enter = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS, "hidden": config.hidden,
-             "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout, "shard": shard}
-    table = partial(Embedding, config, shard, config.init_std)
+             "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout, "tp": tp}
+    table = partial(Embedding, config, tp, config.init_std)
     specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
              LayerSpec("encoder.input", partial(EncoderInput, **enter), cost=0.0)]
     for index in range(config.layers):
         name = f"encoder.blocks.{index}"
         shape, extra_cost = of_block(dense, config, index)
-        specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), cost=1 + extra_cost, recompute=True))
+        specs.append(LayerSpec(name, partial(EncoderBlock, shape, tp, name), cost=1 + extra_cost, recompute=True))
     specs.append(LayerSpec("decoder.input", partial(DecoderInput, **enter), cost=0.0, tied_to="embedding"))
     for index in range(config.num_decoder_layers):
         name = f"decoder.blocks.{index}"
         shape, extra_cost = of_block(dense, config, index)
-        block = partial(DecoderBlock, shape, shard, name, last=index == config.num_decoder_layers - 1)
+        block = partial(DecoderBlock, shape, tp, name, last=index == config.num_decoder_layers - 1)
         specs.append(LayerSpec(name, block, cost=decoder_cost * (1 + extra_cost), recompute=True))
-    specs.append(LayerSpec("head", partial(Head, config, shard, None), cost=head_cost, tied_to="embedding",
+    specs.append(LayerSpec("head", partial(Head, config, tp, None), cost=head_cost, tied_to="embedding",
                            vocabulary=True))
     return specs
 
@@ -73,8 +73,8 @@ class DecoderInput(PositionedInput):
 class EncoderBlock(Block):
     """A block in which every token of the source sees every other."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str):
-        super().__init__(shape, shard, name, causal=False)
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str):
+        super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State) -> State:
         x, ids, *mask = state
@@ -84,8 +84,8 @@ class EncoderBlock(Block):
 class DecoderBlock(Block):
     """A causal block with attention to the encoder's output; the last one lets go of it."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, last: bool):
-        super().__init__(shape, shard, name, causal=True, cross=True)
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, last: bool):
+        super().__init__(shape, tp, name, causal=True, cross=True)
         self.last = last
 
     def forward(self, state: State) -> State | Tensor:

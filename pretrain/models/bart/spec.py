@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.case import Found
 from parallel.layout import divisors
+from parallel.rules.rule import Found
 from pretrain.models import encoder_decoder, mixture
 from pretrain.models.counting import PartSizes
 from pretrain.models.encoder_decoder import EncoderDecoderConfig

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
-from parallel.pipeline import LayerSpec
+from parallel.parameter_plan import plan_parameter
+from parallel.pipeline_stages import LayerSpec
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.bert.spec import BERTConfig
 from pretrain.models.blocks import Block, BlockShape, Norm, seen
 from pretrain.models.feed_forward import ACTIVATIONS
@@ -24,20 +24,20 @@ from pretrain.models.vocabulary import Embedding, Logits, PositionedInput, looku
 State = tuple[Tensor, ...]
 
 
-def layers(config: BERTConfig, shard: TensorShard) -> list[LayerSpec]:
+def layers(config: BERTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (ids, segment types [b, s], positions [b, p]) and maybe a mask [b, s].
 
     Output: logits of the positions [p, b, v/t], and with `next_sentence` beside them the scores [b, 2] of the pair.
     """
     shape = block_shape(config)
-    table = partial(Embedding, config, shard, config.init_std)
+    table = partial(Embedding, config, tp, config.init_std)
     specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
-             LayerSpec("input", partial(Input, config, shard), cost=0.0)]
+             LayerSpec("input", partial(Input, config, tp), cost=0.0)]
     for index in range(config.layers):
         name = f"blocks.{index}"
-        specs.append(LayerSpec(name, partial(EncoderBlock, shape, shard, name), recompute=True))
+        specs.append(LayerSpec(name, partial(EncoderBlock, shape, tp, name), recompute=True))
     head_cost = 0.15 * config.padded_vocab_size / (12 * config.hidden)
-    specs.append(LayerSpec("head", partial(MaskedHead, config, shard), cost=head_cost, tied_to="embedding",
+    specs.append(LayerSpec("head", partial(MaskedHead, config, tp), cost=head_cost, tied_to="embedding",
                            vocabulary=True))
     return specs
 
@@ -55,9 +55,9 @@ def block_shape(config: BERTConfig) -> BlockShape:
 class Input(PositionedInput):
     """Positions, segment types and norm."""
 
-    def __init__(self, config: BERTConfig, shard: TensorShard):
+    def __init__(self, config: BERTConfig, tp: TensorParallel):
         super().__init__(config.num_positions, config.position_offset, config.hidden, config.init_std,
-                         config.norm_epsilon, config.dropout, shard, config.segment_types)
+                         config.norm_epsilon, config.dropout, tp, config.segment_types)
 
     def forward(self, state: State) -> State:
         x, types, *rest = state
@@ -67,8 +67,8 @@ class Input(PositionedInput):
 class EncoderBlock(Block):
     """A block in which every token sees every other."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str):
-        super().__init__(shape, shard, name, causal=False)
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str):
+        super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State) -> State:
         x, positions, *mask = state
@@ -78,10 +78,10 @@ class EncoderBlock(Block):
 class Dense(nn.Module):
     """A linear layer that every tensor rank holds and computes in full."""
 
-    def __init__(self, size_in: int, size_out: int, std: float, shard: TensorShard):
+    def __init__(self, size_in: int, size_out: int, std: float, tp: TensorParallel):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size_out, size_in, device=shard.device))
-        self.bias = nn.Parameter(torch.empty(size_out, device=shard.device))
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, device=tp.device))
+        self.bias = nn.Parameter(torch.empty(size_out, device=tp.device))
         plan_parameter(self.weight, std=std)
         plan_parameter(self.bias)
 
@@ -92,24 +92,24 @@ class Dense(nn.Module):
 class MaskedHead(Logits):
     """Logits (or losses) of the positions that are asked for, and the judgement of the pair from the first token."""
 
-    def __init__(self, config: BERTConfig, shard: TensorShard):
-        super().__init__(config, shard, std=None, bias=True)
-        self.shard, self.activation = shard, ACTIVATIONS[config.activation]
-        self.dense = Dense(config.hidden, config.hidden, config.init_std, shard)
-        self.norm = Norm("layernorm", config.hidden, config.norm_epsilon, shard, sliced=False)
+    def __init__(self, config: BERTConfig, tp: TensorParallel):
+        super().__init__(config, tp, std=None, bias=True)
+        self.tp, self.activation = tp, ACTIVATIONS[config.activation]
+        self.dense = Dense(config.hidden, config.hidden, config.init_std, tp)
+        self.norm = Norm("layernorm", config.hidden, config.norm_epsilon, tp, sliced=False)
         self.pooler = self.judge = None
         if config.next_sentence:
-            self.pooler = Dense(config.hidden, config.hidden, config.init_std, shard)
-            self.judge = Dense(config.hidden, 2, config.init_std, shard)
+            self.pooler = Dense(config.hidden, config.hidden, config.init_std, tp)
+            self.judge = Dense(config.hidden, 2, config.init_std, tp)
 
     def forward(self, state: State, tied: Embedding, cross_entropy: Callable[..., Tensor] | None = None
                 ) -> Tensor | tuple[Tensor, Tensor]:
         x, positions = state[:2]
-        x = self.shard.leave_whole(x)  # [s, b, h], and the few tokens that matter are computed by every tensor rank
+        x = self.tp.gather_sequence(x)  # [s, b, h], and the few tokens that matter are computed by every tensor rank
         index = positions.transpose(0, 1)[..., None].expand(-1, -1, x.shape[-1])
         chosen = self.norm(self.activation(self.dense(x.gather(0, index))))
         if cross_entropy is None:
-            chosen = self.shard.whole_for_columns(chosen)
+            chosen = self.tp.copy_to_ranks(chosen)
         found = self.over(chosen, tied, cross_entropy)
         if self.judge is None:
             return found

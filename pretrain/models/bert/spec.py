@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.case import Found, ModelFacts
 from parallel.layout import divisors
+from parallel.rules.model_traits import ModelTraits
+from parallel.rules.rule import Found
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import FamilySpec, TextConfig
 
@@ -66,9 +67,9 @@ def problems(config: BERTConfig) -> Iterator[Found]:
                "set model.segment_types=2, or model.next_sentence=false")
 
 
-def facts(config: BERTConfig) -> ModelFacts:
+def facts(config: BERTConfig) -> ModelTraits:
     """What the rules need to know."""
-    return ModelFacts(
+    return ModelTraits(
         layers=config.layers, heads=config.heads, kv_heads=config.heads, hidden=config.hidden, ffn=config.ffn_hidden,
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
         why_no_context="the head predicts chosen tokens of a sequence that it needs whole",

@@ -3,7 +3,17 @@
 from typing import Any
 
 from pretrain.models.clip.spec import PIXEL_MEAN, PIXEL_STD, CLIPConfig
-from pretrain.models.hf_map import Architecture, Entry, Free, Must, Only, Same, Shaped, attention_parts, vocabulary
+from pretrain.models.hf_map import (
+    Architecture,
+    Entry,
+    Ignored,
+    Mapped,
+    RequiredValue,
+    Shaped,
+    SupportedValues,
+    attention_parts,
+    vocabulary,
+)
 
 BICUBIC = 3  # Pillow's number
 
@@ -51,17 +61,17 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 
 def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) -> tuple:
     return (
-        Same(f"{tower}_layers", f"{theirs}.num_hidden_layers", 12),
-        Same(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
-        Same(f"{tower}_heads", f"{theirs}.num_attention_heads", heads),
-        Same(f"{tower}_ffn", f"{theirs}.intermediate_size", ffn,
+        Mapped(f"{tower}_layers", f"{theirs}.num_hidden_layers", 12),
+        Mapped(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
+        Mapped(f"{tower}_heads", f"{theirs}.num_attention_heads", heads),
+        Mapped(f"{tower}_ffn", f"{theirs}.intermediate_size", ffn,
              value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
-        Same("activation", f"{theirs}.hidden_act", "quick_gelu"),
-        Same("norm_epsilon", f"{theirs}.layer_norm_eps", 1e-5),
+        Mapped("activation", f"{theirs}.hidden_act", "quick_gelu"),
+        Mapped("norm_epsilon", f"{theirs}.layer_norm_eps", 1e-5),
         # Each tower alone would be given this width; both together take the one above them.
-        Free((f"{theirs}.projection_dim", f"{theirs}.initializer_range", f"{theirs}.initializer_factor",
+        Ignored((f"{theirs}.projection_dim", f"{theirs}.initializer_range", f"{theirs}.initializer_factor",
               f"{theirs}.dropout")),
-        Must(f"{theirs}.attention_dropout", 0.0, 0.0),
+        RequiredValue(f"{theirs}.attention_dropout", 0.0, 0.0),
     )
 
 
@@ -82,16 +92,16 @@ CLIP = Architecture(
     fields=(
         *_tower_fields("image", "vision_config", hidden=768, ffn=3072, heads=12),
         *_tower_fields("text", "text_config", hidden=512, ffn=2048, heads=8),
-        Same("image_size", "vision_config.image_size", 224),
-        Same("patch_size", "vision_config.patch_size", 32),
-        Same("vocab_size", "text_config.vocab_size", 49408),
-        Same("sequence_length", "text_config.max_position_embeddings", 77),
-        Same("embedding", "projection_dim", 512),
-        Only("logit_bias", (None,)),
-        Must("vision_config.num_channels", 3, 3),
-        Must("text_config_dict", None, None, "put its values into text_config"),
-        Must("vision_config_dict", None, None, "put its values into vision_config"),
-        Free(("logit_scale_init_value", "initializer_factor")),
+        Mapped("image_size", "vision_config.image_size", 224),
+        Mapped("patch_size", "vision_config.patch_size", 32),
+        Mapped("vocab_size", "text_config.vocab_size", 49408),
+        Mapped("sequence_length", "text_config.max_position_embeddings", 77),
+        Mapped("embedding", "projection_dim", 512),
+        SupportedValues("logit_bias", (None,)),
+        RequiredValue("vision_config.num_channels", 3, 3),
+        RequiredValue("text_config_dict", None, None, "put its values into text_config"),
+        RequiredValue("vision_config_dict", None, None, "put its values into vision_config"),
+        Ignored(("logit_scale_init_value", "initializer_factor")),
     ),
     names=_names,
     free_of_ours=("family", "init_temperature", "pad_vocab_to"),

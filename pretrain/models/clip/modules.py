@@ -15,30 +15,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
-from parallel.pipeline import LayerSpec
+from parallel.parameter_plan import plan_parameter
+from parallel.pipeline_stages import LayerSpec
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Block, BlockShape, Norm
 from pretrain.models.clip.spec import LARGEST_LOGIT_SCALE, PIXEL_MEAN, PIXEL_STD, CLIPConfig
 
 State = tuple[Tensor, Tensor, Tensor]
 
 
-def layers(config: CLIPConfig, shard: TensorShard) -> list[LayerSpec]:
+def layers(config: CLIPConfig, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (pixels [b, 3, S, S], ids [b, s], ends [b]); output as `Scale` says."""
     image_cost = config.image_hidden**2 * config.image_tokens
     text_cost = config.text_hidden**2 * config.sequence_length
-    specs = [LayerSpec("image.embedding", partial(ImageEmbedding, config, shard), cost=0.0)]
+    specs = [LayerSpec("image.embedding", partial(ImageEmbedding, config, tp), cost=0.0)]
     for index in range(config.image_layers):
         name = f"image.blocks.{index}"
-        specs.append(LayerSpec(name, partial(ImageBlock, config, shard, name), cost=image_cost, recompute=True))
-    specs += [LayerSpec("image.head", partial(ImageHead, config, shard), cost=0.0),
-              LayerSpec("text.embedding", partial(TextEmbedding, config, shard), cost=0.0)]
+        specs.append(LayerSpec(name, partial(ImageBlock, config, tp, name), cost=image_cost, recompute=True))
+    specs += [LayerSpec("image.head", partial(ImageHead, config, tp), cost=0.0),
+              LayerSpec("text.embedding", partial(TextEmbedding, config, tp), cost=0.0)]
     for index in range(config.text_layers):
         name = f"text.blocks.{index}"
-        specs.append(LayerSpec(name, partial(TextBlock, config, shard, name), cost=text_cost, recompute=True))
-    specs += [LayerSpec("text.head", partial(TextHead, config, shard), cost=0.0),
-              LayerSpec("scale", partial(Scale, config, shard), cost=0.0)]
+        specs.append(LayerSpec(name, partial(TextBlock, config, tp, name), cost=text_cost, recompute=True))
+    specs += [LayerSpec("text.head", partial(TextHead, config, tp), cost=0.0),
+              LayerSpec("scale", partial(Scale, config, tp), cost=0.0)]
     return specs
 
 
@@ -54,31 +54,31 @@ def tower_shape(config: CLIPConfig, tower: str) -> BlockShape:
     )
 
 
-def _parameter(shard: TensorShard, *shape: int, **plan: float) -> nn.Parameter:
-    parameter = nn.Parameter(torch.empty(*shape, device=shard.device))
+def _parameter(tp: TensorParallel, *shape: int, **plan: float) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty(*shape, device=tp.device))
     plan_parameter(parameter, **plan)
     return parameter
 
 
-def _enter(x: Tensor, shard: TensorShard) -> Tensor:
+def _enter(x: Tensor, tp: TensorParallel) -> Tensor:
     """[b, s, h] -> [s(/t), b, h], padded with zeros where the tensor degree does not divide s."""
     x = x.transpose(0, 1).contiguous()
-    if shard.sequence:
-        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % shard.size))
-    return shard.enter(x)
+    if tp.sequence:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[0] % tp.size))
+    return tp.scatter_sequence(x)
 
 
 class ImageEmbedding(nn.Module):
     """Patches by one linear map, a class token before them, learned positions, and a norm (`ln_pre`)."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard):
+    def __init__(self, config: CLIPConfig, tp: TensorParallel):
         super().__init__()
-        self.shard, std = shard, config.image_hidden**-0.5
+        self.tp, std = tp, config.image_hidden**-0.5
         size = config.patch_size
-        self.patches = _parameter(shard, config.image_hidden, 3, size, size, std=1 / sqrt(3 * size * size))
-        self.class_token = _parameter(shard, config.image_hidden, std=std)
-        self.positions = _parameter(shard, config.image_tokens, config.image_hidden, std=std)
-        self.norm = Norm("layernorm", config.image_hidden, config.norm_epsilon, shard)
+        self.patches = _parameter(tp, config.image_hidden, 3, size, size, std=1 / sqrt(3 * size * size))
+        self.class_token = _parameter(tp, config.image_hidden, std=std)
+        self.positions = _parameter(tp, config.image_tokens, config.image_hidden, std=std)
+        self.norm = Norm("layernorm", config.image_hidden, config.norm_epsilon, tp)
 
     def forward(self, state: State) -> State:  # pixels uint8, or real and normalised: [b, 3, S, S] -> [p(/t), b, h]
         pixels, *others = state
@@ -89,14 +89,14 @@ class ImageEmbedding(nn.Module):
         x = F.conv2d(pixels.to(self.patches.dtype), self.patches, stride=self.patches.shape[-1])
         x = x.flatten(2).transpose(1, 2)  # [b, h, rows, columns] -> [b, patches, h]
         x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1) + self.positions
-        return self.norm(_enter(x, self.shard)), *others
+        return self.norm(_enter(x, self.tp)), *others
 
 
 class ImageBlock(Block):
     """A block of the image tower: every token sees every other, and none the padding."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard, name: str):
-        super().__init__(tower_shape(config, "image"), shard, name, causal=False, num_keys=config.image_tokens)
+    def __init__(self, config: CLIPConfig, tp: TensorParallel, name: str):
+        super().__init__(tower_shape(config, "image"), tp, name, causal=False, num_keys=config.image_tokens)
 
     def forward(self, state: State) -> State:
         image, *others = state
@@ -106,37 +106,37 @@ class ImageBlock(Block):
 class ImageHead(nn.Module):
     """The class token, normed and projected: [p(/t), b, h] -> unit vectors [b, e] in fp32."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard):
+    def __init__(self, config: CLIPConfig, tp: TensorParallel):
         super().__init__()
-        self.shard = shard
-        self.norm = Norm("layernorm", config.image_hidden, config.norm_epsilon, shard)
-        self.projection = _parameter(shard, config.embedding, config.image_hidden, std=config.image_hidden**-0.5)
+        self.tp = tp
+        self.norm = Norm("layernorm", config.image_hidden, config.norm_epsilon, tp)
+        self.projection = _parameter(tp, config.embedding, config.image_hidden, std=config.image_hidden**-0.5)
 
     def forward(self, state: State) -> State:
         image, *others = state
-        pooled = self.shard.leave(self.norm(image))[0]
+        pooled = self.tp.gather_sequence(self.norm(image))[0]
         return _unit(F.linear(pooled, self.projection)), *others
 
 
 class TextEmbedding(nn.Module):
     """Token table, sliced over the vocabulary, and learned positions: ids [b, s] -> [s(/t), b, h]."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard):
+    def __init__(self, config: CLIPConfig, tp: TensorParallel):
         super().__init__()
-        self.shard = shard
-        self.table = shard.vocabulary(config.padded_vocab_size, config.text_hidden, std=0.02)
-        self.positions = _parameter(shard, config.sequence_length, config.text_hidden, std=0.01)
+        self.tp = tp
+        self.table = tp.vocabulary(config.padded_vocab_size, config.text_hidden, std=0.02)
+        self.positions = _parameter(tp, config.sequence_length, config.text_hidden, std=0.01)
 
     def forward(self, state: State) -> State:
         image, ids, ends = state
-        return image, _enter(self.table(ids) + self.positions[: ids.shape[1]], self.shard), ends
+        return image, _enter(self.table(ids) + self.positions[: ids.shape[1]], self.tp), ends
 
 
 class TextBlock(Block):
     """A block of the text tower: a token sees itself and what stands before it."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard, name: str):
-        super().__init__(tower_shape(config, "text"), shard, name, causal=True)
+    def __init__(self, config: CLIPConfig, tp: TensorParallel, name: str):
+        super().__init__(tower_shape(config, "text"), tp, name, causal=True)
 
     def forward(self, state: State) -> State:
         image, text, ends = state
@@ -146,15 +146,15 @@ class TextBlock(Block):
 class TextHead(nn.Module):
     """The token at the end of the text, normed and projected: [s(/t), b, h] -> unit vectors [b, e] in fp32."""
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard):
+    def __init__(self, config: CLIPConfig, tp: TensorParallel):
         super().__init__()
-        self.shard = shard
-        self.norm = Norm("layernorm", config.text_hidden, config.norm_epsilon, shard)
-        self.projection = _parameter(shard, config.embedding, config.text_hidden, std=config.text_hidden**-0.5)
+        self.tp = tp
+        self.norm = Norm("layernorm", config.text_hidden, config.norm_epsilon, tp)
+        self.projection = _parameter(tp, config.embedding, config.text_hidden, std=config.text_hidden**-0.5)
 
     def forward(self, state: State) -> State:
         image, text, ends = state
-        text = self.shard.leave(self.norm(text))
+        text = self.tp.gather_sequence(self.norm(text))
         pooled = text[ends, torch.arange(text.shape[1], device=text.device)]
         return image, _unit(F.linear(pooled, self.projection)), ends
 
@@ -166,12 +166,12 @@ class Scale(nn.Module):
     the samples as first dim, so that a loss over the global batch can be computed from collected outputs.
     """
 
-    def __init__(self, config: CLIPConfig, shard: TensorShard):
+    def __init__(self, config: CLIPConfig, tp: TensorParallel):
         super().__init__()
-        self.logit_scale = _parameter(shard, 1, mean=log(1 / config.init_temperature), most=log(LARGEST_LOGIT_SCALE))
+        self.logit_scale = _parameter(tp, 1, mean=log(1 / config.init_temperature), max_value=log(LARGEST_LOGIT_SCALE))
         self.logit_bias = None
         if config.logit_bias is not None:
-            self.logit_bias = _parameter(shard, 1, mean=config.logit_bias)
+            self.logit_bias = _parameter(tp, 1, mean=config.logit_bias)
 
     def forward(self, state: State) -> tuple[Tensor, ...]:
         image, text, _ = state

@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.case import Found, ModelFacts, nearest_multiples
 from parallel.layout import divisors
+from parallel.rules.model_traits import ModelTraits
+from parallel.rules.rule import Found, nearest_multiples
 from pretrain.models.family import FamilySpec, TextConfig
 
 NO_PIPELINE = (
@@ -85,10 +86,10 @@ def problems(config: CLIPConfig) -> Iterator[Found]:
                    f"set model.{tower}_heads to one of {', '.join(map(str, sorted(near)))}")
 
 
-def facts(config: CLIPConfig) -> ModelFacts:
+def facts(config: CLIPConfig) -> ModelTraits:
     """What the rules need to know; where both towers must be shared out evenly, what divides both."""
     heads = gcd(config.image_heads, config.text_heads)
-    return ModelFacts(
+    return ModelTraits(
         layers=config.image_layers + config.text_layers, heads=heads, kv_heads=heads,
         hidden=gcd(config.image_hidden, config.text_hidden), ffn=gcd(config.image_ffn_hidden, config.text_ffn_hidden),
         vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length, pads_sequence=True,

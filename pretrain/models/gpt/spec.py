@@ -5,8 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.case import Found, ModelFacts, nearest_multiples
 from parallel.layout import divisors
+from parallel.rules.model_traits import ModelTraits
+from parallel.rules.rule import Found, nearest_multiples
 from pretrain.models import mixture
 from pretrain.models.family import FamilySpec, TextConfig
 from pretrain.models.mixture import MixtureFields
@@ -72,9 +73,9 @@ def problems(config: GPTConfig) -> Iterator[Found]:
     yield from mixture.problems(config, config.layers)
 
 
-def facts(config: GPTConfig) -> ModelFacts:
+def facts(config: GPTConfig) -> ModelTraits:
     """What the rules need to know."""
-    return ModelFacts(
+    return ModelTraits(
         layers=config.layers, heads=config.heads, kv_heads=config.num_kv_heads, hidden=config.hidden,
         ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
         experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,

@@ -12,9 +12,9 @@ from math import log
 import torch
 from torch import Tensor, nn
 
-from parallel.initialise import plan_parameter
-from parallel.megatron import TensorShard
-from parallel.pipeline import LayerSpec
+from parallel.parameter_plan import plan_parameter
+from parallel.pipeline_stages import LayerSpec
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Block, BlockShape, Norm, causal_mask, seen
 from pretrain.models.feed_forward import of_block
 from pretrain.models.t5.spec import T5Config
@@ -23,30 +23,30 @@ from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
 State = tuple[Tensor, ...]
 
 
-def layers(config: T5Config, shard: TensorShard) -> list[LayerSpec]:
+def layers(config: T5Config, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
     dense = block_shape(config)
-    norm = partial(FinalNorm, "rmsnorm", config.hidden, config.norm_epsilon, shard)
+    norm = partial(FinalNorm, "rmsnorm", config.hidden, config.norm_epsilon, tp)
     decoder_cost = config.num_targets / config.sequence_length * 4 / 3
     head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
-    specs = [LayerSpec("embedding", partial(Embedding, config, shard, 1.0), cost=lookup_cost(config.hidden)),
-             LayerSpec("encoder.input", partial(Enter, config, shard), cost=0.0)]
+    specs = [LayerSpec("embedding", partial(Embedding, config, tp, 1.0), cost=lookup_cost(config.hidden)),
+             LayerSpec("encoder.input", partial(Enter, config, tp), cost=0.0)]
     for side, block, count, cost in (("encoder", EncoderBlock, config.layers, 1.0),
                                      ("decoder", DecoderBlock, config.num_decoder_layers, decoder_cost)):
         if side == "decoder":
-            specs.append(LayerSpec("decoder.embedding", partial(DecoderEmbedding, config, shard), cost=0.0,
+            specs.append(LayerSpec("decoder.embedding", partial(DecoderEmbedding, config, tp), cost=0.0,
                                    tied_to="embedding"))
-        bias = partial(RelativeBias, config, shard, two_sided=side == "encoder")
+        bias = partial(RelativeBias, config, tp, two_sided=side == "encoder")
         specs.append(LayerSpec(f"{side}.bias", bias, cost=0.0, with_next=True))
         for index in range(count):
             name = f"{side}.blocks.{index}"
             shape, extra_cost = of_block(dense, config, index)
             last = {"last": index == count - 1} if side == "decoder" else {}
-            specs.append(LayerSpec(name, partial(block, shape, shard, name, **last), cost=cost * (1 + extra_cost),
+            specs.append(LayerSpec(name, partial(block, shape, tp, name, **last), cost=cost * (1 + extra_cost),
                                    recompute=True, tied_to=f"{side}.bias"))
         specs.append(LayerSpec(f"{side}.final_norm", norm, cost=0.0))
     small = config.hidden**-0.5  # either way the first logits vary by about 1
-    head = partial(Head, config, shard, None, small) if config.tied_head else partial(Head, config, shard, small)
+    head = partial(Head, config, tp, None, small) if config.tied_head else partial(Head, config, tp, small)
     specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None,
                            vocabulary=True))
     return specs
@@ -67,12 +67,12 @@ def block_shape(config: T5Config) -> BlockShape:
 class Enter(nn.Module):
     """[b, s, h] -> [s(/tp), b, h]: there are no absolute positions."""
 
-    def __init__(self, config: T5Config, shard: TensorShard):
+    def __init__(self, config: T5Config, tp: TensorParallel):
         super().__init__()
-        self.shard, self.probability = shard, config.dropout
+        self.tp, self.probability = tp, config.dropout
 
     def forward(self, state: State) -> State:
-        return (entered(state[0], self.shard, self.probability if self.training else 0.0), *state[1:])
+        return (entered(state[0], self.tp, self.probability if self.training else 0.0), *state[1:])
 
 
 class DecoderEmbedding(Enter):
@@ -81,7 +81,7 @@ class DecoderEmbedding(Enter):
     def forward(self, state: State, embedding: Embedding) -> State:
         memory, ids, *mask = state
         looked_up = embedding(ids).to(memory.dtype)  # a table of another layer is not cast with this one
-        x = entered(looked_up, self.shard, self.probability if self.training else 0.0)
+        x = entered(looked_up, self.tp, self.probability if self.training else 0.0)
         return (x, memory, *mask)
 
 
@@ -91,11 +91,11 @@ class RelativeBias(nn.Module):
     In the list it stands before the blocks that use it and leaves the state as it is.
     """
 
-    def __init__(self, config: T5Config, shard: TensorShard, two_sided: bool):
+    def __init__(self, config: T5Config, tp: TensorParallel, two_sided: bool):
         super().__init__()
         self.num_buckets, self.max_distance = config.relative_buckets, config.relative_max_distance
         self.two_sided = two_sided
-        self.weight = nn.Parameter(torch.empty(self.num_buckets, config.heads // shard.size, device=shard.device))
+        self.weight = nn.Parameter(torch.empty(self.num_buckets, config.heads // tp.size, device=tp.device))
         plan_parameter(self.weight, std=config.hidden**-0.5, slice_dim=1)
 
     def forward(self, state: State) -> State:
@@ -125,12 +125,12 @@ class RelativeBias(nn.Module):
 class EncoderBlock(Block):
     """A block in which every token of the source sees every other."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str):
-        super().__init__(shape, shard, name, causal=False)
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str):
+        super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State, bias: RelativeBias) -> State:
         x, ids, *mask = state
-        table = bias.table(self.shard.full_length(x)).to(x.dtype)
+        table = bias.table(self.tp.full_length(x)).to(x.dtype)
         if mask:
             table = table.masked_fill(~seen(mask[0]), torch.finfo(x.dtype).min)
         return (super().forward(x, mask=table), ids, *mask)
@@ -139,13 +139,13 @@ class EncoderBlock(Block):
 class DecoderBlock(Block):
     """A causal block with attention to the encoder's output; the last one lets go of it."""
 
-    def __init__(self, shape: BlockShape, shard: TensorShard, name: str, last: bool):
-        super().__init__(shape, shard, name, causal=True, cross=True)
+    def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, last: bool):
+        super().__init__(shape, tp, name, causal=True, cross=True)
         self.last = last
 
     def forward(self, state: State, bias: RelativeBias) -> State | Tensor:
         x, memory, *mask = state
-        length = self.shard.full_length(x)
+        length = self.tp.full_length(x)
         table = bias.table(length).to(x.dtype)
         table = table.masked_fill(~causal_mask(length, x.device), torch.finfo(x.dtype).min)
         x = super().forward(x, mask=table, memory=memory, memory_mask=seen(mask[0]) if mask else None)

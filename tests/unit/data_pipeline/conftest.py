@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.corpus import Document
-from data_pipeline.index import TokenDataset
-from data_pipeline.shards import write_dataset
-from data_pipeline.tokenizer import Tokenizer, TokenizerOptions, sample_text, train_tokenizer
+from data_pipeline.text.corpus import Document
+from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, sample_text, train_tokenizer
+from data_pipeline.tokens.token_dataset import TokenDataset
+from data_pipeline.tokens.token_writer import write_dataset
 
 WORDS = "def return self class import the of and loss gradient token = == ( ) : , . 12 0.5 naïve".split()  # noqa: SIM905
 

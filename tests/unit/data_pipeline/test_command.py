@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
+from common.errors import DataError
+from data_pipeline.tokens.token_dataset import TokenDataset
 from pretrain.commands import data
 
 

@@ -5,8 +5,8 @@ from itertools import islice
 
 import pytest
 
-from data_pipeline.corpus import Limits, documents, standard_library_documents
-from data_pipeline.errors import DataError
+from common.errors import DataError
+from data_pipeline.text.corpus import Limits, documents, standard_library_documents
 
 
 def test_standard_library_is_sorted_and_without_third_parties():

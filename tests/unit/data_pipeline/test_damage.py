@@ -7,11 +7,11 @@ import pickle
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data_pipeline.config import DataConfig, problems
-from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
-from data_pipeline.manifest import Manifest
-from data_pipeline.order import Piece
+from data_pipeline.folder.manifest import Manifest
+from data_pipeline.order import DocumentSpan
+from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.verify import verify
 
 SHARD = "shard-000001.tar"
@@ -27,7 +27,7 @@ def overwrite(path, offset, content):
 def read_all(folder):
     dataset = TokenDataset.open(folder)
     for document in range(len(dataset)):
-        dataset.window([Piece(document, 0, int(dataset.token_counts[document]))])
+        dataset.window([DocumentSpan(document, 0, int(dataset.token_counts[document]))])
 
 
 def found_by_verify(folder):

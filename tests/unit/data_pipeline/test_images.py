@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.images import CROP_AREA, BadImage, _random_box, _uniform, decode, evaluation_crop, training_crop
+from data_pipeline.image_text.images import (
+    CROP_AREA,
+    BadImage,
+    _random_box,
+    _uniform,
+    decode,
+    evaluation_crop,
+    training_crop,
+)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
+from common.errors import DataError
 from data_pipeline.loader import Loader, heldout_batches
 from data_pipeline.order import WindowOrder
+from data_pipeline.tokens.token_dataset import TokenDataset
 
 LENGTH = 32
 SEED = 7
@@ -110,7 +110,7 @@ def test_workers_ignore_signals_and_end_with_the_loader(dataset):
 
 RANK = """
 import sys, time
-from data_pipeline.index import TokenDataset
+from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.loader import Loader
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
-from data_pipeline.denoising import Denoising, draw_gaps, infill, permute_sentences
-from data_pipeline.masking import Masking, choose_words
-from data_pipeline.noise import Noise
-from data_pipeline.noise_facts import SpecialIds, num_special_ids, raw_tokens, span_counts
+from data_pipeline.corruption.bart_denoising import Denoising, draw_gaps, infill, permute_sentences
+from data_pipeline.corruption.masked_tokens import Masking, choose_words
+from data_pipeline.corruption.random_stream import Noise
+from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
+from data_pipeline.corruption.special_ids import SpecialIds, num_special_ids, raw_tokens, span_counts
 
 NUM_DOCUMENTS = 10_000
 VOCAB_SIZE, END = 1_000, 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import DataError
+from common.errors import DataError
 from data_pipeline.loader import Share
 from data_pipeline.order import WindowOrder, num_windows, permutation
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.errors import DataError
-from data_pipeline.images import decode, evaluation_crop
-from data_pipeline.index import TokenDataset
+from common.errors import DataError
+from data_pipeline.image_text.images import decode, evaluation_crop
+from data_pipeline.image_text.pair_dataset import PairsDataset, caption_of, caption_tokens
+from data_pipeline.image_text.pair_writer import RawPair, raw_pairs, write_pairs
 from data_pipeline.loader import Loader, heldout_batches
-from data_pipeline.pairs import PairsDataset, caption_of, caption_tokens
-from data_pipeline.pairs_writer import RawPair, raw_pairs, write_pairs
+from data_pipeline.tokens.token_dataset import TokenDataset
 from tests.unit.data_pipeline.test_images import bomb_header, encoded
 
 LENGTH, SIZE = 8, 16

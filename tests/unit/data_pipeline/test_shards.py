@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline.corpus import Document
-from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
-from data_pipeline.manifest import Manifest
-from data_pipeline.shards import LOCK_NAME, member_key, write_dataset
+from common.errors import DataError
+from data_pipeline.folder.manifest import Manifest
+from data_pipeline.folder.shard_writer import LOCK_NAME, member_key
+from data_pipeline.text.corpus import Document
+from data_pipeline.tokens.token_dataset import TokenDataset
+from data_pipeline.tokens.token_writer import write_dataset
 from data_pipeline.verify import verify
 
 

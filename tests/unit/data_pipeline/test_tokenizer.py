@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.errors import DataError
-from data_pipeline.tokenizer import Tokenizer, TokenizerOptions, load_facts, measure, sample_text, train_tokenizer
+from common.errors import DataError
+from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, load_facts, measure, sample_text, train_tokenizer
 
 # Characters that tokenizers like to lose, mixed into arbitrary text.
 awkward = st.sampled_from(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from common.shipped_files import shipped_folder
 from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
-from pretrain.shipped import shipped_folder
 from tests.faults.hostile import FIELDS, HOSTILE, LAUNCHERS, run_hostile, with_value
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -95,7 +95,7 @@ def test_torchrun():
     single = with_torchrun.argv(JOB)
     assert "--local-addr=127.0.0.1" in single
     assert "--rdzv-conf=store_type=file" in single
-    assert single[-5:] == ["launchers.one_rank", "/runs/tiny", "train", "/data/tiny.yaml", "run.seed=7"]
+    assert single[-5:] == ["launchers.supervise.rank_wrapper", "/runs/tiny", "train", "/data/tiny.yaml", "run.seed=7"]
     many = replace(JOB, nodes=2, node_rank=1, master_address="n1", master_port=29500)
     assert not list(with_torchrun.problems(many))
     assert {"--nnodes=2", "--node-rank=1", "--master-addr=n1", "--master-port=29500"} <= set(with_torchrun.argv(many))
@@ -109,7 +109,8 @@ def test_torchrun():
 def test_deepspeed():
     argv = with_deepspeed.argv(JOB)
     assert {"--num_nodes=1", "--num_gpus=2", "--master_addr=127.0.0.1", "--module"} <= set(argv)
-    for remote, script in (("openmpi", "launchers.one_rank"), ("slurm", str(ROOT / "launchers" / "one_rank.py"))):
+    wrapper = ROOT / "launchers" / "supervise" / "rank_wrapper.py"
+    for remote, script in (("openmpi", "launchers.supervise.rank_wrapper"), ("slurm", str(wrapper))):
         argv = with_deepspeed.argv(replace(JOB, hostfile=Path("/hosts"), remote=remote))
         assert {"--force_multi", "--no_ssh_check", f"--launcher={remote}", script} <= set(argv)
         assert not [word for word in argv if word.startswith("--num_")]  # deepspeed refuses them, or asks for GPUs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.local import Limits, run_ranks
+from launchers.local.ranks_here import Limits, run_ranks
 
 QUICK = Limits(agree_seconds=0.5, stop_seconds=1.0)
 PRELUDE = "import os, signal, sys, time\nrank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])\n"
@@ -148,7 +148,7 @@ def test_logs_are_kept_only_after_a_failure(monkeypatch, tmp_path, capfd):
 PARENT = """
 import sys
 from pathlib import Path
-from launchers.local import Limits, run_ranks
+from launchers.local.ranks_here import Limits, run_ranks
 sys.exit(run_ranks([sys.executable, "-c", sys.argv[1]], int(sys.argv[2]), Path(sys.argv[3]), Limits(0.5, 1.0)))
 """
 WAITING = PRELUDE + """

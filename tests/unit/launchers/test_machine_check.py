@@ -8,8 +8,8 @@ import pytest
 
 from launchers import machine_check
 from launchers.job import Job
-from parallel.rank_info import alone
-from pretrain.run_lock import RunLock
+from launchers.run_folder.run_lock import RunLock
+from parallel.ranks.rank_info import alone
 
 JOB = Job(name="tiny", config=Path("/data/tiny.yaml"), folder=Path("/runs/tiny"), work_dir=Path("/srv"),
           python="python", ranks_per_node=2)

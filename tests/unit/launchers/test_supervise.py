@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from launchers.outcome import Outcome, close, decide
-from parallel.rank_info import alone, process_environment
-from pretrain.status import Status, begin, first_failure, note_failure, read, write
+from launchers.run_folder.status import Status, begin, first_failure, note_failure, read, write
+from launchers.supervise.outcome import Outcome, close, decide
+from parallel.ranks.rank_info import alone, process_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def supervise(folder, body, wait=True):
     (folder / "logs").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "launchers.supervise", str(folder), "--", sys.executable, "-c",
+    command = [sys.executable, "-m", "launchers.supervise.supervisor", str(folder), "--", sys.executable, "-c",
                textwrap.dedent(body)]
     process = subprocess.Popen(command, env=process_environment() | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE,
                                text=True, cwd=folder)
@@ -111,8 +111,9 @@ def start_under_slurm(folder, srun, *words):
         (folder / name).chmod(0o755)
     (folder / "logs").mkdir()
     return subprocess.Popen(
-        [sys.executable, "-m", "launchers.supervise", "--slurm", "--requeue", *words], stderr=subprocess.PIPE,
-        text=True, env=process_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"})
+        [sys.executable, "-m", "launchers.supervise.supervisor", "--slurm", "--requeue", *words],
+        stderr=subprocess.PIPE, text=True,
+        env=process_environment() | {"PYTHONPATH": str(ROOT), "PATH": f"{folder}:{os.environ['PATH']}"})
 
 
 def test_a_warning_before_the_launcher_starts_is_kept(tmp_path):
@@ -158,7 +159,7 @@ note.unlink()
         supervised = f"""
 import sys
 from pathlib import Path
-from launchers import supervise
+from launchers.supervise import supervisor as supervise
 supervise.FAILED_SECONDS = 0.5
 supervise.Supervisor(Path({str(tmp_path)!r}), [sys.executable, "-c", {body!r}], False, "t", {restarts}).run()
 """
@@ -177,7 +178,8 @@ def test_a_rank_whose_launcher_died_is_asked_to_save(tmp_path):
         f"def save(*_):\n    open({str(tmp_path / 'saved')!r}, 'w').close()\n    sys.exit(75)\n"
         "signal.signal(signal.SIGUSR1, save)\nsignal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\n"
         f"open({str(tmp_path / 'up')!r}, 'w').close()\nsignal.pause()\n")
-    launcher = "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'launchers.one_rank', sys.argv[1], 'x'])"
+    launcher = ("import subprocess, sys\n"
+                "subprocess.run([sys.executable, '-m', 'launchers.supervise.rank_wrapper', sys.argv[1], 'x'])")
     process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path)], cwd=tmp_path,
                                env=process_environment() | {"PYTHONPATH": f"{package.parent}:{ROOT}"})
     wait_for((tmp_path / "up").exists)
@@ -197,8 +199,8 @@ def test_the_keeper_notes_how_its_rank_ended(tmp_path):
         "PYTHONPATH": f"{package.parent}:{ROOT}", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for word, expected in (("exit", 77), ("die", 137)):
-        done = subprocess.run([sys.executable, "-m", "launchers.one_rank", str(tmp_path), word, "--local_rank=1"],
-                              env=environ, check=False, cwd=tmp_path)
+        command = [sys.executable, "-m", "launchers.supervise.rank_wrapper", str(tmp_path), word, "--local_rank=1"]
+        done = subprocess.run(command, env=environ, check=False, cwd=tmp_path)
         assert done.returncode == expected
         note = json.loads((tmp_path / "logs" / "exit-rank1.json").read_text())
         assert (note["rank"], note["exit_code"]) == (1, expected)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig
-from parallel.offload import MappedFiles, NoRoom, lacking_for_offload
-from parallel.zero import adamw
+from parallel.zero.host_adam import adamw
+from parallel.zero.offload import MappedFiles, NoRoom, lacking_for_offload
 
 
 def lacking(offload: str, device_type: str, folder: str = "") -> str | None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from parallel.node_list import NodeListError, expand_node_list, expand_tasks_per_node
-from parallel.rank_info import RankInfoError, alone, read_rank_info
+from parallel.ranks.rank_info import RankInfoError, alone, read_rank_info
+from parallel.ranks.slurm_node_list import NodeListError, expand_node_list, expand_tasks_per_node
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "n1",
          "MASTER_PORT": "29500"}
@@ -157,5 +157,5 @@ def test_tasks_per_node():
 def test_no_torch():
     import subprocess
     import sys
-    code = "import sys, parallel.rank_info; sys.exit('torch' in sys.modules)"
+    code = "import sys, parallel.ranks.rank_info; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -5,13 +5,13 @@ from importlib import import_module
 import pytest
 import torch
 
-from parallel.initialise import draw
-from parallel.megatron import TensorShard
-from parallel.pipeline import Stage
+from parallel.parameter_plan import draw
+from parallel.pipeline_stages import Stage
 from parallel.recompute import Recomputable, recompute_selectively, recomputed
-from pretrain.config import config_from
+from parallel.single_rank import single_rank
+from parallel.tensor_parallel import TensorParallel
+from pretrain.config.run_config import config_from
 from pretrain.models import FAMILIES
-from pretrain.trained import single_rank
 from tests.helpers.recipes import recipe_of
 
 INPUTS = {
@@ -40,7 +40,8 @@ def alone():
 def stage_of(groups, family: str, changes: dict) -> Stage:
     content = recipe_of(family)
     config = config_from({**content, "model": {**content["model"], **changes}, "data": {"train": "none"}}, "test")
-    specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, TensorShard(groups, torch.device("cpu")))
+    modules = import_module(f"{FAMILIES[family]}.modules")
+    specs = modules.layers(config.model, TensorParallel(groups, torch.device("cpu")))
     stage = Stage(specs, (0, len(specs)))
     with torch.no_grad():
         for name, parameter in stage.named_global_parameters():

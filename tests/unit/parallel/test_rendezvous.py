@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from parallel.rank_info import RankInfo, process_environment
-from parallel.rendezvous import RendezvousError, join
+from parallel.ranks.rank_info import RankInfo, process_environment
+from parallel.ranks.rendezvous import RendezvousError, join
 
 ROOT = Path(__file__).resolve().parents[3]
 RANK = """
 import os, sys
-from parallel.rank_info import alone, read_rank_info
-from parallel.rendezvous import join, leave
+from parallel.ranks.rank_info import alone, read_rank_info
+from parallel.ranks.rendezvous import join, leave
 info = read_rank_info() or alone()
 join(info, 60, 60)
 import torch, torch.distributed as dist
@@ -70,7 +70,7 @@ def test_one_rank_alone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_taken_ports_are_passed_over_by_all_ranks_and_nothing_listens_beyond_loopback():
-    from parallel.rank_info import read_rank_info
+    from parallel.ranks.rank_info import read_rank_info
     job = "4711"
     ports = read_rank_info(slurm_rank(0, 2, job)).ports
     with socket.socket() as silent, socket.socket() as refusing:

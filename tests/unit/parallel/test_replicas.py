@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 
-from parallel.replicas import CHUNK, Difference, _disagreements, fingerprint
-from pretrain.hooks.health import suspicion
-from pretrain.hooks.hook import Hook, Hooks
-from pretrain.status import read
+from launchers.run_folder.status import read
+from parallel.checks.replica_check import CHUNK, Difference, _disagreements, fingerprint
+from pretrain.training.hooks.health import suspicion
+from pretrain.training.hooks.hook import Hook, Hooks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT, write_recipe
 
@@ -58,12 +58,12 @@ def test_what_is_told(found, rank, node, words):
 
 def find_flips(info, values: dict, num_flips: int) -> list:
     """Flips bits of common weights, one at a time, on random ranks: (what should be found, what was) for each."""
+    from parallel.checks.replica_check import _held, differences
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
-    from parallel.replicas import _held, differences
-    from pretrain.config import config_from
-    from pretrain.loop import build_engine
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
+    from pretrain.config.run_config import config_from
+    from pretrain.training.loop import build_engine
 
     config = config_from(values, "test")
     join(info)
@@ -95,11 +95,11 @@ def find_flips(info, values: dict, num_flips: int) -> list:
 
 def replicated(engine) -> list[tuple[str, tuple[int, ...]]]:
     """(identity, holders) of every weight that several ranks hold."""
-    from parallel.rendezvous import exchange
-    from parallel.replicas import _held
+    from parallel.checks.replica_check import _held
+    from parallel.ranks.agreement import all_gather_text
 
     holders: dict[str, list[int]] = {}
-    for rank, text in enumerate(exchange(json.dumps([identity for identity, _ in _held(engine)]))):
+    for rank, text in enumerate(all_gather_text(json.dumps([identity for identity, _ in _held(engine)]))):
         for identity in json.loads(text):
             holders.setdefault(identity, []).append(rank)
     return sorted((identity, tuple(ranks)) for identity, ranks in holders.items() if len(ranks) > 1)
@@ -134,10 +134,10 @@ class Flip(Hook):
 
 
 def train_with_a_fault(info, config_path: str, overrides: list[str], flip: Flip | None) -> int:
-    from pretrain import loop
     from pretrain.cli import report
     from pretrain.commands.train import run_rank
-    from pretrain.config import load_run
+    from pretrain.config.run_config import load_run
+    from pretrain.training import loop
 
     standard = loop.standard_hooks
     if flip:

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from parallel.case import ModelFacts, nearest_multiples
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout, legal
-from parallel.rules import RULES, problems
+from parallel.rules.model_traits import ModelTraits
+from parallel.rules.rule import nearest_multiples
+from parallel.rules.table import RULES, problems
 
-MODEL = ModelFacts(layers=4, heads=4, kv_heads=4, hidden=256, ffn=1024, vocab_size=4096, sequence_length=256)
+MODEL = ModelTraits(layers=4, heads=4, kv_heads=4, hidden=256, ffn=1024, vocab_size=4096, sequence_length=256)
 
 
 def found(world_size=8, compute="fp32", model=None, **parallel):

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.megatron import TensorShard
-from parallel.vocabulary_loss import WaitingHead, token_losses
-from parallel.zero import chunked_cross_entropy
+from parallel.chunked_loss import DeferredHead, token_losses
+from parallel.single_rank import single_rank
+from parallel.tensor_parallel import TensorParallel
+from parallel.zero.fused_loss import chunked_cross_entropy
 from pretrain.models.gpt.spec import GPTConfig
 from pretrain.models.vocabulary import Head
-from pretrain.trained import single_rank
 from tests.helpers.live_bytes import LiveBytes
 
 NUM_TOKENS, VOCAB_SIZE, HIDDEN = 2048, 131_072, 16
@@ -18,29 +18,29 @@ NUM_TOKENS, VOCAB_SIZE, HIDDEN = 2048, 131_072, 16
 @pytest.fixture(scope="module")
 def shard():
     with single_rank() as groups:
-        yield TensorShard(groups, torch.device("cpu"))
+        yield TensorParallel(groups, torch.device("cpu"))
 
 
-def head_of(shard: TensorShard, vocab_size: int, pad_to: int = 1) -> Head:
+def head_of(tp: TensorParallel, vocab_size: int, pad_to: int = 1) -> Head:
     config = GPTConfig(layers=1, hidden=HIDDEN, heads=1, vocab_size=vocab_size, sequence_length=NUM_TOKENS,
                        pad_vocab_to=pad_to)
-    head = Head(config, shard, std=0.5)
+    head = Head(config, tp, std=0.5)
     with torch.no_grad():
         head.weight.normal_(generator=torch.Generator().manual_seed(1))
     return head
 
 
 def losses_and_gradients(head: Head, x: Tensor, labels: Tensor, weights: Tensor, chunk_tokens: int) -> list[Tensor]:
-    waits = WaitingHead(head, (x,), chunked_cross_entropy(head.shard, chunk_tokens))
+    waits = DeferredHead(head, (x,), chunked_cross_entropy(head.tp, chunk_tokens))
     outputs = waits if chunk_tokens else head(x)
-    losses, = token_losses(outputs, labels, head.shard)
+    losses, = token_losses(outputs, labels, head.tp)
     gradients = torch.autograd.grad((losses * weights).sum(), (x, head.weight))
     return [losses.detach(), *gradients]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padding_has_no_probability_and_weights_count(dtype, shard):
-    head = head_of(shard, vocab_size=90, pad_to=64).to(dtype)
+def test_padding_has_no_probability_and_weights_count(dtype, tp):
+    head = head_of(tp, vocab_size=90, pad_to=64).to(dtype)
     x = torch.randn(7, 3, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
     labels = torch.randint(90, (7, 3), generator=torch.Generator().manual_seed(3))
     weights = (torch.arange(21).view(7, 3) % 4 != 0).float()
@@ -55,9 +55,9 @@ def test_padding_has_no_probability_and_weights_count(dtype, shard):
         assert not found[2][90:].any()
 
 
-def test_memory_at_a_large_vocabulary(shard):
+def test_memory_at_a_large_vocabulary(tp):
     """Peak bytes beside the weight and what both give back, 2,048 tokens: at least 4 times lower."""
-    head = head_of(shard, VOCAB_SIZE)
+    head = head_of(tp, VOCAB_SIZE)
     x = torch.randn(NUM_TOKENS, 1, HIDDEN, generator=torch.Generator().manual_seed(2)).requires_grad_()
     labels = torch.randint(VOCAB_SIZE, (NUM_TOKENS, 1), generator=torch.Generator().manual_seed(3))
     weights, peaks, found = torch.ones(NUM_TOKENS, 1), [], []

@@ -8,22 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data_pipeline.pairs import PairsDataset
-from data_pipeline.pairs_writer import RawPair, write_pairs
-from parallel.initialise import draw
-from parallel.megatron import TensorShard
-from parallel.pipeline import Stage
-from parallel.two_pass import DataRows, GradientCache, surrogate
-from pretrain.config import config_from
-from pretrain.metrics import read_metrics
+from data_pipeline.image_text.pair_dataset import PairsDataset
+from data_pipeline.image_text.pair_writer import RawPair, write_pairs
+from parallel.gradient_cache import DataRows, GradientCache, surrogate
+from parallel.parameter_plan import draw
+from parallel.pipeline_stages import Stage
+from parallel.tensor_parallel import TensorParallel
+from pretrain.config.run_config import config_from
 from pretrain.models import family_spec
 from pretrain.models.clip.modules import layers
 from pretrain.models.clip.spec import CLIPConfig
 from pretrain.objectives.contrastive import Contrastive, SigLIP
+from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, write_recipe
 
-SHARD = TensorShard(None, torch.device("cpu"))
+SHARD = TensorParallel(None, torch.device("cpu"))
 ROWS = DataRows()
 
 
@@ -34,8 +34,8 @@ def small(**changes) -> CLIPConfig:
 def in_one_process(info, work: str):
     """Megatron-core's embedding asks for its groups, so even a single rank needs a world."""
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
 
     join(info)
     build_groups(Layout())
@@ -118,9 +118,9 @@ def test_a_surrogate_has_the_cached_gradient():
 def largest_scale(info, stage: int) -> list[float]:
     """The log of the scale after each of three steps that pull it upwards, from a start just below its bound."""
     from parallel.layout import Layout
-    from parallel.megatron import build_groups
-    from parallel.rendezvous import join
-    from pretrain.loop import build_engine
+    from parallel.process_groups import build_groups
+    from parallel.ranks.rendezvous import join
+    from pretrain.training.loop import build_engine
 
     values = {**CLIP, "model": {**CLIP["model"], "init_temperature": 0.0101}, "data": {"train": "unused"},
               "parallel": {"micro_batch": 4, "global_batch": 8, "zero_stage": stage}}

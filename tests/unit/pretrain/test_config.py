@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import RunConfig, load_config, load_run
-from pretrain.errors import ConfigError, Problem, render
+from common.errors import ConfigError, Problem, render
+from pretrain.config.run_config import RunConfig, load_config, load_run
 
 GOOD = """\
 run: {dir: DIR/run, steps: 10}
@@ -101,7 +101,7 @@ def test_wrong_value(write, key, value, possible):
     if possible != "plain":
         assert problem.where == f"{key} (command line)"
         assert possible in problem.possible
-        assert possible in problem.remedy
+        assert possible in problem.change
     assert key in problem.where
     assert len(problem.asked) < 200
 
@@ -116,7 +116,7 @@ def test_wrong_choice_lists_the_choices(write, key, value, meant):
     problem = only(write(GOOD), f"{key}={value}")
     assert meant in problem.possible
     if value not in ("7", "yes"):
-        assert problem.remedy == f"set {key} to {meant}"
+        assert problem.change == f"set {key} to {meant}"
 
 
 @pytest.mark.parametrize(("text", "where", "meant"), [
@@ -126,7 +126,7 @@ def test_wrong_choice_lists_the_choices(write, key, value, meant):
 def test_unknown_key_in_the_file(write, text, where, meant):
     problem = only(write(text))
     assert problem.where == where
-    assert problem.remedy == f"did you mean {meant}?"
+    assert problem.change == f"did you mean {meant}?"
 
 
 @pytest.mark.parametrize(("override", "where", "remedy"), [
@@ -146,7 +146,7 @@ def test_unknown_key_in_the_file(write, text, where, meant):
 def test_bad_override(write, override, where, remedy):
     problem = only(write(GOOD), override)
     assert problem.where == where
-    assert remedy in problem.remedy
+    assert remedy in problem.change
 
 
 def test_all_problems_at_once(write):
@@ -174,7 +174,7 @@ def test_problems_between_sections_name_their_line(write):
 def test_model_that_does_not_fit_together(write, overrides, where, remedy):
     problem = only(write(GOOD), *overrides)
     assert problem.where.startswith(where)
-    assert remedy in problem.remedy
+    assert remedy in problem.change
 
 
 @pytest.mark.parametrize(("text", "where", "asked"), [
@@ -205,7 +205,7 @@ def test_duplicate_keys_are_all_told_with_their_lines(write):
 
 def test_file_that_cannot_be_read(tmp_path):
     assert "No such file" in only(tmp_path / "none.yaml").asked
-    assert "gpt" in os.listdir(only(tmp_path / "none.yaml").remedy.rpartition(" ")[2])
+    assert "gpt" in os.listdir(only(tmp_path / "none.yaml").change.rpartition(" ")[2])
     assert "directory" in only(tmp_path).asked
     (tmp_path / "latin.yaml").write_bytes(b"run: \xff\xfe\n")
     assert "UTF-8" in only(tmp_path / "latin.yaml").asked

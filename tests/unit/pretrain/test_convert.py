@@ -15,21 +15,21 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_pipeline.images import evaluation_crop
-from parallel.initialise import ParameterPlan, draw
+from common.errors import UserError
+from data_pipeline.image_text.images import evaluation_crop
 from parallel.layout import Layout
-from parallel.megatron import build_groups
-from parallel.rendezvous import join
-from pretrain.checkpoint.certificate import certificate, folder_outputs, sample_inputs, training_outputs
-from pretrain.checkpoint.hf_config import by_model_type, choose_architecture, read_config, write_config
-from pretrain.checkpoint.hf_export import Export, export, write_folder
-from pretrain.checkpoint.hf_folder import HFError, HFFolder
-from pretrain.errors import UserError
+from parallel.parameter_plan import ParameterPlan, draw
+from parallel.process_groups import build_groups
+from parallel.ranks.rendezvous import join
+from parallel.single_rank import single_rank
+from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
+from pretrain.hf.config_json import by_model_type, choose_architecture, read_config, write_config
+from pretrain.hf.export_folder import Export, export, write_folder
+from pretrain.hf.read_folder import HFError, HFFolder
 from pretrain.models import FAMILIES, family_spec
 from pretrain.models.build import global_shapes
 from pretrain.models.clip.spec import PIXEL_MEAN, PIXEL_STD
-from pretrain.models.hf_map import Entry, Free, Must, Present, Same, Told
-from pretrain.trained import single_rank
+from pretrain.models.hf_map import Entry, IfTensorPresent, Ignored, Mapped, RequiredValue, TrainingOnly
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -217,7 +217,7 @@ def test_exported_and_imported_again_is_the_same_model(case, alone, tmp_path):
     back = HFFolder(tmp_path)
     again = back.model.model_dump()
     said = {rule.ours: rule.value(model) if rule.value else getattr(model, rule.ours)
-            for rule in architecture.fields if isinstance(rule, Same)}
+            for rule in architecture.fields if isinstance(rule, Mapped)}
     assert {**again, **said} == again
     back.bind(global_shapes(back.model, alone))
     real = model.vocab_size  # rows of padding do not travel, nor rows of positions that nothing reads
@@ -278,7 +278,7 @@ def test_every_key_of_transformers_config_is_known_with_its_default(model_type):
     written, silent = (read_config(family, architecture, values, ()) for values in (theirs, whole))
     assert [written.problems, silent.problems] == [[], []]
     for rule in architecture.fields:
-        if isinstance(rule, Same):
+        if isinstance(rule, Mapped):
             found = [rule.value(model) if rule.value else getattr(model, rule.ours)
                      for model in (written.model, silent.model)]
             assert found[0] == found[1], rule.theirs
@@ -287,10 +287,11 @@ def test_every_key_of_transformers_config_is_known_with_its_default(model_type):
 @pytest.mark.parametrize("model_type", by_model_type())
 def test_every_field_of_ours_has_its_place(model_type):
     family, architecture = by_model_type()[model_type]
-    said = {rule.ours for rule in architecture.fields if not isinstance(rule, Must | Told | Free)}
+    said = {rule.ours for rule in architecture.fields if not isinstance(rule, RequiredValue | TrainingOnly | Ignored)}
     silent = set(family_spec(family).config_class.model_fields) - said - set(architecture.free_of_ours)
     assert silent == set()
-    assert all(isinstance(rule, Same | Must | Told | Free | Present) or rule.values for rule in architecture.fields)
+    free_of_values = Mapped | RequiredValue | TrainingOnly | Ignored | IfTensorPresent
+    assert all(isinstance(rule, free_of_values) or rule.values for rule in architecture.fields)
 
 
 def test_an_older_folder_of_gpt2(alone, tmp_path):

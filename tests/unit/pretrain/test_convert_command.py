@@ -14,11 +14,11 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pretrain.checkpoint.start import start_problems
+from pretrain.checkpoint.start_weights import start_problems
 from pretrain.checkpoint.store import Checkpoint, starting_weights
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.cli import main
-from pretrain.config import load_config
+from pretrain.config.run_config import load_config
 from tests.helpers.ranks import run_ranks
 
 LLAMA = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -208,14 +208,14 @@ def test_shards_hold_at_most_their_size():
 
 def peak_growth(info, folder: str) -> dict[str, float]:
     """Bytes by which memory grew at its highest, for a way in and a way out of a model of 180 MB."""
-    from pretrain.checkpoint.hf_export import Export, write_folder
-    from pretrain.checkpoint.hf_folder import HFFolder
-    from pretrain.checkpoint.hf_import import write_run
+    from parallel.single_rank import single_rank
     from pretrain.commands.checkpoint_hf import _config
+    from pretrain.hf.export_folder import Export, write_folder
+    from pretrain.hf.import_folder import write_run
+    from pretrain.hf.read_folder import HFFolder
     from pretrain.models.build import global_shapes
     from pretrain.models.gpt.hf import LLAMA as architecture
     from pretrain.models.gpt.spec import GPTConfig
-    from pretrain.trained import single_rank
 
     model = GPTConfig(layers=8, hidden=768, heads=8, kv_heads=4, ffn=1536, vocab_size=2000, sequence_length=128,
                       positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, tied_head=False)

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.corpus import Document
-from data_pipeline.errors import DataError
-from data_pipeline.shards import write_dataset
-from data_pipeline.tokenizer import TokenizerOptions, train_tokenizer
+from common.errors import DataError
+from data_pipeline.text.corpus import Document
+from data_pipeline.text.tokenizer import TokenizerOptions, train_tokenizer
+from data_pipeline.tokens.token_writer import write_dataset
 from pretrain.cli import main
-from pretrain.evaluation.language import Text, language_measures, stream_batches
-from pretrain.evaluation.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
-from pretrain.metrics import EVALUATIONS_FILE, read_metrics
+from pretrain.inference.language import Text, language_measures, stream_batches
+from pretrain.inference.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
+from pretrain.training.metrics import EVALUATIONS_FILE, read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
@@ -139,10 +139,10 @@ def test_an_answer_stops_at_the_end_and_is_the_most_likely(dataset, tmp_path):
 
 def answered(info, recipe: str) -> bool:
     """An answer taken token by token is what the whole sequence makes most likely; it stops at the stop token."""
-    from parallel.initialise import draw
-    from pretrain.config import load_config
-    from pretrain.generation import answer_tokens
-    from pretrain.trained import single_rank
+    from parallel.parameter_plan import draw
+    from parallel.single_rank import single_rank
+    from pretrain.config.run_config import load_config
+    from pretrain.inference.generation import answer_tokens
     from tests.contracts.test_families import stage_of
 
     config = load_config(recipe)
@@ -163,7 +163,7 @@ def answered(info, recipe: str) -> bool:
 def test_data_that_does_not_fit_the_model(recipe, dataset, shapes, tmp_path):
     """Each mistake is told in words, with its exit code and without a traceback, and nothing is printed for a program.
 
-    Another family's data, another tokenizer's, no text, a damaged or missing shard, examples of a decoder.
+    Another family's data, another tokenizer's, no text, a damaged or missing tp, examples of a decoder.
     """
     assert train_on(1, recipe, [f"run.dir={tmp_path / 'run'}", "run.steps=1", "checkpoint.every=1"]) == [0]
     other = train_tokenizer(["another text altogether, of other words\n" * 40], TokenizerOptions(vocab_size=300))
@@ -171,8 +171,8 @@ def test_data_that_does_not_fit_the_model(recipe, dataset, shapes, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "folder").mkdir()
     cut = Path(shutil.copytree(dataset / "heldout", tmp_path / "cut"))
-    shard = next(cut.glob("*.tar"))
-    shard.write_bytes(shard.read_bytes()[:-1024])
+    tp = next(cut.glob("*.tar"))
+    tp.write_bytes(tp.read_bytes()[:-1024])
     run = tmp_path / "run"
     mistakes = [([run, "--data", shapes / "heldout"], 2, "images with captions, where tokenized documents are needed"),
                 ([run, "--data", tmp_path / "other"], 2, "another tokenizer than the model's"),

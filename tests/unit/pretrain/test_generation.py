@@ -11,14 +11,14 @@ LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0])
 
 
 def drawn(sampling, count=400):
-    from pretrain.generation import choose
+    from pretrain.inference.generation import choose
 
     generator = torch.Generator().manual_seed(5)
     return {choose(LOGITS, sampling, generator) for _ in range(count)}
 
 
 def test_sampling_limits():
-    from pretrain.generation import Sampling
+    from pretrain.inference.generation import Sampling
 
     assert drawn(Sampling(temperature=0.0)) == {1}
     assert drawn(Sampling(top_k=2)) == {1, 3}
@@ -38,19 +38,19 @@ def test_cache_changes_nothing(positions, kv_heads):
 
 def _with_and_without_cache(info, positions, kv_heads):
     """(largest difference of a logit over a sequence fed in pieces, tokens generated from 8 of 48)."""
-    from parallel.initialise import draw
-    from parallel.megatron import TensorShard
-    from parallel.pipeline import Stage
-    from pretrain.generation import Sampling, continue_tokens
+    from parallel.parameter_plan import draw
+    from parallel.pipeline_stages import Stage
+    from parallel.single_rank import single_rank
+    from parallel.tensor_parallel import TensorParallel
+    from pretrain.inference.generation import Sampling, continue_tokens
     from pretrain.models.blocks import Cache
     from pretrain.models.gpt.modules import layers
     from pretrain.models.gpt.spec import GPTConfig
-    from pretrain.trained import single_rank
 
     config = GPTConfig(layers=2, hidden=32, heads=4, kv_heads=kv_heads, vocab_size=64, sequence_length=48,
                        positions=positions, init_std=0.3)
     with single_rank() as groups, torch.no_grad():
-        specs = layers(config, TensorShard(groups, torch.device("cpu")))
+        specs = layers(config, TensorParallel(groups, torch.device("cpu")))
         stage = Stage(specs, (0, len(specs))).eval()
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))

@@ -130,7 +130,8 @@ def test_generate_continues_as_transformers_does(gpt2, capsys):
 
 def test_hidden_tokens_by_the_ids_of_the_folder(tmp_path):
     """A BERT whose special tokens are its first ids: they frame what it sees, and stand for what is hidden."""
-    from pretrain.trained import open_model, single_rank
+    from parallel.single_rank import single_rank
+    from pretrain.inference.trained_model import open_model
 
     folder = tmp_path / "bert"
     tokenizer = byte_level(folder, "[PAD]", "[CLS]", "[SEP]", "[MASK]", pad_token="[PAD]", cls_token="[CLS]",

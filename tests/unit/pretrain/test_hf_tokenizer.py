@@ -11,12 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from data_pipeline.noise_facts import SpecialIds
-from data_pipeline.pieces import vocabulary
-from data_pipeline.tokenizer import SPACE_RUNS, Tokenizer, TokenizerOptions, train_tokenizer
-from pretrain.checkpoint.hf_tokenizer import export_tokenizer, special_ids
-from pretrain.config import load_config
-from pretrain.errors import UserError
+from common.errors import UserError
+from data_pipeline.corruption.special_ids import SpecialIds
+from data_pipeline.text.token_pieces import vocabulary
+from data_pipeline.text.tokenizer import SPACE_RUNS, Tokenizer, TokenizerOptions, train_tokenizer
+from pretrain.config.run_config import load_config
+from pretrain.hf.tokenizer_export import export_tokenizer, special_ids
 from pretrain.models import FAMILIES
 from tests.helpers.recipes import recipe_of
 

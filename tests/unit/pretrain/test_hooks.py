@@ -15,10 +15,18 @@ import pytest
 from matplotlib.image import imread
 
 from parallel.layout import Layout
-from pretrain.hooks import ConsoleHook, CurveHook, Hook, Hooks, MetricsFileHook, TensorBoardHook, standard_hooks
-from pretrain.hooks.console import banner, duration, short_number
-from pretrain.hooks.curve import draw_curve, smoothed
-from pretrain.metrics import read_metrics
+from pretrain.training.hooks import (
+    ConsoleHook,
+    CurveHook,
+    Hook,
+    Hooks,
+    MetricsFileHook,
+    TensorBoardHook,
+    standard_hooks,
+)
+from pretrain.training.hooks.console import banner, duration, short_number
+from pretrain.training.hooks.curve import draw_curve, smoothed
+from pretrain.training.metrics import read_metrics
 
 
 def make_run(folder, start_step=0, total_steps=20, is_main=True):
@@ -152,7 +160,7 @@ def test_samples_where_a_family_has_no_tokens(tmp_path, capsys):
 def test_one_live_line_on_a_terminal(tmp_path, size):
     script = (
         "import sys; from tests.unit.pretrain.test_hooks import *\n"
-        "from pretrain.hooks import console; console.REFRESH_SECONDS = 0.0\n"
+        "from pretrain.training.hooks import console; console.REFRESH_SECONDS = 0.0\n"
         "train(ConsoleHook(), make_run(sys.argv[1]))\n"
     )
     ours, theirs = pty.openpty()

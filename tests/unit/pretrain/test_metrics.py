@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.planner.hardware import DEVICES, find_device, peak_flops
-from pretrain.metrics import MetricsWriter, counted_in, mfu, read_metrics, throughput
+from pretrain.training.metrics import MetricsWriter, counted_in, mfu, read_metrics, throughput
 
 
 def write(path, steps, resumed_step=0):
@@ -78,7 +78,7 @@ def test_damage_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog):
 def test_records_survive_kill_9(tmp_path):
     path = tmp_path / "metrics.jsonl"
     script = (
-        "import sys; from pathlib import Path; from pretrain.metrics import MetricsWriter\n"
+        "import sys; from pathlib import Path; from pretrain.training.metrics import MetricsWriter\n"
         "writer = MetricsWriter(Path(sys.argv[1])); step = 0\n"
         "while True:\n"
         "    step += 1; writer.write({'step': step, 'loss': 1.5})\n"

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.balance import Balance
-from parallel.experts import grouped_kernel, grouped_linear
-from parallel.megatron import TensorShard
+from parallel.expert_parallel import grouped_kernel, grouped_linear
+from parallel.load_balance import Balance
 from parallel.recompute import recompute_selectively, recomputed
+from parallel.single_rank import single_rank
+from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import BlockShape
 from pretrain.models.feed_forward import Mixture, MixtureShape, within_capacity
-from pretrain.trained import single_rank
 
 LENGTH, BATCH, HIDDEN, EXPERTS = 12, 3, 8, 5
 PLAIN = {"experts": EXPERTS, "top_k": 2, "ffn": 16, "shared_ffn": 0, "renormalised": True, "capacity_factor": None,
@@ -31,7 +31,7 @@ def mixture_of(groups, activation="gelu", bias=True, **changes) -> Mixture:
     shape = BlockShape(hidden=HIDDEN, heads=1, kv_heads=1, ffn=16, norm="layernorm", norm_position="pre",
                        norm_epsilon=1e-5, activation=activation, bias=bias, dropout=0.0, attention_dropout=0.0,
                        std=0.5, residual_std=0.5)
-    layer = Mixture(shape, MixtureShape(**{**PLAIN, **changes}), TensorShard(groups, torch.device("cpu")))
+    layer = Mixture(shape, MixtureShape(**{**PLAIN, **changes}), TensorParallel(groups, torch.device("cpu")))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in layer.parameters():

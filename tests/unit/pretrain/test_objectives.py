@@ -7,19 +7,18 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline.errors import DataError
-from data_pipeline.index import TokenDataset
+from common.errors import ConfigError, DataError
 from data_pipeline.loader import Loader, heldout_batches
-from data_pipeline.texts import TextDataset
-from data_pipeline.tokenizer import Tokenizer
-from parallel.initialise import draw
-from parallel.megatron import TensorShard
-from parallel.pipeline import Stage
-from pretrain.config import load_config, load_run
-from pretrain.errors import ConfigError
+from data_pipeline.text.tokenizer import Tokenizer
+from data_pipeline.tokens.in_memory_dataset import TextDataset
+from data_pipeline.tokens.token_dataset import TokenDataset
+from parallel.parameter_plan import draw
+from parallel.pipeline_stages import Stage
+from parallel.single_rank import single_rank
+from parallel.tensor_parallel import TensorParallel
+from pretrain.config.run_config import load_config, load_run
 from pretrain.models import FAMILIES, family_spec
 from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
-from pretrain.trained import single_rank
 from tests.helpers.recipes import TEXT_VOCAB_SIZE, recipe_of
 
 TEXT_FAMILIES = [family for family in FAMILIES if family != "clip"]  # pictures: tests/unit/pretrain/test_clip.py
@@ -77,7 +76,7 @@ def test_target_is_split_over_tensor_ranks(config_of):
         load_run(path, ["parallel.tensor=2", "parallel.sequence=true"])
     [found] = caught.value.problems
     assert found.where.startswith("model.target_length")
-    assert "set model.target_length to 10" in found.remedy
+    assert "set model.target_length to 10" in found.change
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
@@ -91,10 +90,10 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
         config.objective, config.model, dataset, "heldout")))
     assert held[1]["weights"][1].sum() == 0 < held[1]["weights"][0].sum()
     with single_rank() as groups:
-        shard = TensorShard(groups, torch.device("cpu"))
-        specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, shard)
+        tp = TensorParallel(groups, torch.device("cpu"))
+        specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, tp)
         stage = Stage(specs, (0, len(specs)))
-        loss = make_loss(name, family, shard)
+        loss = make_loss(name, family, tp)
         with torch.no_grad():
             for key, parameter in stage.named_global_parameters():
                 parameter.copy_(draw(key, tuple(parameter.shape), parameter.plan, 3))

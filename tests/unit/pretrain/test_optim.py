@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pretrain.optim import learning_rate, parameter_groups
+from pretrain.training.optim import learning_rate, parameter_groups
 
 NAMES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 

@@ -7,15 +7,15 @@ import textwrap
 
 import pytest
 
-from pretrain.quiet import CPU_ADAM_OP, SHARED_MEMORY_OP, compile_notice
+from pretrain.training.third_party_output import CPU_ADAM_OP, SHARED_MEMORY_OP, compile_notice
 
 
 def run_script(tmp_path, body, *, fails=False):
-    """Run a script that has `quiet_third_parties` and `log` (the path); returns its (stdout, stderr, log text)."""
+    """Run a script that has `third_party_output` and `log` (the path); returns its (stdout, stderr, log text)."""
     log = tmp_path / "logs" / "rank-0.log"
     head = """
         import logging, os, subprocess, sys, threading, warnings
-        from pretrain.quiet import quiet_third_parties
+        from pretrain.training.third_party_output import third_party_output
         log = sys.argv[1]
     """
     script = textwrap.dedent(head) + textwrap.dedent(body)
@@ -31,7 +31,7 @@ def test_prints_subprocesses_warnings_and_loggers_go_to_the_log(tmp_path):
         tmp_path,
         """
         print("before")
-        with quiet_third_parties(log) as quiet:
+        with third_party_output(log) as quiet:
             print("a print")
             subprocess.run(["sh", "-c", "echo a compiler; echo its error >&2"])
             os.write(2, b"C++ words\\n")
@@ -54,7 +54,7 @@ def test_after_release_only_loggers_and_warnings_stay_quiet(tmp_path):
     out, err, log = run_script(
         tmp_path,
         """
-        with quiet_third_parties(log) as quiet:
+        with third_party_output(log) as quiet:
             noisy = logging.getLogger("DeepSpeed")
             noisy.propagate = False
             noisy.addHandler(logging.StreamHandler(sys.stdout))
@@ -76,7 +76,7 @@ def test_an_exception_is_seen(tmp_path, release):
     _, err, _ = run_script(
         tmp_path,
         f"""
-        with quiet_third_parties(log) as quiet:
+        with third_party_output(log) as quiet:
             {release}
             raise RuntimeError("ours to show")
         """,
@@ -89,7 +89,7 @@ def test_an_exception_in_a_thread_is_seen(tmp_path):
     _, err, _ = run_script(
         tmp_path,
         """
-        with quiet_third_parties(log):
+        with third_party_output(log):
             thread = threading.Thread(target=lambda: 1 / 0)
             thread.start()
             thread.join()
@@ -100,7 +100,7 @@ def test_an_exception_in_a_thread_is_seen(tmp_path):
 
 def test_our_warnings_are_shown_on_the_main_rank_and_logged_on_all(tmp_path):
     body = """
-        with quiet_third_parties(log, is_main={is_main}) as quiet:
+        with third_party_output(log, is_main={is_main}) as quiet:
             ours = logging.getLogger("data_pipeline.loader")
             ours.info("a note")
             ours.warning("look at %s", "this")
@@ -118,7 +118,7 @@ def test_the_real_deepspeed_is_quiet(tmp_path):
     out, err, log = run_script(
         tmp_path,
         """
-        with quiet_third_parties(log) as quiet:
+        with third_party_output(log) as quiet:
             from deepspeed.utils import logger
             logger.warning("during start-up")
             quiet.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.rank_facts import SharedToken, breaks_groups, code_hash, differing, free_host_bytes, skewed
+from pretrain.selfcheck.rank_report import SharedToken, breaks_groups, code_hash, differing, free_host_bytes, skewed
 
 
 def rank(number: int, node: str = "n1", problems=(), free=None, **same) -> dict:

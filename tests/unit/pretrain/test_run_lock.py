@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from parallel.rank_info import alone, process_environment
-from pretrain.errors import UserError
-from pretrain.run_lock import STALE_SECONDS, RunLock
+from common.errors import UserError
+from launchers.run_folder.run_lock import STALE_SECONDS, RunLock
+from parallel.ranks.rank_info import alone, process_environment
 
 ROOT = Path(__file__).resolve().parents[3]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from parallel.rank_info import alone
-from pretrain.run_lock import RunLock
+from parallel.ranks.rank_info import alone
+from launchers.run_folder.run_lock import RunLock
 with RunLock(Path(sys.argv[1]), alone()):
     print("held", flush=True)
     time.sleep(60)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.resume import check_same_run, dataset_fingerprint
-from pretrain.config import load_config
-from pretrain.errors import ConfigError
+from common.errors import ConfigError
+from pretrain.config.run_config import load_config
+from pretrain.training.resume import check_same_run, dataset_fingerprint
 
 FOLDER = Path("checkpoints/step-00000010")
 

@@ -5,10 +5,10 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-from parallel.rank_info import alone
-from pretrain import status
-from pretrain.errors import UserError
-from pretrain.hooks.signals import StopSignals, request_name
+from common.errors import UserError
+from launchers.run_folder import status
+from parallel.ranks.rank_info import alone
+from pretrain.training.stop_signals import StopSignals, request_name
 
 INFO = replace(alone(), node="n1", nodes=("n1", "n2"), job_id="7")
 

@@ -5,11 +5,11 @@ import signal
 import time
 from dataclasses import replace
 
-from parallel.rank_info import alone
-from pretrain import stop_files
-from pretrain.attempt import GRACE_SECONDS, UNKNOWN_GRACE_SECONDS, Attempt
-from pretrain.grace import Grace
-from pretrain.hooks.signals import StopSignals, request_name
+from launchers.run_folder import stop_requests as stop_files
+from parallel.ranks.rank_info import alone
+from pretrain.training.attempt import GRACE_SECONDS, UNKNOWN_GRACE_SECONDS, Attempt
+from pretrain.training.stop_signals import StopSignals, request_name
+from pretrain.training.stop_watchdog import StopWatchdog
 
 
 def test_a_request_concerns_its_own_attempt(tmp_path):
@@ -39,7 +39,7 @@ def test_a_signal_while_the_folder_is_looked_at_is_not_lost(tmp_path, monkeypatc
         return stop_files.requested(folder, token)
 
     with StopSignals(tmp_path, "mine") as signals:
-        monkeypatch.setattr("pretrain.hooks.signals.requested", requested)
+        monkeypatch.setattr("pretrain.training.stop_signals.requested", requested)
         assert request_name(signals.requested_number()) == "SIGTERM"
 
 
@@ -52,7 +52,7 @@ def wait_for(condition):
 
 def watched(limit_seconds, asked=lambda: False):
     gave_up = []
-    grace = Grace(lambda: limit_seconds, asked, gave_up.append)
+    grace = StopWatchdog(lambda: limit_seconds, asked, gave_up.append)
     with StopSignals():
         grace.start()
         yield grace, gave_up

@@ -1,0 +1,1 @@
+"""Corruption of text for denoising objectives, drawn from (seed, position)."""

@@ -1,0 +1,1 @@
+"""Dataset folders: manifest, tar shards, and reading and writing them."""

@@ -1,0 +1,184 @@
+"""Facts: `dataset.json`, the manifest of a dataset folder. Imports neither torch nor numpy nor webdataset."""
+
+import json
+import os
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import DataError
+
+MANIFEST_NAME = "dataset.json"
+TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
+FORMAT_VERSION = 1
+KINDS = {"tokens": "tokenized documents", "pairs": "images with captions"}
+BYTES_PER_INDEX_ROW = 24
+# Room for about 200,000 shards; anything larger is not a manifest of ours.
+MAX_MANIFEST_BYTES = 64 * 2**20
+
+# File names in a manifest are joined to its folder, so they may never lead out of it.
+FileName = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardFile(_Facts):
+    """One tar file and the index beside it."""
+
+    name: str = FileName
+    size_bytes: int = Field(ge=0)
+    sha256: str = Sha256
+    index: str = FileName
+    index_bytes: int = Field(ge=0)
+    index_sha256: str = Sha256
+
+
+class ShardEntry(ShardFile):
+    """A shard of tokenized documents."""
+
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+
+
+class PairsEntry(ShardFile):
+    """A shard of images with their captions."""
+
+    num_pairs: int = Field(ge=1)
+
+
+class TokenizerEntry(_Facts):
+    """The tokenizer's model, copied into the dataset folder."""
+
+    file: str = FileName
+    sha256: str = Sha256
+
+
+class _Manifest(_Facts):
+    """What every kind of dataset folder says of itself; shards are in reading order."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    split: str
+    vocab_size: int = Field(ge=1)
+    end_of_text: int = Field(ge=0)
+    tokenizer: TokenizerEntry
+    tool_version: str
+    inputs_sha256: str = Sha256
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tar files together."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong, or of another kind."""
+        folder = Path(folder)
+        path = folder / MANIFEST_NAME
+        try:
+            if path.stat().st_size > MAX_MANIFEST_BYTES:
+                raise DataError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a dataset manifest")
+            text = path.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError):
+            raise DataError(_what_is_there(folder)) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path}: {error}") from None
+        try:
+            content = json.loads(text, object_pairs_hook=_without_repeats)
+            kind = content.get("kind") if isinstance(content, dict) else None
+            if kind in KINDS and kind != cls.model_fields["kind"].default:
+                needed = KINDS[cls.model_fields["kind"].default]
+                raise DataError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{path} is not a valid dataset manifest: {where}: {first['msg']}") from None
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from None
+        for name in cls.summed:
+            if sum(getattr(shard, name) for shard in manifest.shards) != getattr(manifest, name):
+                raise DataError(f"{path}: {name} is not the sum over the shards; the manifest was changed by hand")
+        return manifest
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`: sorted, indented, the same for the same content."""
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+
+
+class Manifest(_Manifest):
+    """Tokenized documents: counts and number format."""
+
+    summed: ClassVar = ("num_documents", "num_tokens")
+
+    kind: Literal["tokens"] = "tokens"
+    num_documents: int = Field(ge=1)
+    num_tokens: int = Field(ge=1)
+    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the text before it was tokenized")
+    dtype: Literal["<u2", "<u4"]
+    shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one stored token id."""
+        return int(self.dtype[-1])
+
+
+class PairsManifest(_Manifest):
+    """Images with captions; captions are text and meet the tokenizer when they are read."""
+
+    summed: ClassVar = ("num_pairs",)
+
+    kind: Literal["pairs"] = "pairs"
+    num_pairs: int = Field(ge=1)
+    shards: tuple[PairsEntry, ...] = Field(min_length=1)
+
+
+def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:
+    """The manifest of a dataset folder of either kind. Raises DataError naming what is missing or wrong."""
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        is_small = path.stat().st_size <= MAX_MANIFEST_BYTES
+        content = json.loads(path.read_text(encoding="utf-8")) if is_small else None
+    except (OSError, ValueError, RecursionError):
+        content = None  # which is told when it is read as one kind or the other
+    is_pairs = isinstance(content, dict) and content.get("kind") == "pairs"
+    return (PairsManifest if is_pairs else Manifest).load(folder)
+
+
+def shard_faults(folder: Path, entry: ShardFile, sizes: dict[str, int]) -> list[str]:
+    """Faults of one shard and its index visible in `sizes` (name -> bytes of the files in `folder`), files named."""
+    faults = []
+    for name, expected in ((entry.name, entry.size_bytes), (entry.index, entry.index_bytes)):
+        found = sizes.get(name)
+        if found is None:
+            faults.append(f"{folder / name} is missing")
+        elif found != expected:
+            faults.append(f"{folder / name} has {found:,} bytes where the manifest says {expected:,}")
+    return faults
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of the regular files in `folder`, in one directory scan."""
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _what_is_there(folder: Path) -> str:
+    make_one = "make one with `trainyard data shard --to DIR`"
+    if not folder.exists():
+        return f"{folder} does not exist; {make_one}"
+    if not folder.is_dir():
+        return f"{folder} is a file; a dataset is a folder with {MANIFEST_NAME} in it; {make_one}"
+    return f"{folder} has no {MANIFEST_NAME}, so it is not a finished dataset; {make_one}"
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object as a dict; a repeated key is an error instead of a silent choice of the last one."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return result

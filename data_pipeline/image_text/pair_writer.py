@@ -1,0 +1,148 @@
+"""Writing a folder of image-text shards: images as they are, captions as text, indexes, a manifest."""
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import DataError
+from data_pipeline.folder.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TOKENIZER_FILE,
+    PairsEntry,
+    PairsManifest,
+    TokenizerEntry,
+)
+from data_pipeline.folder.shard_writer import (
+    DEFAULT_SHARD_BYTES,
+    ShardWriter,
+    advice,
+    is_empty_folder,
+    member_key,
+    tool_version,
+    write_file,
+    written_aside,
+)
+from data_pipeline.image_text.images import IMAGE_SUFFIXES
+from data_pipeline.image_text.pair_dataset import CAPTION_SUFFIXES, caption_of
+from data_pipeline.text.tokenizer import Tokenizer
+
+MAX_MEMBER_BYTES = 256 * 2**20
+
+
+class RawPair(NamedTuple):
+    """An image file and its caption; `key` says where they come from, `suffix` the kind of image (".png")."""
+
+    key: str
+    suffix: str
+    image: bytes
+    caption: str
+
+
+def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os.PathLike, split: str,
+                inputs: str, shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[PairsManifest, bool]:
+    """Write pairs into `folder`, or reuse it when its manifest names the same `inputs`. Returns (manifest, is reused).
+
+    inputs: what decides the content, in words; its hash stands in the manifest.
+    Raises DataError when there is nothing to write, the folder holds something else, or the disk refuses.
+    """
+    folder = Path(folder)
+    settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}/{inputs}"
+    fingerprint = hashlib.sha256(settings.encode()).hexdigest()
+    if folder.exists() and not is_empty_folder(folder):
+        manifest = PairsManifest.load(folder)
+        if manifest.inputs_sha256 != fingerprint:
+            raise DataError(f"{folder} holds pairs made from other input or settings; choose another folder or "
+                            "remove that one")
+        return manifest, True
+    try:
+        with written_aside(folder) as aside:
+            entries = list(_shards(pairs, aside, shard_bytes))
+            if not entries:
+                raise DataError(f"there is no pair of image and caption for split {split!r}")
+            write_file(aside / TOKENIZER_FILE, tokenizer.model)
+            manifest = PairsManifest(
+                split=split, num_pairs=sum(entry.num_pairs for entry in entries), vocab_size=tokenizer.vocab_size,
+                end_of_text=tokenizer.end_of_text,
+                tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
+                tool_version=tool_version(), inputs_sha256=fingerprint, shards=tuple(entries),
+            )
+            write_file(aside / MANIFEST_NAME, manifest.to_json().encode())
+    except OSError as error:
+        raise DataError(f"cannot write {folder}: {advice(error)}") from None
+    return manifest, False
+
+
+def _shards(pairs: Iterable[RawPair], folder: Path, shard_bytes: int) -> Iterator[PairsEntry]:
+    shard, num_shards = None, 0
+    for number, pair in enumerate(pairs):
+        shard = shard or ShardWriter(folder, num_shards)
+        # Every image's suffix sorts before "txt", so that it stands first in the tar and in the row of the index.
+        image = {".jpeg": "jpg", ".webp": "image.webp"}.get(pair.suffix, pair.suffix.removeprefix("."))
+        shard.write(member_key(number, pair.key), {image: pair.image, "txt": pair.caption.encode("utf-8")})
+        if shard.payload_bytes >= shard_bytes:
+            yield PairsEntry(**shard.finish(), num_pairs=len(shard.rows))
+            shard, num_shards = None, num_shards + 1
+    if shard:
+        yield PairsEntry(**shard.finish(), num_pairs=len(shard.rows))
+
+
+def raw_pairs(inputs: Sequence[Path], on_lonely: Callable[[str], None] = lambda name: None) -> Iterator[RawPair]:
+    """Pairs of webdataset tars, and of folders in which an image has its caption beside it, in order of name.
+
+    on_lonely: told of every image without a caption. Raises DataError for what cannot be read.
+    """
+    for path in inputs:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES + CAPTION_SUFFIXES)
+            if not files:
+                tars = sorted(path.glob("*.tar"))
+                if not tars:
+                    raise DataError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar files")
+                yield from raw_pairs(tars, on_lonely)
+            yield from _joined(((str(file), file.stat().st_size, file.read_bytes) for file in files), on_lonely)
+        else:
+            yield from _joined(_tar_members(path), on_lonely)
+
+
+def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for member in archive:
+                if member.isreg():
+                    yield f"{path.name}/{member.name}", member.size, archive.extractfile(member).read
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise DataError(f"cannot read {path} as a tar file: {error}") from None
+
+
+def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: Callable[[str], None]
+            ) -> Iterator[RawPair]:
+    """Neighbours with the same name up to the suffix are one sample, as webdataset has it."""
+    key, image, caption = None, None, None
+    for name, size_bytes, read in chain(members, [("", 0, bytes)]):  # the last one closes the sample before it
+        stem, suffix = os.path.splitext(name)
+        if stem != key:
+            if image and caption is not None:
+                yield RawPair(key, image[0], image[1], caption)
+            elif image:
+                on_lonely(key)
+            key, image, caption = stem, None, None
+        suffix = suffix.lower()
+        if size_bytes > MAX_MEMBER_BYTES:
+            continue
+        if suffix in IMAGE_SUFFIXES:
+            image = (suffix, read())
+        elif suffix == ".txt" or (suffix == ".json" and caption is None):
+            caption = caption_of(read(), is_json=suffix == ".json")
+
+
+def inputs_of(inputs: Sequence[Path]) -> str:
+    """Names, sizes and times of all input files: tells whether pairs would be written anew from the same."""
+    found = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    files = [file for file in found if file.is_file()]
+    return json.dumps([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])

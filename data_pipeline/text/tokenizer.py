@@ -1,0 +1,258 @@
+"""SentencePiece tokenizers: training one on a sample of a corpus, and exact, reversible use of one.
+
+Any text comes back unchanged from `decode(encode(text))`: nothing is normalized, no space is added or removed, runs of
+spaces and tabs are symbols of their own (so source code stays short), and what the vocabulary lacks is spelled
+in bytes.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from common.errors import DataError
+from data_pipeline.text.corpus import Document
+
+END_OF_TEXT = "<|endoftext|>"
+# SentencePiece writes a space as this character, so the character itself must be spelled in bytes to come back.
+SPACE_MARK = "\u2581"
+SPACE_RUNS = (2, 3, 4, 6, 8, 12, 16, 20, 24)
+SAMPLE_BLOCK_CHARACTERS = 2_000
+# A fixed number: the same input gives the same model on every machine.
+TRAINING_THREADS = 2
+MIN_VOCAB_SIZE = 300
+
+
+class Tokenizer:
+    """A SentencePiece model. Pickles as its bytes."""
+
+    def __init__(self, model: bytes, name: str = "tokenizer") -> None:
+        """Raises DataError when `model` is not a SentencePiece model that fits; `name` is used in messages."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError, OSError):
+            raise DataError(f"{name} is not a SentencePiece model; train one with `trainyard data tokenizer`") from None
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._processor.vocab_size()
+        self.end_of_text: int = self._processor.eos_id()
+        if self.end_of_text < 0:
+            raise DataError(f"{name} has no end-of-text id (SentencePiece eos); train it with one")
+        mark = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
+        unknown = self._processor.unk_id()
+        if unknown in mark:
+            raise DataError(f"{name} has no byte fallback, so it would lose characters; train it with byte_fallback")
+        self._mark_ids = mark
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read a model file. Raises DataError when it is missing or not a fitting SentencePiece model."""
+        try:
+            model = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from None
+        return cls(model, str(path))
+
+    def __reduce__(self) -> tuple:
+        return Tokenizer, (self.model,)
+
+    def save(self, path: str | os.PathLike, facts: dict) -> None:
+        """Write the model, and `facts` about it to `<path>.json`, each aside and then renamed; facts come first.
+
+        Raises DataError when the disk refuses.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps({**facts, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+            for target, data in ((facts_path(path), content.encode()), (path, self.model)):
+                aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+                aside.write_bytes(data)
+                aside.replace(target)
+        except OSError as error:
+            raise DataError(f"cannot write tokenizer {path}: {error.strerror}") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without end-of-text."""
+        if SPACE_MARK not in text:
+            return self._processor.encode(text)
+        first, *others = text.split(SPACE_MARK)
+        ids = self._processor.encode(first)
+        for part in others:
+            ids += self._mark_ids
+            ids += self._processor.encode(part)
+        return ids
+
+    def encode_many(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """`encode` of each text, on several threads; the result does not depend on their number."""
+        if num_threads == 1 or any(SPACE_MARK in text for text in texts):
+            return [self.encode(text) for text in texts]
+        return self._processor.encode(list(texts), num_threads=num_threads)
+
+    def pieces(self) -> list[str]:
+        """The text of every token id, with SPACE_MARK for a space and `<0x41>` for a byte."""
+        return self._processor.id_to_piece(list(range(self.vocab_size)))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; end-of-text has none."""
+        return self._processor.decode([int(token) for token in ids])
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """How to train: exact vocabulary size (all 256 bytes and the special symbols included), and text to look at."""
+
+    vocab_size: int = 4096
+    algorithm: str = "bpe"
+    sample_bytes: int = 8_000_000
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("bpe", "unigram"):
+            raise DataError(f"algorithm={self.algorithm!r} is not one of bpe, unigram")
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise DataError(
+                f"vocab_size={self.vocab_size} is too small: 256 ids spell bytes; use {MIN_VOCAB_SIZE} or more"
+            )
+
+
+@dataclass(frozen=True)
+class Fertility:
+    """How a tokenizer does on some documents."""
+
+    num_documents: int
+    text_bytes: int
+    num_words: int
+    num_tokens: int
+    num_round_trip_errors: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes that one token stands for, on average."""
+        return self.text_bytes / max(1, self.num_tokens)
+
+    @property
+    def tokens_per_word(self) -> float:
+        """Tokens per word, words being divided by white space."""
+        return self.num_tokens / max(1, self.num_words)
+
+
+def facts_path(path: str | os.PathLike) -> Path:
+    """Where the facts of a saved tokenizer stand."""
+    return Path(f"{os.fspath(path)}.json")
+
+
+def load_facts(path: str | os.PathLike) -> dict:
+    """The facts that were saved beside the tokenizer `path`; empty when there are none that can be read."""
+    try:
+        facts = json.loads(facts_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def sample_text(documents: Iterable[Document], total_bytes: int, options: TokenizerOptions) -> list[str]:
+    """Blocks of whole lines from all over the corpus, about `sample_bytes` in all, chosen by their hash."""
+    fraction = min(1.0, options.sample_bytes / max(1, total_bytes))
+    chosen = []
+    for document in documents:
+        for block in _blocks(document.text):
+            digest = hashlib.sha256(block.encode("utf-8")).digest()
+            if int.from_bytes(digest[:8], "big") < fraction * 2**64:
+                chosen.append(block)
+    return chosen
+
+
+def inputs_sha256(sample: Sequence[str], options: TokenizerOptions) -> str:
+    """Fingerprint of everything that a trained model depends on."""
+    digest = hashlib.sha256(repr(asdict(options)).encode())
+    for block in sample:
+        digest.update(hashlib.sha256(block.encode("utf-8")).digest())
+    return digest.hexdigest()
+
+
+def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokenizer:
+    """Train on blocks of text; the same blocks give the same model, byte for byte.
+
+    Raises DataError when there is no text, or too little of it for the vocabulary asked for.
+    """
+    if not any(block.strip() for block in sample):
+        raise DataError("there is no text to train a tokenizer on")
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=written,
+            model_type=options.algorithm,
+            vocab_size=options.vocab_size,
+            hard_vocab_limit=True,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            # Training text may not contain tabs inside a piece, so the tab is a symbol; newlines join pieces freely.
+            user_defined_symbols=["\t", *(SPACE_MARK * length for length in SPACE_RUNS)],
+            unk_id=0,
+            eos_id=1,
+            eos_piece=END_OF_TEXT,
+            bos_id=-1,
+            pad_id=-1,
+            # In bytes; the default would drop long blocks in silence.
+            max_sentence_length=1 << 24,
+            num_threads=TRAINING_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # What stands before the last bracket is the place in SentencePiece's source.
+        detail = str(error).strip().rpartition("] ")[2]
+        raise DataError(
+            f"vocab_size={options.vocab_size} does not fit {sum(map(len, sample)):,} characters of training text; "
+            f"change vocab_size or give more text (SentencePiece: {detail})"
+        ) from None
+    return Tokenizer(written.getvalue())
+
+
+def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> Fertility:
+    """Encode and decode documents; see Fertility."""
+    num_documents = text_bytes = num_words = num_tokens = num_errors = 0
+    for document in documents:
+        ids = tokenizer.encode(document.text)
+        num_documents += 1
+        text_bytes += len(document.text.encode("utf-8"))
+        num_words += len(document.text.split())
+        num_tokens += len(ids)
+        num_errors += tokenizer.decode(ids) != document.text
+    return Fertility(num_documents, text_bytes, num_words, num_tokens, num_errors)
+
+
+def _blocks(text: str) -> Iterator[str]:
+    """Cut text after lines into blocks of about SAMPLE_BLOCK_CHARACTERS; joined they are the text again."""
+    lines: list[str] = []
+    num_characters = 0
+    for line in text.splitlines(keepends=True):
+        lines.append(line)
+        num_characters += len(line)
+        if num_characters >= SAMPLE_BLOCK_CHARACTERS:
+            yield "".join(lines)
+            lines, num_characters = [], 0
+    if lines:
+        yield "".join(lines)
+
+
+class TextTokenizer(Protocol):
+    """A tokenizer of ours, or another project's that was made to look like one."""
+
+    vocab_size: int
+    end_of_text: int
+    sha256: str  # of the files that decide its ids
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def pieces(self) -> list[str]: ...

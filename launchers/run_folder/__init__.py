@@ -1,0 +1,1 @@
+"""What a run folder says to the outside: status, lock, requests to stop."""

@@ -1,0 +1,1 @@
+"""One attempt under a launcher: its supervisor, a wrapper around each rank, and the outcome."""

@@ -1,0 +1,1 @@
+"""Checks of collectives and of replicated weights."""

@@ -1,0 +1,89 @@
+"""Exact gradients, from micro-batches, of a loss that couples all samples of the global batch.
+
+GradCache (Gao et al. 2021, arXiv 2101.06983, section 3): a first pass without gradient collects what the model says of
+every sample; the loss and its gradient with respect to that are computed once, over all data ranks; a second pass runs
+each micro-batch again and sends its part of that gradient back through the model. One micro-batch a rank needs no first
+pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.process_groups import Groups
+
+Outputs = tuple[Tensor, ...]
+
+
+class TwoPassObjective(Protocol):
+    """What the engine needs beyond `Objective` of a loss over the whole global batch (`two_pass` is True).
+
+    The model's output is a tuple of real tensors whose first dim is the sample. `loss_sum(outputs, targets, rows)` is
+    the sum of the losses of this rank's samples; `rows` brings in those of the other ranks.
+    """
+
+    two_pass: bool
+
+    def loss_sum(self, outputs: Outputs, targets: tuple[Tensor, ...], rows: DataRows) -> Tensor: ...
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenation over the data group; backward sums what every rank's loss says of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.count = group, rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows.contiguous(), group=group)  # data group: the samples are spread over it
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        own = gradient.new_empty(ctx.count, *gradient.shape[1:])
+        dist.reduce_scatter(own, list(gradient.contiguous().split(ctx.count)), group=ctx.group)  # data group, as above
+        return own, None
+
+
+class DataRows:
+    """The samples of all data ranks, in the order of the global batch: each rank holds one block of equal size."""
+
+    def __init__(self, groups: Groups | None = None):
+        """With `groups` None this process holds all of them."""
+        self.group = groups.data if groups and groups.layout.data > 1 else None
+        self.rank = groups.coordinates.dp if groups else 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[n, ..] of this rank -> [n x data ranks, ..], with gradient."""
+        return rows if self.group is None else _Gather.apply(rows, self.group)
+
+    def first(self, count: int) -> int:
+        """The place among all samples of this rank's first, each rank having `count`."""
+        return self.rank * count
+
+
+def concatenated(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Tuples of the micro-batches -> one tuple over all of them."""
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+
+
+class GradientCache:
+    """What a loss says of every sample's outputs, handed out by micro-batch."""
+
+    def __init__(self, parts: Sequence[Outputs]):
+        self.sizes = [len(part[0]) for part in parts]
+        self.outputs = tuple(whole.detach().requires_grad_() for whole in concatenated(parts))
+
+    def gradients(self) -> list[Outputs]:
+        """By micro-batch, after the loss's backward; zeros for an output that took no part."""
+        whole = [torch.zeros_like(o) if o.grad is None else o.grad for o in self.outputs]
+        return list(zip(*(gradient.split(self.sizes) for gradient in whole), strict=True))
+
+
+def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
+    """A scalar whose gradient with respect to `outputs` is `gradients`."""
+    return sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))

@@ -1,0 +1,1 @@
+"""How ranks find out who they are, meet, agree and part."""

@@ -1,0 +1,1 @@
+"""Which settings cannot run together, and what to change (no torch)."""

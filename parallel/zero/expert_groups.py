@@ -1,0 +1,54 @@
+"""Experts that are spread over ranks, as DeepSpeed has to be told of them."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups as expert_groups
+from torch import nn
+
+from parallel.process_groups import Groups
+
+
+class _ExpertGroups(MoE):
+    """Tells DeepSpeed that parameters are spread over the expert axis, and the groups of that axis.
+
+    It takes notice of experts only where it finds a module of its own class. This one has no parameters and is never
+    called; DeepSpeed calls `set_deepspeed_parallelism` before it asks for groups.
+    """
+
+    def __init__(self, groups: Groups):
+        nn.Module.__init__(self)
+        self.num_experts = groups.layout.expert  # DeepSpeed keeps it for its own checkpoints
+        self.groups = groups
+
+    def set_deepspeed_parallelism(self, *_) -> None:
+        name, layout, rank = _expert_group_name(self.groups), self.groups.layout, self.groups.rank
+        for table, value in ((expert_groups._EXPERT_PARALLEL_GROUP, self.groups.expert),
+                             (expert_groups._EXPERT_PARALLEL_GROUP_RANKS, layout.group("ep", rank)),
+                             (expert_groups._EXPERT_DATA_PARALLEL_GROUP, self.groups.expert_data),
+                             (expert_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, layout.group("edp", rank))):
+            table.clear()  # DeepSpeed keeps those of an earlier engine of this process
+            table[name] = value
+
+
+def _expert_group_name(groups: Groups) -> str:
+    return f"ep_size_{groups.layout.expert}"  # DeepSpeed reads the degree from it
+
+
+def separate_experts(model: nn.Module, optimizer: torch.optim.Optimizer, groups: Groups) -> None:
+    """Mark the experts' parameters as reduced over the expert-data group only, and give them groups of their own."""
+    name = _expert_group_name(groups)
+    separated = []
+    for group in optimizer.param_groups:
+        experts = [p for p in group["params"] if p.plan.stack]
+        for parameter in experts:
+            parameter.allreduce, parameter.group_name = False, name
+        rest = [p for p in group["params"] if not p.plan.stack]
+        if rest:
+            separated.append({**group, "params": rest})
+        if experts:
+            separated.append({**group, "params": experts, "moe": True, "name": name})
+    if any(group.get("moe") for group in separated):
+        model.spread_experts = _ExpertGroups(groups)
+        optimizer.param_groups[:] = separated

@@ -1,0 +1,92 @@
+"""DeepSpeed's pipeline modules around a stage that we built and cut ourselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+from deepspeed.pipe import LayerSpec as _PipeLayer
+from deepspeed.pipe import PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+from parallel.layout import Layout
+from parallel.pipeline_stages import LayerSpec, Stage
+
+
+class StagePipeline(PipelineModule):
+    """DeepSpeed's pipeline module around a stage we built and cut ourselves."""
+
+    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
+                 loss: Callable, layout: Layout):
+        self._bounds = bounds
+        self._built = (stage, wrapped)
+        tied = {spec.tied_to for spec in specs if spec.tied_to}
+        layers = [self._describe(spec, tied) for spec in specs]
+        topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.replicas)
+        super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
+
+    @staticmethod
+    def _describe(spec: LayerSpec, tied: set[str]):
+        key = spec.name if spec.name in tied else spec.tied_to
+        if key:  # DeepSpeed keeps it in a ModuleDict, which takes no dots
+            return TiedLayerSpec(key.replace(".", "/"), nn.Identity, tied_weight_attr=["weight"])
+        return _PipeLayer(nn.Identity)
+
+    def _partition_layers(self, method: str = "") -> None:
+        stage = self._topo.get_coord(self.global_rank).pipe
+        self.parts = self._bounds
+        self._set_bounds(start=self.parts[stage], stop=self.parts[stage + 1])
+
+    def _build(self) -> None:
+        self.stage, _ = self._built
+        for layer in self._layer_specs:
+            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in self.stage.by_name:
+                self.tied_modules[layer.key] = self.stage.by_name[layer.key.replace("/", ".")]
+                self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
+        self._build_calls()
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+
+    def _build_calls(self) -> None:
+        self.forward_funcs = self._calls(self.stage.specs)
+
+    def _calls(self, specs: list[LayerSpec]) -> list[Callable]:
+        stage, wrapped = self._built
+        calls = []
+        for spec in specs:
+            call = wrapped.get(spec.name, stage.by_name[spec.name])
+            calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
+        return calls
+
+    def get_tied_weights_and_groups(self) -> list:
+        """Tied weights with the groups of stages that hold them, for the sum of their gradients.
+
+        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
+        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
+        """
+        found = super().get_tied_weights_and_groups()
+        sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
+        return [(weight if total is None else SimpleNamespace(grad=total), group)
+                for (weight, group), total in zip(found, sums, strict=True)]
+
+
+class VShapedPipeline(StagePipeline, DualPipeVModule):
+    """The same over the two spans of layers that a rank has in DeepSpeed's DualPipeV."""
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.num_stages *= 2
+        super()._partition_layers(method)
+        back = self.num_stages - 1 - self.stage_id
+        self.phase_bounds = [(self._local_start, self._local_stop), (self.parts[back], self.parts[back + 1])]
+
+    def _build_calls(self) -> None:
+        self.phase_funcs = [self._calls(span) for span in self.stage.spans]
+        self.phase_checkpointable = [[], []]
+        self.activate_phase(0)
+
+
+def _call_tied(layer: Callable, tied: nn.Module, state):
+    return layer(state, tied)

@@ -1,0 +1,289 @@
+"""A transformers folder opened for reading: our config and our tensors, taken from theirs one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import ExitCode, Problem, UserError, render
+from pretrain.hf.config_json import by_model_type, read_config
+from pretrain.hf.tensor_steps import to_ours, to_theirs
+from pretrain.models import family_spec
+from pretrain.models.hf_map import Converted, converted, pattern
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+MAX_JSON_BYTES = 1 << 28
+REAL = ("F64", "F32", "F16", "BF16")
+MAX_PROBLEMS_SHOWN = 12
+
+
+class HFError(UserError):
+    """A transformers folder that cannot be read, with every problem found."""
+
+    def __init__(self, source: Path, problems: Iterable[Problem], exit_code: int = ExitCode.USER):
+        problems = list(problems)
+        text = render(problems[:MAX_PROBLEMS_SHOWN], str(source))
+        if len(problems) > MAX_PROBLEMS_SHOWN:
+            text += f"\n     and {len(problems) - MAX_PROBLEMS_SHOWN} more"
+        super().__init__(text, exit_code)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in the folder, and what its file's header says of it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Whether a path is meant as a transformers folder: it has the config.json of one."""
+    return (path / CONFIG).is_file()
+
+
+class HFFolder:
+    """`model` is the config in our words; after `bind`, `tensor` gives whole tensors under our global names."""
+
+    def __init__(self, folder: Path):
+        """Reads config.json and the header of every safetensors file.
+
+        Raises:
+            HFError: it is no folder of an architecture known here, or a file of it is missing or damaged.
+        """
+        self.folder = folder
+        if not folder.is_dir():
+            raise HFError(folder, [Problem(str(folder), "a folder that is not there", "a folder with config.json and "
+                                           "safetensors files", "check the path")])
+        values = _json(folder / CONFIG)
+        self.family, self.architecture = self._architecture(values)
+        self._stand_ins = self.architecture.stand_ins(values)
+        found = _places(folder)
+        self._renamed = {_modern(name, self.architecture.renamed): place for name, place in found.items()}
+        self.read = read_config(self.family, self.architecture, values, self._renamed.keys())
+        if self.read.model is None:
+            raise HFError(folder / CONFIG, self.read.problems)
+        self.model = self.read.model
+        self._check_size()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._converted: dict[str, Converted] = {}
+        self._places: dict[str, Place] = {}
+
+    def _architecture(self, values: Mapping[str, Any]):
+        known, asked = by_model_type(), values.get("model_type")
+        if not isinstance(asked, str) or asked not in known:
+            named = f"model_type {asked!r}" if asked is not None else "no model_type"
+            raise HFError(self.folder / CONFIG, [Problem("model_type", named, ", ".join(known),
+                                                         "take a model of one of these architectures")])
+        return known[asked]
+
+    def _check_size(self) -> None:
+        """No number of config.json may go beyond what the folder holds: a wrong one could ask for a model without end.
+
+        Raises:
+            HFError: one does.
+        """
+        facts = family_spec(self.family).facts(self.model)
+        longest = max((size for place in self._renamed.values() for size in place.shape), default=0)
+        limits = {"layers": len(self._renamed), "hidden": longest, "ffn": longest, "vocab_size": longest,
+                  "heads": longest, "experts": len(self._renamed)}
+        problems = [Problem(f"{name} in {CONFIG}", f"{getattr(facts, name):,}", f"at most {limit:,}, going by the "
+                            "tensors in the folder", "put back the config.json or the tensors that belong together")
+                    for name, limit in limits.items() if getattr(facts, name) > limit]
+        if problems:
+            raise HFError(self.folder, problems, ExitCode.DATA)
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find a place for every tensor of our model, given its global names and shapes.
+
+        Raises:
+            HFError: a tensor is missing, left over, of another shape than config.json says, or not of real numbers.
+        """
+        self.shapes = dict(shapes)
+        self._converted = converted(self.architecture.names(self.model), shapes)
+        wanted = {}
+        for name, way in self._converted.items():
+            parts = to_theirs(torch.empty(shapes[name], device="meta"), way.steps)
+            wanted |= {theirs: tuple(part.shape) for theirs, part in zip(way.theirs, parts, strict=True)}
+        copies = dict(self.architecture.copies(self.model))
+        self._places, extra = self._named(wanted, copies)
+        for copy, original in copies.items():  # some folders keep only the copy
+            if copy in self._places:
+                self._places.setdefault(original, self._places[copy])
+        for absent, source in self._stand_ins.items():
+            if absent in wanted and source in self._places:
+                self._places.setdefault(absent, self._places[source])
+        problems = [Problem(f"tensor {name}", "nothing by that name", "a tensor for every part that config.json names",
+                            "take a folder that holds the whole model, with its head")
+                    for name in wanted if name not in self._places]
+        problems += [Problem(f"tensor {name}", "a tensor that this model has no place for", "only tensors of the model",
+                             "take another folder: config.json does not describe this one") for name in sorted(extra)]
+        for name, shape in wanted.items():
+            place = self._places.get(name)
+            if place and place.shape != shape:
+                problems.append(Problem(f"tensor {name}", f"shape {list(place.shape)} in {place.file.name}",
+                                        f"{list(shape)}, which follows from {CONFIG}", "put back the config.json or "
+                                        "the tensors that belong together"))
+            elif place and place.dtype not in REAL:
+                problems.append(Problem(f"tensor {name}", f"numbers of type {place.dtype}", ", ".join(REAL),
+                                        "take a model that is not quantized"))
+        if problems:
+            raise HFError(self.folder, problems, ExitCode.DATA)
+
+    def _named(self, wanted: Mapping[str, Any], copies: Mapping[str, str]) -> tuple[dict[str, Place], list[str]]:
+        """Places under the names of today, and the names that nobody knows."""
+        ignored = [pattern(name) for name in self.architecture.ignored]
+        known = {*wanted, *copies, *self.architecture.zeros}
+        places, extra = {}, []
+        for name, place in self._renamed.items():
+            spelt = next((text for text in (name, self.architecture.prefix + name)
+                          if text in known or any(regex.fullmatch(text) for regex in ignored)), None)
+            if spelt is None:
+                extra.append(place.name)
+            elif spelt in known:
+                places[spelt] = place
+        return places, extra
+
+    def check_repeated(self) -> None:
+        """Read what the folder holds twice, or holds as zeros, and see that it is so.
+
+        Raises:
+            HFError: it is not; our model has one tensor, or none, in that place.
+        """
+        problems = []
+        for copy, original in self.architecture.copies(self.model).items():
+            place, source = self._places.get(copy), self._places[original]
+            if place and place is not source and not torch.equal(_read(place), _read(source)):
+                problems.append(Problem(f"tensor {copy}", f"other numbers than {original}",
+                                        f"the same: going by {CONFIG} they are tied, and one tensor here",
+                                        f"take a model where they are, or mend {CONFIG}"))
+        for name in self.architecture.zeros:
+            if name in self._places and _read(self._places[name]).any():
+                problems.append(Problem(f"tensor {name}", "numbers other than 0", "0: there is no such part here",
+                                        "take a model without it"))
+        if problems:
+            raise HFError(self.folder, problems, ExitCode.DATA)
+
+    def notes(self) -> list[str]:
+        """What the folder says and an import does not carry over: settings of training, or of how inputs are made."""
+        found = list(self.read.notes)
+        for name, ours in self.architecture.files(self.model).items():
+            theirs = _json(self.folder / name) if (self.folder / name).is_file() else {}
+            found += [f"{name} says {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
+                      if not isinstance(value, dict | str) and key in theirs and theirs[key] != value]
+        return found
+
+    def tensor(self, name: str, kind: str = "weight") -> Tensor:
+        """The whole tensor of our global name, fp32 on the CPU; a folder of transformers holds weights only.
+
+        Raises:
+            HFError: the file could not be read.
+        """
+        way = self._converted[name]
+        return to_ours([_read(self._places[theirs]).float() for theirs in way.theirs], way.steps).contiguous()
+
+
+def _modern(name: str, renamed: Iterable[tuple[str, str]]) -> str:
+    for old, new in renamed:
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _read(place: Place) -> Tensor:
+    try:
+        with safe_open(place.file, framework="pt") as file:
+            return file.get_tensor(place.name)
+    except (OSError, SafetensorError) as error:
+        raise HFError(place.file.parent, [_damaged(place.file, error)], ExitCode.DATA) from None
+
+
+def _places(folder: Path) -> dict[str, Place]:
+    """Every tensor of the folder's safetensors files, by its name there."""
+    found: dict[str, Place] = {}
+    problems = []
+    for file, listed in _files(folder).items():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                here = {name: Place(file, name, tuple(part.get_shape()), part.get_dtype())
+                        for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            problems.append(_damaged(file, error))
+            continue
+        problems += [Problem(f"tensor {name}", f"nothing in {file.name}, where {INDEX} says it is", "the tensor",
+                             "fetch the folder again") for name in sorted(set(listed) - set(here))]
+        twice = here.keys() & found.keys()
+        problems += [Problem(f"tensor {name}", f"in {file.name} and in {found[name].file.name}", "one of them",
+                             "remove the file that does not belong to the model") for name in sorted(twice)]
+        found |= here
+    if problems:
+        raise HFError(folder, problems, ExitCode.DATA)
+    return found
+
+
+def _damaged(file: Path, error: Exception) -> Problem:
+    if isinstance(error, FileNotFoundError) or not file.exists():
+        return Problem(file.name, f"a file that {INDEX} names and that is not there", "every shard of the model",
+                       "fetch the missing file")
+    return Problem(file.name, f"a file that cannot be read ({error}), {file.stat().st_size:,} bytes",
+                   "a whole safetensors file", "fetch it again: it may have been cut short")
+
+
+def _files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files of the model, and the names that the index puts into each."""
+    if (folder / INDEX).exists():
+        weight_map = _json(folder / INDEX).get("weight_map")
+        entries = weight_map.items() if isinstance(weight_map, dict) else ()
+        files: dict[Path, list[str]] = {}
+        for name, file in entries:
+            if not isinstance(file, str) or Path(file).name != file or file.startswith("."):
+                raise HFError(folder / INDEX, [Problem(name, f"the file {file!r}", "a file of the same folder",
+                                                       "do not use this folder: its index points elsewhere")])
+            files.setdefault(folder / file, []).append(name)
+        if files:
+            return files
+        raise HFError(folder / INDEX, [Problem("weight_map", "nothing", "the file of every tensor",
+                                               "fetch the index again")], ExitCode.DATA)
+    if (folder / SINGLE).exists():
+        return {folder / SINGLE: []}
+    raise HFError(folder, [_no_tensors(folder)])
+
+
+def _no_tensors(folder: Path) -> Problem:
+    pickled = next((path.name for path in sorted(folder.glob("*.bin*"))), None)
+    if pickled:
+        return Problem(pickled, "tensors in pickled files only", f"{SINGLE}, or several files with {INDEX}: reading a "
+                       "pickle runs whatever code is in it",
+                       "where you trust the folder: load it with transformers and save_pretrained() it, then import "
+                       "that")
+    return Problem(str(folder), "a folder without tensors", f"{SINGLE}, or several files with {INDEX}",
+                   "fetch the model's files into it")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file. Raises HFError when it is not there, too large, or something else."""
+    reason = ""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            reason = f"more than {MAX_JSON_BYTES:,} bytes"
+        else:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict):
+                return values
+            reason = "not a JSON object"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, RecursionError) as error:
+        reason = f"not JSON ({error})"
+    raise HFError(path.parent, [Problem(path.name, f"a file that cannot be used: {reason}", "a JSON object",
+                                        "fetch the folder again, and check the path")],
+                  ExitCode.DATA if path.exists() else ExitCode.USER)

@@ -1,0 +1,149 @@
+"""A SentencePiece tokenizer as the files that transformers reads: the same ids for every text.
+
+`tokenizer.json` describes a byte-pair encoding for the library tokenizers. In it a space is a space, so that nothing is
+normalized and U+2581, SentencePiece's own mark for a space, is spelled in bytes as here. `tokenizer.model` is the
+SentencePiece model itself, from which the tokenizer comes back whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from data_pipeline.corruption.special_ids import NUM_FIXED_IDS, SpecialIds
+from data_pipeline.folder.manifest import TOKENIZER_FILE
+from data_pipeline.text.token_pieces import Piece, Vocabulary, vocabulary
+from data_pipeline.text.tokenizer import END_OF_TEXT, Tokenizer
+from pretrain.config.run_config import RunConfig
+from pretrain.objectives import OBJECTIVES
+
+TEXT = "$A"  # stands for the text in a frame
+UNKNOWN = "<unk>"
+# What an objective puts around a text in training, and so what transformers shall put around it.
+FRAMES = {
+    "span_corruption": (TEXT, END_OF_TEXT), "denoising": ("<s>", TEXT, END_OF_TEXT),
+    "masked_lm": ("[CLS]", TEXT, "[SEP]"), "contrastive": (TEXT, END_OF_TEXT), "siglip": (TEXT, END_OF_TEXT),
+}
+ROLES = {"<pad>": "pad_token", "[PAD]": "pad_token", "<s>": "bos_token", "<mask>": "mask_token",
+         "[MASK]": "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
+MIDDLE_SENTINELS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+
+def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and `tokenizer.model` into an existing folder.
+
+    The ids that the config's objective has beside the tokenizer's get names (`<pad>`, `[MASK]`, `<extra_id_0>` ..) and
+    their roles. A name that stands in a text is text, as in training; transformers looks for names in a text when it is
+    called with `split_special_tokens=False`.
+
+    Raises:
+        UserError: the model is none that the library encodes in the same way, or the folder cannot be written.
+    """
+    found = vocabulary(tokenizer)
+    _check(found)
+    special = special_ids(config)
+    taken = {piece.text for piece in found.pieces}
+    names = {plain: _free(plain, taken) for plain in special} | {
+        END_OF_TEXT: found.pieces[tokenizer.end_of_text].text,
+        UNKNOWN: next(piece.text for piece in found.pieces if piece.kind == "unknown")}
+    ids = {names[plain]: token for plain, token in special.items()} | {names[END_OF_TEXT]: tokenizer.end_of_text}
+    frame = tuple(names.get(part, part) for part in FRAMES.get(config.objective.name, (TEXT,)))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.sequence_length,
+        "clean_up_tokenization_spaces": False, "split_special_tokens": True,
+        **{role: names[plain] for role, plain in _roles(special).items()},
+    }
+    files = {"tokenizer.json": _tokenizer_json(found, ids, frame), "tokenizer_config.json": settings}
+    try:
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer into {folder}: {error.strerror}") from None
+
+
+def special_ids(config: RunConfig) -> dict[str, int]:
+    """Usual names of the ids at the top of the vocabulary that the objective uses, with the ids."""
+    objective, ids = config.objective.name, SpecialIds(config.model.vocab_size)
+    reserved = OBJECTIVES[objective].reserved_ids(config.objective, config.model)
+    sentinels = [ids.first_sentinel - number for number in range(reserved - NUM_FIXED_IDS)]
+    if objective == "span_corruption":
+        return {"<pad>": ids.pad} | {f"<extra_id_{number}>": token for number, token in enumerate(sentinels)}
+    if objective == "denoising":
+        return {"<pad>": ids.pad, "<s>": ids.start, "<mask>": ids.mask}
+    if objective == "masked_lm":
+        return {"[PAD]": ids.pad, "[CLS]": ids.start, "[SEP]": ids.separator, "[MASK]": ids.mask}
+    if objective == "fill_in_the_middle":
+        return dict(zip(MIDDLE_SENTINELS, sentinels, strict=True))
+    return {"<pad>": ids.pad} if reserved else {}
+
+
+def _roles(special: dict[str, int]) -> dict[str, str]:
+    """What transformers calls the special tokens there are; texts are also filled up with end-of-text without a pad."""
+    roles = {"unk_token": UNKNOWN, "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    return roles | {ROLES[name]: name for name in special if name in ROLES}
+
+
+def _check(found: Vocabulary) -> None:
+    if found.algorithm != "bpe":
+        raise UserError(f"the tokenizer is a {found.algorithm} model, and among equally likely cuts the library "
+                        "tokenizers takes others than SentencePiece, so some texts would get other ids. Byte-pair "
+                        "encodings alone are exported: train one with `trainyard data tokenizer --algorithm bpe`")
+    if found.changes:
+        raise UserError(f"the tokenizer changes texts before it cuts them ({', '.join(found.changes)}); only those "
+                        "that do not are exported, such as `trainyard data tokenizer` trains")
+    texts = {piece.text for piece in found.pieces}
+    if len(texts) < len(found.pieces) or any(piece.kind == "unused" for piece in found.pieces):
+        raise UserError("the tokenizer holds a piece twice, or unused ones, which the library tokenizers cannot say")
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, in further brackets where a piece of text looks like it."""
+    while name in taken:
+        name = f"<{name}>"
+    return name
+
+
+def _tokenizer_json(found: Vocabulary, special: dict[str, int], frame: tuple[str, ...]) -> dict[str, Any]:
+    ids = {piece.text: number for number, piece in enumerate(found.pieces)}
+    kinds = {number: piece.kind for number, piece in enumerate(found.pieces)}
+    added = {number: text for text, number in (ids | special).items() if kinds.get(number) not in ("normal", "byte")}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None,
+        "added_tokens": [
+            {"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": kinds.get(number) != "user_defined"} for number, text in sorted(added.items())],
+        "post_processor": _frame_json(special, frame),
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": True, "ignore_merges": False,
+            "vocab": ids | special, "merges": _merges(found.pieces)},
+    }
+
+
+def _merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, best score first: SentencePiece merges any neighbours that do."""
+    texts = {piece.text for piece in pieces if piece.kind == "normal"}
+    ordered = sorted((piece for piece in pieces if piece.kind == "normal"), key=lambda piece: -piece.score)
+    return [(text[:cut], text[cut:]) for text, _, _ in ordered for cut in range(1, len(text))
+            if text[:cut] in texts and text[cut:] in texts]
+
+
+def _frame_json(special: dict[str, int], frame: tuple[str, ...]) -> dict[str, Any] | None:
+    """The template that puts special tokens around one text and around two, of which the second ends like the first."""
+    if frame == (TEXT,):
+        return None
+    second = frame[frame.index(TEXT):]
+
+    def part(name: str, sequence: str, type_id: int) -> dict[str, Any]:
+        if name == TEXT:
+            return {"Sequence": {"id": sequence, "type_id": type_id}}
+        return {"SpecialToken": {"id": name, "type_id": type_id}}
+
+    single = [part(name, "A", 0) for name in frame]
+    used = {name: {"id": name, "ids": [special[name]], "tokens": [name]} for name in frame if name != TEXT}
+    return {"type": "TemplateProcessing", "single": single, "pair": single + [part(name, "B", 1) for name in second],
+            "special_tokens": used}

@@ -1,0 +1,1 @@
+"""A trained model on one process: generation and evaluation."""

@@ -1,0 +1,1 @@
+"""Whether the ranks of a launcher could train together."""
