@@ -28,9 +28,12 @@ from parallel.process_groups import Groups
 from parallel.random_streams import seed_step
 from parallel.recompute import recompute_selectively, recomputed
 from parallel.tensor_parallel import TensorParallel
-from parallel.zero import engine as zero
+from parallel.zero.engine import init_distributed, partitioned_construction, settle_tied, start_engine
+from parallel.zero.fused_loss import chunked_cross_entropy
+from parallel.zero.host_adam import adamw
 from parallel.zero.offload import MappedFiles
 from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
+from parallel.zero.settings import deepspeed_config
 
 
 class NotFinite(Exception):
@@ -85,22 +88,22 @@ class Engine:
         self.is_replicated = parallel.zero_stage == 0
         self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
         at = groups.coordinates
-        config = zero.deepspeed_config(parallel, precision, self.layout, device.type == "cuda")
-        zero.init_distributed(dist.get_backend())
+        config = deepspeed_config(parallel, precision, self.layout, device.type == "cuda")
+        init_distributed(dist.get_backend())
 
         self.tp = TensorParallel(groups, device)
         specs = list(build_layers(self.tp))
         self.bounds = cut([spec.cost for spec in specs], parallel.num_stages, [spec.with_next for spec in specs])
         self.v_shaped = parallel.v_shaped
         stages = (at.pp, parallel.num_stages - 1 - at.pp) if self.v_shaped else (at.pp,)
-        with zero.partitioned_construction(config, groups):
+        with partitioned_construction(config, groups):
             stage = Stage(specs, *((self.bounds[number], self.bounds[number + 1]) for number in stages))
         slots = self._make_slots(stage)
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
-        optimizer = make_optimizer(list(stage.named_global_parameters()), zero.adamw(parallel.offload))
-        self.deepspeed = zero.start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
+        optimizer = make_optimizer(list(stage.named_global_parameters()), adamw(parallel.offload))
+        self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
         self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
         if parallel.offload_folder:
@@ -139,7 +142,7 @@ class Engine:
             if cast:
                 layer = CastOnUse(layer, DTYPES[precision.compute])
             if parallel.loss_chunk_tokens and spec.vocabulary:
-                layer = waiting(layer, zero.chunked_cross_entropy(self.tp, parallel.loss_chunk_tokens))
+                layer = waiting(layer, chunked_cross_entropy(self.tp, parallel.loss_chunk_tokens))
             if parallel.recompute == "full" and spec.name in chosen:
                 layer = recomputed(layer)
             if layer is not stage.by_name[spec.name]:
@@ -175,7 +178,7 @@ class Engine:
         items = self._items(batches, weight=None)
         if self.layout.pipeline > 1:
             loss = self.deepspeed.train_batch(iter(items))
-            zero.settle_tied(self.deepspeed)
+            settle_tied(self.deepspeed)
         else:
             loss = torch.zeros((), device=self.device)
             self.deepspeed.train()

@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import UserError
 from data_pipeline.corruption.special_ids import NUM_FIXED_IDS, SpecialIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
-from data_pipeline.text.token_pieces import Piece, Vocabulary, vocabulary
+from data_pipeline.text.token_pieces import TokenPiece, Vocabulary, vocabulary
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokenizer
 from pretrain.config.run_config import RunConfig
 from pretrain.objectives import OBJECTIVES
@@ -124,7 +124,7 @@ def _tokenizer_json(found: Vocabulary, special: dict[str, int], frame: tuple[str
     }
 
 
-def _merges(pieces: tuple[Piece, ...]) -> list[tuple[str, str]]:
+def _merges(pieces: tuple[TokenPiece, ...]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first: SentencePiece merges any neighbours that do."""
     texts = {piece.text for piece in pieces if piece.kind == "normal"}
     ordered = sorted((piece for piece in pieces if piece.kind == "normal"), key=lambda piece: -piece.score)

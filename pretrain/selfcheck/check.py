@@ -16,12 +16,12 @@ from common.errors import ConfigError, ExitCode, NodeSuspected, UserError
 from parallel.checks.collective_check import Measured, measure
 from parallel.layout import Layout
 from parallel.process_groups import build_groups, destroy_groups
-from parallel.ranks.agreement import all_gather_text
+from parallel.ranks.agreement import Progress, all_gather_text
 from parallel.ranks.rank_info import RankInfo
-from parallel.ranks.rendezvous import Progress, RendezvousError, join, leave
+from parallel.ranks.rendezvous import RendezvousError, join, leave
 from pretrain.config.run_config import RunConfig
 from pretrain.selfcheck.rank_report import Finding, SharedToken, breaks_groups, differing, facts_of_rank, skewed
-from pretrain.training.loop import local_device
+from pretrain.training.devices import local_device
 
 ROUND_TRIPS = 5
 

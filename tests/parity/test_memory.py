@@ -21,7 +21,7 @@ def open_engine(groups, model: dict, parallel: dict, compute: str = "fp32"):
     import torch
 
     from pretrain.config.run_config import config_from
-    from pretrain.training.loop import build_engine
+    from pretrain.training.build_engine import build_engine
 
     values = {**GPT, "model": {**GPT["model"], **model}, "parallel": parallel, "precision": {"compute": compute},
               "data": {"train": "none"}}

@@ -90,7 +90,7 @@ def prepared(info, values: dict):
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
     from pretrain.config.run_config import config_from
-    from pretrain.training.loop import build_engine
+    from pretrain.training.build_engine import build_engine
 
     config = config_from(values, "test")
     join(info)

@@ -18,7 +18,7 @@ def one_step(info, values: dict, objective: str) -> tuple[dict, list[float], flo
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
     from pretrain.config.run_config import config_from
-    from pretrain.training.loop import build_engine
+    from pretrain.training.build_engine import build_engine
 
     values = {**values, "objective": {"name": objective}, "optimizer": {"lr": 1e-3, "clip_norm": 0.0}}
     config = config_from(values, "test")

@@ -63,7 +63,7 @@ def find_flips(info, values: dict, num_flips: int) -> list:
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
     from pretrain.config.run_config import config_from
-    from pretrain.training.loop import build_engine
+    from pretrain.training.build_engine import build_engine
 
     config = config_from(values, "test")
     join(info)

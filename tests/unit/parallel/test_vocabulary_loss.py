@@ -16,7 +16,7 @@ NUM_TOKENS, VOCAB_SIZE, HIDDEN = 2048, 131_072, 16
 
 
 @pytest.fixture(scope="module")
-def shard():
+def tp():
     with single_rank() as groups:
         yield TensorParallel(groups, torch.device("cpu"))
 

@@ -120,7 +120,7 @@ def largest_scale(info, stage: int) -> list[float]:
     from parallel.layout import Layout
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
-    from pretrain.training.loop import build_engine
+    from pretrain.training.build_engine import build_engine
 
     values = {**CLIP, "model": {**CLIP["model"], "init_temperature": 0.0101}, "data": {"train": "unused"},
               "parallel": {"micro_batch": 4, "global_batch": 8, "zero_stage": stage}}
