@@ -1,10 +1,12 @@
 """The package. Versions here are ranges; constraints.txt pins the ones that were tested together."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "pretrain" / "__init__.py").read_text(encoding="utf-8"))[1]
 SHIPPED = ("configs", "slurm")  # installed under share/trainyard, see common/shipped_files.py
 
 
@@ -20,8 +22,9 @@ def shipped_files() -> list[tuple[str, list[str]]]:
 
 setup(
     name="trainyard",
-    version="0.1.0",
+    version=VERSION,
     description="Pretrains large models on many accelerators",
+    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=[
         room + below for room in ("common", "pretrain", "parallel", "data_pipeline", "launchers")
