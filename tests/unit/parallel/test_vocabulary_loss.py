@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.chunked_loss import DeferredHead, token_losses
@@ -38,6 +39,13 @@ def losses_and_gradients(head: Head, x: Tensor, labels: Tensor, weights: Tensor,
     return [losses.detach(), *gradients]
 
 
+def in_double_precision(head: Head, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """The losses [s, b] and their sum's gradients for x and the weight, from torch's own cross entropy."""
+    x, weight = (tensor.detach().double().requires_grad_() for tensor in (x, head.weight))
+    losses = F.cross_entropy((x @ weight.t()).flatten(0, 1), labels.flatten(), reduction="none")
+    return [losses.detach().view_as(labels), *torch.autograd.grad(losses.sum(), (x, weight))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_has_no_probability_and_weights_count(dtype, tp):
     head = head_of(tp, vocab_size=90, pad_to=64).to(dtype)
@@ -65,8 +73,9 @@ def test_memory_at_a_large_vocabulary(tp):
         with LiveBytes() as live:
             found.append(losses_and_gradients(head, x, labels, weights, chunk_tokens))
         peaks.append(live.peak_bytes - sum(tensor.nbytes for tensor in found[-1]))
-    for a, b in zip(*found, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
+    # Against double precision: over so many words the fp32 product of all logits at once is itself 1e-5 off.
+    for a, b in zip(found[1], in_double_precision(head, x, labels), strict=True):
+        assert (a - b).norm() <= 2e-6 * b.norm()
     all_logits = 4 * NUM_TOKENS * VOCAB_SIZE
     assert peaks[0] >= 2 * all_logits
     assert peaks[1] <= peaks[0] / 4
