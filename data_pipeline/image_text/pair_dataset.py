@@ -25,7 +25,7 @@ MAX_BAD_IN_A_ROW = 1000
 COLUMNS = 4  # image offset, image bytes, caption offset, caption bytes
 
 
-class BadPair(Exception):
+class BadPair(DataError):
     """A pair that cannot be used; the message says which one and why."""
 
 

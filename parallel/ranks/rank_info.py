@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 
+from common.errors import RankInfoError
 from parallel.ranks.slurm_node_list import NodeListError, expand_node_list, expand_tasks_per_node
 
 STORE_FD = "TRAINYARD_STORE_FD"
@@ -20,10 +21,6 @@ SUPERVISOR = "TRAINYARD_SUPERVISOR"
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral range of Linux (32768-), where an outgoing connection could take the port first.
 FIRST_PORT, NUM_PORTS, PORT_STRIDE, NUM_CANDIDATES = 20_000, 12_000, 1_009, 8
-
-
-class RankInfoError(Exception):
-    """The rank variables disagree, are half set or are not numbers; the message names them and says what to do."""
 
 
 @dataclass(frozen=True)
