@@ -60,6 +60,14 @@ class Tokenizer:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from None
         return cls(model, str(path))
 
+    @classmethod
+    def load_copy(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read the model that belongs to a dataset folder or a checkpoint. Raises DataError when it is not whole."""
+        try:
+            return cls.load(path)
+        except UserError as error:
+            raise DataError(error.message) from None
+
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.model,)
 

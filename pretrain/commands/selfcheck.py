@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError, UserError
+from common.wording import count
 from launchers.local.ranks_here import run_local
 from launchers.supervise.node_check import devices_here, note_node, problems
-from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from parallel.ranks.rank_info import RankInfo, alone, read_rank_info
 from pretrain.commands.train import check_nproc
 from pretrain.config.run_config import RunConfig, load_run
 from pretrain.training.third_party_output import third_party_output
@@ -43,27 +44,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks or becomes one. Returns the exit code."""
-    try:
-        info = read_rank_info()
-    except RankInfoError as error:
-        raise UserError(str(error)) from None
+    info = read_rank_info()
     check_nproc(args.nproc, info)
     for name, value in (("--mib", args.mib), ("--timeout", args.timeout)):
         if value is not None and not 0 < value <= 2**16:
             raise UserError(f"{name} {value}: a number above 0 and at most {2**16} is needed")
     if info is None:
-        nproc = args.nproc or _default_nproc(args)
-        if args.config:
-            load_run(args.config, args.overrides, nproc)  # a mistake is told once, and not by every rank
+        if args.config:  # checked here, so that a mistake is shown once and not by every rank
+            config = load_run(args.config, args.overrides, args.nproc)
+            nproc = args.nproc or config.parallel.model_ranks
+        else:
+            nproc = args.nproc or devices_here() or 2
         if nproc > 1:
             return run_local(_words(args), nproc, None)
     return _run_rank(args, info or alone())
-
-
-def _default_nproc(args: argparse.Namespace) -> int:
-    if not args.config:
-        return devices_here() or 2
-    return load_run(args.config, args.overrides).parallel.model_ranks
 
 
 def _words(args: argparse.Namespace) -> list[str]:
@@ -110,7 +104,7 @@ def _note(report: "Report", config: RunConfig | None) -> None:
 def _lines(report: "Report") -> Iterator[str]:
     info, facts, same = report.info, report.facts, report.facts[0]["same"]
     nodes = len({rank["node"] for rank in facts})
-    yield (f"Trainyard selfcheck: {_count(info.world_size, 'rank')} on {_count(nodes, 'node')}, started by "
+    yield (f"Trainyard selfcheck: {count(info.world_size, 'rank')} on {count(nodes, 'node')}, started by "
            f"{info.source}")
     if report.layout:
         yield f"  layout     {report.layout.words}"
@@ -127,7 +121,7 @@ def _lines(report: "Report") -> Iterator[str]:
     if not report.findings:
         yield "all well"
         return
-    yield f"{_count(len(report.findings), 'problem')}"
+    yield count(len(report.findings), "problem")
     for number, finding in enumerate(report.findings[:MAX_SHOWN], 1):
         yield f"{number:3}. rank {finding.rank} on {finding.node}: {finding.text}"
     if len(report.findings) > MAX_SHOWN:
@@ -145,7 +139,3 @@ def _table(report: "Report") -> Iterator[str]:
     for operation in dict.fromkeys(speed.operation for speed in report.speeds):
         cells = [found[operation, axis] for axis in axes]
         yield f"  {operation:<16}" + "".join(f"{f'{c.slowest / 1e9:.3f} ({c.median / 1e9:.3f})':>24}" for c in cells)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

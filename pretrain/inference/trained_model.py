@@ -108,7 +108,7 @@ def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer that travels with the checkpoint of a run."""
-    return Tokenizer.load(checkpoint.folder / TOKENIZER_FILE)
+    return Tokenizer.load_copy(checkpoint.folder / TOKENIZER_FILE)
 
 
 def _device() -> torch.device:
