@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import DataError, UserError
+from common.errors import DataError, TrainyardError, UserError
 from common.files import is_empty_folder, write_file, write_folder_aside, writing
 from data_pipeline.folder.manifest import (
     FORMAT_VERSION,
@@ -53,7 +53,10 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
     settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}/{inputs}"
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()
     if folder.exists() and not is_empty_folder(folder):
-        manifest = PairsManifest.load(folder)
+        try:
+            manifest = PairsManifest.load(folder)
+        except TrainyardError as error:
+            raise UserError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
         if manifest.inputs_sha256 != fingerprint:
             raise UserError(f"{folder} holds pairs made from other input or settings; choose another folder or "
                             "remove that one")
