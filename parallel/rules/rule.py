@@ -41,7 +41,7 @@ class Case:
         return self.parallel.micro_batch * (self.data or 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
     """A combination of settings that cannot run, and the message about it."""
 
