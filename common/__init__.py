@@ -1,1 +1,1 @@
-"""Ground for every room: errors, files, seeds, wording. Imports nothing of the project and no torch."""
+"""Ground for every room: errors, files, seeds, wording. Imports the standard library only."""

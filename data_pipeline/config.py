@@ -1,15 +1,13 @@
-"""Facts: the `data` section of a run and the problems a dataset folder shows before anything is read from it."""
+"""The `data` section of a run, and the problems of a dataset folder that show before its samples are read (no torch).
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from common.errors import DataError
+from common.errors import Damage, DataError, Problem, TrainyardError
 from data_pipeline.folder.manifest import Manifest, PairsManifest, file_sizes, shard_faults
-
-# A problem as every facts room reports it: where, what was asked, what is possible, what to change.
-Problem = tuple[str, str, str, str]
 
 MAX_FAULTS_NAMED = 5
 
@@ -61,14 +59,15 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
         try:
             manifest = kind.load(folder)
             sizes = file_sizes(Path(folder))
-        except (DataError, OSError) as error:
-            yield where, folder, str(error), f"point {where} at a finished dataset folder"
+        except (TrainyardError, OSError) as error:
+            kind = Damage if isinstance(error, DataError) else Problem
+            yield kind(where, folder, str(error), f"point {where} at a finished dataset folder")
             continue
         tokenizers[field] = manifest.tokenizer.sha256
         yield from _file_problems(where, Path(folder), manifest, sizes)
         yield from _fit_problems(where, folder, manifest, window_tokens, vocab_size, reserved_ids)
     if len(set(tokenizers.values())) > 1:
-        yield (
+        yield Problem(
             "data.heldout",
             f"{data.heldout}, made with another tokenizer than {data.train}",
             "both sets must hold token ids of the same tokenizer",
@@ -78,12 +77,14 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
 
 def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest, sizes: dict[str, int]
                    ) -> Iterator[Problem]:
-    faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
+    tokenizer = manifest.tokenizer.file
+    faults = [] if tokenizer in sizes else [f"{folder / tokenizer} is missing"]
+    faults += [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
     for fault in faults[:MAX_FAULTS_NAMED]:
-        yield where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`"
+        yield Damage(where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`")
     if len(faults) > MAX_FAULTS_NAMED:
         more = f"{len(faults) - MAX_FAULTS_NAMED} further files are missing or of the wrong size"
-        yield where, str(folder), more, f"`trainyard data verify {folder}` lists them all"
+        yield Damage(where, str(folder), more, f"`trainyard data verify {folder}` lists them all")
 
 
 def _fit_problems(
@@ -92,14 +93,14 @@ def _fit_problems(
     least = manifest.vocab_size + reserved_ids
     if least > vocab_size:
         kept = f" and {reserved_ids} ids that the objective keeps for itself" if reserved_ids else ""
-        yield (
+        yield Problem(
             where,
             f"a dataset of {manifest.vocab_size} token ids{kept} with model.vocab_size={vocab_size}",
             f"model.vocab_size must be at least {least} for {folder}",
             f"set model.vocab_size={least} or larger, or tokenize the data anew",
         )
     if isinstance(manifest, Manifest) and manifest.num_tokens < window_tokens + 1:
-        yield (
+        yield Problem(
             where,
             f"samples of {window_tokens} tokens of text (by model.sequence_length and the objective) and the next one",
             f"{folder} holds {manifest.num_tokens} tokens in all",

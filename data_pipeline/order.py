@@ -6,13 +6,13 @@ windows are visited in a second shuffled order. What remains at the end of the s
 of that epoch. The number of windows is the same in every epoch, so a position maps to (epoch, window) exactly.
 """
 
-import hashlib
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import UserError
+from common.seeding import derive_key
 
 # The epoch being read and the next one: windows near the border come from both when steps run across it.
 MAX_CACHED_EPOCHS = 2
@@ -40,7 +40,7 @@ class WindowOrder:
         sequence_length: tokens per sample, not counting the last target.
         seed: the run's seed; None keeps documents and windows in their stored order.
 
-    Raises DataError when the documents together hold less than one window.
+    Raises UserError when the documents together hold less than one window.
     """
 
     def __init__(self, token_counts: np.ndarray, sequence_length: int, seed: int | None) -> None:
@@ -50,7 +50,7 @@ class WindowOrder:
         num_tokens = int(self.token_counts.sum())
         self.windows_per_epoch = num_windows(num_tokens, sequence_length)
         if self.windows_per_epoch == 0:
-            raise DataError(
+            raise UserError(
                 f"samples of {sequence_length + 1} tokens were asked for, but the dataset holds {num_tokens} tokens; "
                 f"use a larger dataset or a shorter sequence_length"
             )
@@ -97,7 +97,7 @@ class WindowOrder:
 class TokenSamples:
     """Samples by position: windows of a dataset's tokens in a shuffled order; seed None: in their stored order.
 
-    A sample is {"tokens": int64 [sequence_length + 1]}. Raises DataError when the dataset holds less than one.
+    A sample is {"tokens": int64 [sequence_length + 1]}. Raises UserError when the dataset holds less than one.
     """
 
     def __init__(self, dataset: Any, sequence_length: int, seed: int | None) -> None:
@@ -123,6 +123,5 @@ def permutation(size: int, seed: int | None, epoch: int, purpose: str) -> np.nda
     """
     if seed is None:
         return np.arange(size, dtype=np.int64)
-    digest = hashlib.sha256(f"{seed}/{epoch}/{purpose}".encode()).digest()
-    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+    bits = np.random.Philox(key=derive_key(seed, epoch, purpose))
     return np.argsort(bits.random_raw(size), kind="stable")

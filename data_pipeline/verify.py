@@ -1,7 +1,6 @@
 """Recompute everything a dataset folder claims about itself: checksums, sample counts, every member, every token id or
 image."""
 
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
@@ -11,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import DataError
+from common.files import sha256_of
 from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
 from data_pipeline.folder.shard_reader import TOKENS_SUFFIX, Shard, load_index
 from data_pipeline.image_text.images import BadImage, decode
 from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
 from data_pipeline.text.tokenizer import Tokenizer
 
-READ_BYTES = 1 << 20
 MAX_MEMBER_PROBLEMS = 20
 
 
@@ -83,7 +82,7 @@ def _file_problems(folder: Path, entry: ShardFile) -> Iterator[str]:
 
 def _tokenizer_problems(folder: Path, manifest: Manifest | PairsManifest) -> Iterator[str]:
     try:
-        tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+        tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
     except DataError as error:
         yield error.message
         return
@@ -147,11 +146,7 @@ def _num_members(path: Path) -> int:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+        return sha256_of(path)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()

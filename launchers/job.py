@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from common.errors import Problem
@@ -23,6 +23,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 class Slurm:
     """What only Slurm is told; None leaves it to the cluster's default."""
 
+    _: KW_ONLY
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -51,6 +52,7 @@ class Job:
     """
 
     name: str
+    _: KW_ONLY
     config: Path
     folder: Path
     work_dir: Path
@@ -80,8 +82,8 @@ class Job:
     @property
     def token(self) -> str | None:
         """Name of the attempt where a person starts the job on every node, each with a supervisor; else None."""
-        by_hand = self.no_ssh or self.node_rank is not None or self.elastic is not None
-        return f"{self.name}@{self.master_address}:{self.master_port}" if by_hand else None
+        is_per_node = self.no_ssh or self.node_rank is not None or self.elastic is not None
+        return f"{self.name}@{self.master_address}:{self.master_port}" if is_per_node else None
 
     @property
     def logs(self) -> Path:
@@ -94,7 +96,7 @@ class Job:
 
     @property
     def rank_module(self) -> tuple[str, ...]:
-        """Arguments of python for one rank: its keeper, which writes its log and its exit code."""
+        """Arguments of python for one rank: its wrapper, which writes its log and its exit code."""
         return ("-m", "launchers.supervise.rank_wrapper", str(self.folder), *self.train)
 
     def problems(self) -> Iterator[Problem]:

@@ -59,21 +59,6 @@ def template_problems(job: Job, template: str, where: str) -> Iterator[Problem]:
         yield Problem(where, "a single @", "@name, or @@ for the character", "write @@")
 
 
-def submit_argv(script_path: Path | str, after: str | None = None) -> list[str]:
-    """The command that submits a script, after the end (however it came) of another job if one is given."""
-    chain = [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return ["sbatch", "--parsable", *chain, str(script_path)]
-
-
-def cancel_argv(job_id: str) -> list[str]:
-    return ["scancel", job_id]
-
-
-def state_argv(job_id: str) -> list[str]:
-    """Prints state, reason and the time left, one line for each element of an array."""
-    return ["squeue", "--noheader", "--states=all", "--jobs", job_id, "--format", "%i|%T|%r|%L|%N"]
-
-
 def _options(job: Job) -> list[str]:
     slurm = job.slurm
     given = {

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import NotFinite
 from parallel.chunked_loss import waiting
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.gradient_cache import DataRows, GradientCache, concatenated, surrogate
@@ -34,10 +35,6 @@ from parallel.zero.host_adam import adamw
 from parallel.zero.offload import MappedFiles
 from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
 from parallel.zero.settings import deepspeed_config
-
-
-class NotFinite(Exception):
-    """The gradient became NaN or infinite; no weight has been touched in this step."""
 
 
 class Objective(Protocol):

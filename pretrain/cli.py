@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from common.errors import ConfigError, DataError, ExitCode, UserError
+from common.errors import ExitCode, TrainyardError
 
 VERBS = {  # verb: what it does; one file each in pretrain/commands, imported only when it is called
     "train": "train on this machine, or join the ranks that a launcher started",
@@ -34,15 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def report(work: Callable[[], int]) -> int:
-    """The exit code of `work`; what went wrong in it is told on standard error."""
+    """The exit code of `work`; an error in it is written to standard error."""
     try:
         return work()
-    except (ConfigError, UserError) as error:
-        _complain(str(error))
+    except TrainyardError as error:
+        _complain(error.message)
         return error.exit_code
-    except DataError as error:
-        _complain(str(error))
-        return ExitCode.USER
     except KeyboardInterrupt:
         _complain("interrupted")
         return ExitCode.INTERRUPTED

@@ -5,10 +5,11 @@ epoch, where its position is another. Numbers are derived from a bit generator's
 across versions; it does not promise that of its Generator methods, and a run must resume after an upgrade.
 """
 
-import hashlib
 from math import exp
 
 import numpy as np
+
+from common.seeding import derive_key
 
 
 class Noise:
@@ -21,8 +22,7 @@ class Noise:
     """
 
     def __init__(self, seed: int | str, position: int, purpose: str) -> None:
-        digest = hashlib.sha256(f"{seed}/{position}/{purpose}".encode()).digest()
-        self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
+        self._bits = np.random.Philox(key=derive_key(seed, position, purpose))
 
     def uniform(self, size: int) -> np.ndarray:
         """float64 [size] in [0, 1)."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
@@ -75,7 +75,10 @@ class _Manifest(_Facts):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Read `folder/dataset.json`. Raises DataError naming what is missing or wrong, or of another kind."""
+        """Read `folder/dataset.json`.
+
+        Raises UserError when there is no dataset, or one of another kind; DataError when its manifest is damaged.
+        """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
         try:
@@ -83,7 +86,9 @@ class _Manifest(_Facts):
                 raise DataError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a dataset manifest")
             text = path.read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError):
-            raise DataError(_what_is_there(folder)) from None
+            raise UserError(_what_is_there(folder)) from None
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path}: {error}") from None
         try:
@@ -91,7 +96,7 @@ class _Manifest(_Facts):
             kind = content.get("kind") if isinstance(content, dict) else None
             if kind in KINDS and kind != cls.model_fields["kind"].default:
                 needed = KINDS[cls.model_fields["kind"].default]
-                raise DataError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
+                raise UserError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
             manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
@@ -138,7 +143,7 @@ class PairsManifest(_Manifest):
 
 
 def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:
-    """The manifest of a dataset folder of either kind. Raises DataError naming what is missing or wrong."""
+    """The manifest of a dataset folder of either kind. Raises UserError and DataError as `Manifest.load`."""
     path = Path(folder) / MANIFEST_NAME
     try:
         is_small = path.stat().st_size <= MAX_MANIFEST_BYTES

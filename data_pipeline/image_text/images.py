@@ -3,13 +3,15 @@
 Pixels leave as uint8 [3, size, size] in red, green, blue; the model normalises them on its device.
 """
 
-import hashlib
 import io
 import warnings
 from math import exp, log, sqrt
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from common.errors import DataError
+from common.seeding import derive_key
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -20,7 +22,7 @@ CROP_ASPECT = (3 / 4, 4 / 3)
 CROP_ATTEMPTS = 10
 
 
-class BadImage(Exception):
+class BadImage(DataError):
     """Bytes that are no usable image; the message says why."""
 
 
@@ -94,8 +96,7 @@ def evaluation_crop(image: Image.Image, size: int) -> np.ndarray:
 
 def _uniform(seed: str, count: int) -> np.ndarray:
     """float64 [count] in [0, 1) from the raw output of a bit generator, which NumPy keeps stable across versions."""
-    digest = hashlib.sha256(seed.encode()).digest()
-    bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(count)
+    bits = np.random.Philox(key=derive_key(seed)).random_raw(count)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 

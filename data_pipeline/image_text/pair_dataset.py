@@ -25,7 +25,7 @@ MAX_BAD_IN_A_ROW = 1000
 COLUMNS = 4  # image offset, image bytes, caption offset, caption bytes
 
 
-class BadPair(Exception):
+class BadPair(DataError):
     """A pair that cannot be used; the message says which one and why."""
 
 
@@ -44,7 +44,7 @@ class PairsDataset:
 
     def __init__(self, folder: Path, manifest: PairsManifest, rows: np.ndarray, image_size: int) -> None:
         self.folder, self.manifest, self.image_size = folder, manifest, image_size
-        self.tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+        self.tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
         self._rows = rows
         self._first_pairs = np.cumsum([0, *(entry.num_pairs for entry in manifest.shards)])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()

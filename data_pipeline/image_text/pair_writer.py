@@ -9,7 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import DataError
+from common.errors import DataError, TrainyardError, UserError
+from common.files import is_empty_folder, write_file, write_folder_aside, writing
 from data_pipeline.folder.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -21,12 +22,8 @@ from data_pipeline.folder.manifest import (
 from data_pipeline.folder.shard_writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
-    advice,
-    is_empty_folder,
     member_key,
     tool_version,
-    write_file,
-    written_aside,
 )
 from data_pipeline.image_text.images import IMAGE_SUFFIXES
 from data_pipeline.image_text.pair_dataset import CAPTION_SUFFIXES, caption_of
@@ -49,32 +46,33 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
     """Write pairs into `folder`, or reuse it when its manifest names the same `inputs`. Returns (manifest, is reused).
 
     inputs: what decides the content, in words; its hash stands in the manifest.
-    Raises DataError when there is nothing to write, the folder holds something else, or the disk refuses.
+    Raises UserError when there is nothing to write or the folder holds something else, StorageError when the disk
+    refuses.
     """
     folder = Path(folder)
     settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}/{inputs}"
     fingerprint = hashlib.sha256(settings.encode()).hexdigest()
     if folder.exists() and not is_empty_folder(folder):
-        manifest = PairsManifest.load(folder)
+        try:
+            manifest = PairsManifest.load(folder)
+        except TrainyardError as error:
+            raise UserError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
         if manifest.inputs_sha256 != fingerprint:
-            raise DataError(f"{folder} holds pairs made from other input or settings; choose another folder or "
+            raise UserError(f"{folder} holds pairs made from other input or settings; choose another folder or "
                             "remove that one")
         return manifest, True
-    try:
-        with written_aside(folder) as aside:
-            entries = list(_shards(pairs, aside, shard_bytes))
-            if not entries:
-                raise DataError(f"there is no pair of image and caption for split {split!r}")
-            write_file(aside / TOKENIZER_FILE, tokenizer.model)
-            manifest = PairsManifest(
-                split=split, num_pairs=sum(entry.num_pairs for entry in entries), vocab_size=tokenizer.vocab_size,
-                end_of_text=tokenizer.end_of_text,
-                tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
-                tool_version=tool_version(), inputs_sha256=fingerprint, shards=tuple(entries),
-            )
-            write_file(aside / MANIFEST_NAME, manifest.to_json().encode())
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {advice(error)}") from None
+    with writing(folder), write_folder_aside(folder) as aside:
+        entries = list(_shards(pairs, aside, shard_bytes))
+        if not entries:
+            raise UserError(f"there is no pair of image and caption for split {split!r}")
+        write_file(aside / TOKENIZER_FILE, tokenizer.model)
+        manifest = PairsManifest(
+            split=split, num_pairs=sum(entry.num_pairs for entry in entries), vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            tokenizer=TokenizerEntry(file=TOKENIZER_FILE, sha256=tokenizer.sha256),
+            tool_version=tool_version(), inputs_sha256=fingerprint, shards=tuple(entries),
+        )
+        write_file(aside / MANIFEST_NAME, manifest.to_json().encode())
     return manifest, False
 
 
@@ -95,7 +93,7 @@ def _shards(pairs: Iterable[RawPair], folder: Path, shard_bytes: int) -> Iterato
 def raw_pairs(inputs: Sequence[Path], on_lonely: Callable[[str], None] = lambda name: None) -> Iterator[RawPair]:
     """Pairs of webdataset tars, and of folders in which an image has its caption beside it, in order of name.
 
-    on_lonely: told of every image without a caption. Raises DataError for what cannot be read.
+    on_lonely: told of every image without a caption. Raises UserError and DataError for what cannot be read.
     """
     for path in inputs:
         if path.is_dir():
@@ -103,7 +101,7 @@ def raw_pairs(inputs: Sequence[Path], on_lonely: Callable[[str], None] = lambda 
             if not files:
                 tars = sorted(path.glob("*.tar"))
                 if not tars:
-                    raise DataError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar files")
+                    raise UserError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar files")
                 yield from raw_pairs(tars, on_lonely)
             yield from _joined(((str(file), file.stat().st_size, file.read_bytes) for file in files), on_lonely)
         else:
@@ -116,6 +114,8 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
             for member in archive:
                 if member.isreg():
                     yield f"{path.name}/{member.name}", member.size, archive.extractfile(member).read
+    except (FileNotFoundError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(f"cannot read {path} as a tar file: {error}") from None
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from common.errors import DataError
-from data_pipeline.folder.shard_writer import written_aside
+from common.errors import UserError
+from common.files import write_folder_aside, writing
 from data_pipeline.image_text.pair_writer import RawPair, write_pairs
 from data_pipeline.text.tokenizer import TokenizerOptions, train_tokenizer
 
@@ -147,12 +147,12 @@ def write_shapes(folder: str | os.PathLike, num_train: int, num_test: int, seed:
     """Write `train`, `heldout` (dataset folders) and `zero-shot` (a folder per held-out combination) into `folder`.
 
     `num_test` scenes are held out, and as many images of a single thing are divided among the combinations. Folders
-    that are there from the same settings are reused. Raises DataError for numbers that cannot be, or what is in the
+    that are there from the same settings are reused. Raises UserError for numbers that cannot be, or what is in the
     way.
     """
     folder = Path(folder)
     if num_train < 1 or num_test < len(HELD_OUT) or size < 16:
-        raise DataError(f"num_train={num_train}, num_test={num_test}, size={size}: at least 1 scene to train on, "
+        raise UserError(f"num_train={num_train}, num_test={num_test}, size={size}: at least 1 scene to train on, "
                         f"{len(HELD_OUT)} to test (one for each combination) and 16 pixels are needed")
     words = [scene(random.Random(f"{seed}/words/{number}"), SEEN).caption for number in range(4000)]
     tokenizer = train_tokenizer(words, TokenizerOptions(vocab_size=TOKENIZER_VOCAB_SIZE))
@@ -164,15 +164,12 @@ def write_shapes(folder: str | os.PathLike, num_train: int, num_test: int, seed:
 
 
 def _write_zero_shot(folder: Path, count: int, seed: int, size: int) -> None:
-    try:
-        with written_aside(folder) as aside:
-            (aside / TEMPLATES_FILE).write_text(json.dumps(TEMPLATES, indent=1) + "\n", encoding="utf-8")
-            for colour, shape in HELD_OUT:
-                (aside / f"{colour} {shape}").mkdir()
-            for number in range(count):
-                chance = random.Random(f"{seed}/{ZERO_SHOT}/{number}")
-                combination = HELD_OUT[number % len(HELD_OUT)]
-                image = draw(single(chance, (combination,)), size, chance)
-                (aside / " ".join(combination) / f"{number:06d}.png").write_bytes(image)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {error.strerror or error}") from None
+    with writing(folder), write_folder_aside(folder) as aside:
+        (aside / TEMPLATES_FILE).write_text(json.dumps(TEMPLATES, indent=1) + "\n", encoding="utf-8")
+        for colour, shape in HELD_OUT:
+            (aside / f"{colour} {shape}").mkdir()
+        for number in range(count):
+            chance = random.Random(f"{seed}/{ZERO_SHOT}/{number}")
+            combination = HELD_OUT[number % len(HELD_OUT)]
+            image = draw(single(chance, (combination,)), size, chance)
+            (aside / " ".join(combination) / f"{number:06d}.png").write_bytes(image)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 
 TEXT_SUFFIXES = (".txt", ".md")
 CODE_SUFFIXES = (".py",)
@@ -46,7 +46,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.heldout_fraction < 1:
-            raise DataError(f"heldout_fraction={self.heldout_fraction} is not in [0, 1)")
+            raise UserError(f"heldout_fraction={self.heldout_fraction} is not in [0, 1)")
 
 
 @dataclass
@@ -99,14 +99,14 @@ def standard_library_documents(limits: Limits | None = None) -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple((key, path) for key, path in _walk(root, CODE_SUFFIXES))
     if not files:
-        raise DataError(f"{root} holds no .py files; this Python comes without its source, name --input PATH instead")
+        raise UserError(f"{root} holds no .py files; this Python comes without its source, name --input PATH instead")
     return Corpus("stdlib", files, limits or Limits())
 
 
 def documents(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> Corpus:
     """Documents of files and folders: .txt and .md (cut at blank lines), .py, .jsonl (one document per "text").
 
-    Raises DataError naming every path that does not exist, is of another kind, or holds nothing to read.
+    Raises UserError naming every path that does not exist, is of another kind, or holds nothing to read.
     """
     files: list[tuple[str, Path]] = []
     faults = []
@@ -123,7 +123,7 @@ def documents(paths: Sequence[str | os.PathLike], limits: Limits | None = None) 
         else:
             files.append((path.name, path))
     if faults or not files:
-        raise DataError("; ".join(faults) or "no input was named")
+        raise UserError("; ".join(faults) or "no input was named")
     return Corpus(" ".join(map(str, paths)), tuple(files), limits or Limits())
 
 
@@ -147,7 +147,8 @@ def _read(key: str, path: Path, limits: Limits, skipped: Counter) -> Iterator[Do
             return
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        kind = UserError if isinstance(error, PermissionError | FileNotFoundError) else DataError
+        raise kind(f"cannot read {path}: {error.strerror}") from None
     if path.suffix in RECORD_SUFFIXES:
         yield from _records(key, content, skipped)
         return

@@ -16,7 +16,8 @@ from typing import Protocol
 
 import sentencepiece
 
-from common.errors import DataError
+from common.errors import DataError, UserError
+from common.files import write_file, writing
 from data_pipeline.text.corpus import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,12 +53,20 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read a model file. Raises DataError when it is missing or not a fitting SentencePiece model."""
+        """Read a model file. Raises UserError when it cannot be read, DataError when it is not such a model."""
         try:
             model = Path(path).read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read tokenizer {path}: {error.strerror}") from None
+            raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from None
         return cls(model, str(path))
+
+    @classmethod
+    def load_copy(cls, path: str | os.PathLike) -> "Tokenizer":
+        """Read the model that belongs to a dataset folder or a checkpoint. Raises DataError when it is not whole."""
+        try:
+            return cls.load(path)
+        except UserError as error:
+            raise DataError(error.message) from None
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.model,)
@@ -65,18 +74,13 @@ class Tokenizer:
     def save(self, path: str | os.PathLike, facts: dict) -> None:
         """Write the model, and `facts` about it to `<path>.json`, each aside and then renamed; facts come first.
 
-        Raises DataError when the disk refuses.
+        Raises UserError for a place that cannot be written, StorageError when the disk refuses.
         """
         path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({**facts, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
-            for target, data in ((facts_path(path), content.encode()), (path, self.model)):
-                aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-                aside.write_bytes(data)
-                aside.replace(target)
-        except OSError as error:
-            raise DataError(f"cannot write tokenizer {path}: {error.strerror}") from None
+        content = json.dumps({**facts, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+        with writing(path):
+            write_file(facts_path(path), content)
+            write_file(path, self.model)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without end-of-text."""
@@ -114,9 +118,9 @@ class TokenizerOptions:
 
     def __post_init__(self) -> None:
         if self.algorithm not in ("bpe", "unigram"):
-            raise DataError(f"algorithm={self.algorithm!r} is not one of bpe, unigram")
+            raise UserError(f"algorithm={self.algorithm!r} is not one of bpe, unigram")
         if self.vocab_size < MIN_VOCAB_SIZE:
-            raise DataError(
+            raise UserError(
                 f"vocab_size={self.vocab_size} is too small: 256 ids spell bytes; use {MIN_VOCAB_SIZE} or more"
             )
 
@@ -182,7 +186,7 @@ def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokeniz
     Raises DataError when there is no text, or too little of it for the vocabulary asked for.
     """
     if not any(block.strip() for block in sample):
-        raise DataError("there is no text to train a tokenizer on")
+        raise UserError("there is no text to train a tokenizer on")
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -210,7 +214,7 @@ def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokeniz
     except RuntimeError as error:
         # What stands before the last bracket is the place in SentencePiece's source.
         detail = str(error).strip().rpartition("] ")[2]
-        raise DataError(
+        raise UserError(
             f"vocab_size={options.vocab_size} does not fit {sum(map(len, sample)):,} characters of training text; "
             f"change vocab_size or give more text (SentencePiece: {detail})"
         ) from None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import UserError
 from data_pipeline.order import DocumentSpan, TokenSamples
 from data_pipeline.text.tokenizer import TextTokenizer
 
@@ -20,7 +20,7 @@ class TextDataset:
             self._tokens.append(np.array([*tokenizer.encode(text), tokenizer.end_of_text], dtype=np.int64))
             self._text_bytes.append(len(text.encode("utf-8")))
         if not self._tokens:
-            raise DataError("there is no text in the input")
+            raise UserError("there is no text in the input")
         self.token_counts = np.array([len(tokens) for tokens in self._tokens])
 
     def __len__(self) -> int:

@@ -68,7 +68,7 @@ class TokenDataset:
     @property
     def tokenizer(self) -> Tokenizer:
         """The copy of the tokenizer in the folder. Raises DataError when it cannot be read."""
-        return Tokenizer.load(self.folder / self.manifest.tokenizer.file)
+        return Tokenizer.load_copy(self.folder / self.manifest.tokenizer.file)
 
     def text_bytes(self, num_documents: int) -> int:
         """UTF-8 bytes of the text of the first documents."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import DataError
+from common.errors import TrainyardError, UserError
+from common.files import is_empty_folder, write_file, write_folder_aside, writing
 from data_pipeline.folder.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -25,12 +26,8 @@ from data_pipeline.folder.shard_reader import TOKENS_SUFFIX
 from data_pipeline.folder.shard_writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
-    advice,
-    is_empty_folder,
     member_key,
     tool_version,
-    write_file,
-    written_aside,
 )
 from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import Tokenizer
@@ -76,24 +73,22 @@ def write_dataset(
         num_threads: threads that tokenize; the written bytes do not depend on it.
         progress: called after every batch of documents.
 
-    Raises DataError when there is nothing to write, the folder holds something else, or the disk refuses.
+    Raises UserError when there is nothing to write or the folder holds something else, StorageError when the disk
+    refuses.
     """
     folder = Path(folder)
     if shard_bytes < 1:
-        raise DataError(f"shard_bytes={shard_bytes} must be at least 1")
+        raise UserError(f"shard_bytes={shard_bytes} must be at least 1")
     settings = f"{FORMAT_VERSION}/{tokenizer.sha256}/{shard_bytes}/{split}"
     if folder.exists() and not is_empty_folder(folder):
         return Written(_existing(folder, documents, settings), is_reused=True)
-    try:
-        with written_aside(folder) as aside:
-            writer = _DatasetWriter(aside, tokenizer, shard_bytes)
-            for batch in _batches(documents):
-                writer.write(batch, tokenizer.encode_many([document.text for document in batch], num_threads))
-                if progress:
-                    progress(writer.progress)
-            manifest = writer.finish(split, settings)
-    except OSError as error:
-        raise DataError(f"cannot write {folder}: {advice(error)}") from None
+    with writing(folder), write_folder_aside(folder) as aside:
+        writer = _DatasetWriter(aside, tokenizer, shard_bytes)
+        for batch in _batches(documents):
+            writer.write(batch, tokenizer.encode_many([document.text for document in batch], num_threads))
+            if progress:
+                progress(writer.progress)
+        manifest = writer.finish(split, settings)
     return Written(manifest, is_reused=False)
 
 
@@ -128,7 +123,7 @@ class _DatasetWriter:
         if self.shard is not None:
             self._finish_shard()
         if not self.entries:
-            raise DataError(
+            raise UserError(
                 f"no document is left for split {split!r}; give more input or another share of held-out documents"
             )
         write_file(self.folder / TOKENIZER_FILE, self.tokenizer.model)
@@ -174,13 +169,13 @@ class _InputsDigest:
 def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Manifest:
     try:
         manifest = TokenDataset.open(folder).manifest
-    except DataError as error:
-        raise DataError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
+    except TrainyardError as error:
+        raise UserError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
     inputs = _InputsDigest()
     for document in documents:
         inputs.add(document)
     if inputs.hexdigest(settings) != manifest.inputs_sha256:
-        raise DataError(
+        raise UserError(
             f"{folder} holds a dataset made from other documents, tokenizer or settings; "
             f"choose another folder or remove that one first"
         )

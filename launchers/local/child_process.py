@@ -22,7 +22,8 @@ def rank_environment(base: Mapping[str, str], rank: int, nproc: int, port: int) 
     environ = {name: text for name, text in base.items() if not name.startswith("TORCHELASTIC_")}
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", STORE_FD):
         environ.pop(name, None)  # meant for a cluster, or for another run
-    RankInfo(rank, nproc, rank, nproc, LOOPBACK, port, "local", "").export(environ)
+    RankInfo(rank, nproc, rank, nproc, master_address=LOOPBACK, master_port=port, source="local",
+             node="").export(environ)
     environ[LAUNCHER] = "local"
     environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // nproc)))
     return environ

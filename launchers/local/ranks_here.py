@@ -10,18 +10,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from common.errors import ExitCode
 from launchers.local.child_process import loopback_listener, rank_environment, signal_group, start_rank
 from launchers.local.rank_logs import failure_text, open_log
 from parallel.ranks.rank_info import STORE_FD, process_environment
 
-USER_ERROR, SUSPECTED_NODE, REQUEUE = 2, 71, 75
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # All ranks meet a mistake of the user, a check that failed, or the request to stop at about the same time.
-AGREED_CODES = (USER_ERROR, 3, 65, SUSPECTED_NODE, 74, REQUEUE)
+AGREED_CODES = (ExitCode.USER, ExitCode.DOES_NOT_FIT, ExitCode.DATA, ExitCode.NODE, ExitCode.STORAGE,
+                ExitCode.REQUEUE)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Rank:
     number: int
     process: subprocess.Popen[bytes]
     log: Path
+    _: KW_ONLY
     log_file: BinaryIO
     log_start: int
 
@@ -119,7 +121,8 @@ def _start_all(command: Sequence[str], nproc: int, folder: Path, ranks: list[Ran
                 # The console itself and no pipe to it, so that rank 0 can tell a terminal from a file.
                 output, pass_fds = None, (listener.fileno(),)
                 environ[STORE_FD] = str(listener.fileno())
-            ranks.append(Rank(number, start_rank(command, environ, output, pass_fds), log, log_file, log_start))
+            process = start_rank(command, environ, output, pass_fds)
+            ranks.append(Rank(number, process, log, log_file=log_file, log_start=log_start))
     return ranks
 
 
@@ -203,11 +206,11 @@ def _report(ranks: Sequence[Rank], failed: Rank | None, received: Received, fold
     if failed is None:
         return 0
     code = failed.exit_code
-    if code in (USER_ERROR, SUSPECTED_NODE) and ranks[0].exit_code == code:
+    if code in (ExitCode.USER, ExitCode.NODE) and ranks[0].exit_code == code:
         pass  # rank 0 has said it on the console
-    elif code == USER_ERROR:
+    elif code == ExitCode.USER:
         _say(failure_text(failed.log, failed.log_start))
-    elif code != REQUEUE:
+    elif code != ExitCode.REQUEUE:
         _say_failure(ranks, failed, folder)
     return code
 

@@ -3,15 +3,15 @@
 import contextlib
 import json
 import os
-import shutil
 import socket
-import subprocess
 import threading
 import uuid
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import writing
+from launchers.slurm_control import has_ended
 from parallel.ranks.rank_info import RankInfo
 
 LOCK_FILE = "run.lock"
@@ -35,10 +35,15 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> "RunLock":
-        """Takes the lock. Raises UserError (exit code 2) naming the job that writes the folder now."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Takes the lock.
+
+        Raises UserError naming the job that writes the folder now, or StorageError when the storage fails.
+        """
         for _ in range(5):
-            if self._create():
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                created = self._create()
+            if created:
                 self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
                 self._thread.start()
                 return self
@@ -100,7 +105,7 @@ class RunLock:
             # Slurm runs a job only once at a time, so this is the attempt before a requeue.
             return holder.get("attempt") != self._facts["attempt"]
         if job_id:
-            ended = _slurm_job_has_ended(str(job_id))
+            ended = has_ended(str(job_id))
             if ended is not None:
                 return ended
         return self._age_seconds() > STALE_SECONDS
@@ -166,15 +171,3 @@ def _process_start(pid: int) -> str | None:
     except (OSError, IndexError):
         return None
     return DEAD if fields[0] == "Z" else fields[19]
-
-
-def _slurm_job_has_ended(job_id: str) -> bool | None:
-    """Whether Slurm knows the job no longer, or None when it cannot be asked."""
-    squeue = shutil.which("squeue")
-    if squeue is None or not all(part.isdigit() for part in job_id.split("_")):
-        return None
-    done = subprocess.run([squeue, "--noheader", "--jobs", job_id, "--format", "%T"], capture_output=True, text=True,
-                          timeout=30, check=False)
-    if done.returncode != 0:
-        return True if "Invalid job id" in done.stderr else None
-    return not any(state.strip() in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED") for state in done.stdout.split())

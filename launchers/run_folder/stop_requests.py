@@ -1,7 +1,8 @@
-"""Requests to stop that lie as files in the run folder, which rank 0 looks for after every step (a fact: no torch)."""
+"""Requests to stop that lie as files in the run folder, which rank 0 looks for after every step (no torch)."""
 
-import os
 from pathlib import Path
+
+from common.files import write_file
 
 # A person makes STOP to end the run for good, and removes it to go on.
 STOP = "STOP"
@@ -22,9 +23,7 @@ def requested(folder: Path, attempt_token: str | None) -> str | None:
 
 def ask_to_go_on_later(folder: Path, attempt_token: str) -> None:
     """Asks the ranks of an attempt to save and end. Raises OSError."""
-    temporary = folder / f".{STOP_AND_GO_ON}.{os.getpid()}"
-    temporary.write_text(attempt_token, encoding="utf-8")
-    os.replace(temporary, folder / STOP_AND_GO_ON)
+    write_file(folder / STOP_AND_GO_ON, attempt_token)
 
 
 def forget(folder: Path, attempt_token: str) -> None:

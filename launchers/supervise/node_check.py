@@ -11,15 +11,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from common.errors import ExitCode
-from launchers.run_folder.status import NOTES_FOLDER, write_note
-from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from common.errors import ExitCode, RankInfoError
+from launchers.run_folder.notes import NOTES_FOLDER, note_of_node
+from parallel.ranks.rank_info import alone, read_rank_info
 
 FREE_BYTES = 1 << 30
 
@@ -31,26 +30,13 @@ def main(argv: Sequence[str]) -> int:
         info = read_rank_info() or alone()
     except RankInfoError as error:
         sys.stderr.write(f"{error}\n")
-        return ExitCode.USER
+        return error.exit_code
     found = problems(folder, devices)
     if not found:
         return 0
     reason = f"node {info.node} cannot train: {'; '.join(found)}"
-    sys.stdout.write(json.dumps(_note(info, info.node, reason)) + "\n")
+    sys.stdout.write(json.dumps(asdict(note_of_node(info, info.node, reason))) + "\n")
     return ExitCode.NODE
-
-
-def note_node(folder: Path, info: RankInfo, node: str, reason: str) -> None:
-    """Names a node that cannot train, for `trainyard status` and for whoever starts the next attempt."""
-    try:
-        write_note(folder / NOTES_FOLDER / f"exit-rank-of-{node}.json", _note(info, node, reason))
-    except OSError as error:
-        sys.stderr.write(f"{error}\n")
-
-
-def _note(info: RankInfo, node: str, reason: str) -> dict[str, Any]:
-    return {"rank": None, "node": node, "exit_code": int(ExitCode.NODE), "reason": reason,
-            "unix_seconds": time.time(), "job_id": info.job_id, "token": info.attempt_token}
 
 
 def problems(folder: Path | None, devices: int) -> list[str]:

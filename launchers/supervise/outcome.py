@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.errors import ExitCode
+from launchers.run_folder.notes import first_failure
 from launchers.run_folder.run_lock import is_held_by_another
-from launchers.run_folder.status import Status, attempts_without_progress, first_failure, read, suspect_nodes, write
+from launchers.run_folder.status import Status, attempts_without_progress, read, suspect_nodes, write
 
 MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
 NEVER_AGAIN = (ExitCode.DONE, ExitCode.USER, ExitCode.DOES_NOT_FIT, ExitCode.DATA)
@@ -31,10 +32,10 @@ class Decision:
 
 
 def outcome(folder: Path, token: str, began_unix_seconds: float, launcher_code: int) -> Outcome:
-    """What became of the attempt that began at this time. ``launcher_code`` counts only when no rank left a word."""
+    """What became of the attempt that began at this time. ``launcher_code`` counts when no rank wrote how it ended."""
     failure = first_failure(folder, token, began_unix_seconds)
     if failure is not None:
-        return Outcome(failure["exit_code"], str(failure.get("reason", "")), failure.get("rank"), failure.get("node"))
+        return Outcome(failure.exit_code, failure.reason, failure.rank, failure.node)
     status = read(folder)
     if status is not None and is_closed(status, token, began_unix_seconds):
         return Outcome(status.exit_code, status.reason, status.rank, status.node)

@@ -1,4 +1,4 @@
-"""The keeper of one rank: starts it, keeps its log, and writes down how it ended.
+"""The wrapper of one rank: starts it, opens its log, and notes how it ended.
 
 Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a rank that is killed cannot say so. This
 small process can. It also notices that its launcher or the supervisor is gone, which nobody tells a rank: Slurm for
@@ -10,16 +10,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import ExitCode, RankInfoError
 from launchers.local.child_process import dying_with_parent
 from launchers.local.rank_logs import open_log
-from launchers.run_folder.status import NOTES_FOLDER, write_note
-from parallel.ranks.rank_info import SUPERVISOR, RankInfoError, process_environment, read_rank_info
+from launchers.run_folder.notes import NOTES_FOLDER, note_exit
+from parallel.ranks.rank_info import SUPERVISOR, process_environment, read_rank_info
 
-QUIET_CODES = (0, 75)
+QUIET_CODES = (ExitCode.DONE, ExitCode.REQUEUE)
 PARENT_POLL_SECONDS = 1.0
 
 
@@ -36,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
         info = read_rank_info()
     except RankInfoError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
-    rank, node = (info.rank, info.node) if info else (0, "")
+        return error.exit_code
+    rank = info.rank if info else 0
     (folder / NOTES_FOLDER).mkdir(parents=True, exist_ok=True)
     # Rank 0 has the console of the launcher, every other rank its file.
     output = open_log(folder / NOTES_FOLDER, rank)[1] if rank > 0 else None
@@ -54,10 +54,8 @@ def main(argv: Sequence[str]) -> int:
     code = _wait(child, above)
     code = 128 - code if code < 0 else code
     if code not in QUIET_CODES:
-        note = {"rank": rank, "node": node, "exit_code": code, "reason": _reason(code), "unix_seconds": time.time(),
-                "job_id": info.job_id if info else None, "token": info.attempt_token if info else None}
-        write_note(folder / NOTES_FOLDER / f"exit-rank{rank}.json", note)
-    return 0 if code in QUIET_CODES else code
+        note_exit(folder, info, code, _reason(code))
+    return ExitCode.DONE if code in QUIET_CODES else code
 
 
 class Above:

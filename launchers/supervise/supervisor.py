@@ -14,13 +14,15 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from common.errors import ExitCode
+from launchers import slurm_control
 from launchers.local.child_process import dying_with_parent
 from launchers.local.rank_logs import failure_text
-from launchers.run_folder.status import NOTES_FOLDER, Status, first_failure, read, write_note
+from launchers.run_folder.notes import NOTES_FOLDER, first_failure, note_from, write_note_of_node
+from launchers.run_folder.status import Status, read
 from launchers.run_folder.stop_requests import ask_to_go_on_later, forget
 from launchers.supervise.descendants import adopt_orphans, end_descendants
 from launchers.supervise.outcome import Outcome, close, decide, is_closed, outcome
@@ -31,8 +33,6 @@ POLL_SECONDS = 0.2
 FAILED_SECONDS, DONE_SECONDS, POLITE_SECONDS = 15.0, 90.0, 8.0
 # The same for a launcher that starts failed ranks again: until they have met and forgotten the failure.
 RESTART_SECONDS = 900.0
-# scontrol: asking again would not help, or Slurm has requeued the job already.
-FINAL_ANSWERS = ("Invalid", "not permitted", "pending execution")
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Supervisor:
 
     folder: Path
     command: Sequence[str]
+    _: KW_ONLY
     by_signal: bool
     token: str
     restarts: bool = False
@@ -114,8 +115,8 @@ class Supervisor:
 def main(argv: Sequence[str]) -> int:
     """See the module."""
     args = _arguments(argv)
-    supervisor = Supervisor(args.folder, args.command, args.slurm and not args.ask_by_file,
-                            args.token or uuid.uuid4().hex, args.restarts)
+    supervisor = Supervisor(args.folder, args.command, by_signal=args.slurm and not args.ask_by_file,
+                            token=args.token or uuid.uuid4().hex, restarts=args.restarts)
     supervisor.listen()
     code = _check_nodes(args, supervisor.token) if args.check_nodes else 0
     if code != 0:
@@ -147,53 +148,25 @@ def _act(status: Status, may_requeue: bool) -> None:
     if decision.action == "end":
         return
     job = process_environment().get("SLURM_JOB_ID", "")
-    _scontrol("requeuehold" if decision.action == "hold" else "requeue", job)
+    for answer in slurm_control.requeue(job, hold=decision.action == "hold"):
+        _say(f"scontrol requeue: {answer}")
     if decision.bad_nodes:
         # Slurm takes this of a pending job only, and ends us for the requeue. It is polite about that for KillWait.
-        _exclude(job, decision.bad_nodes)
-
-
-def _exclude(job: str, nodes: Sequence[str]) -> None:
-    """Keeps nodes out of the next attempt, beside those that the person excluded."""
-    done = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format", "%x"], capture_output=True, text=True,
-                          timeout=60, check=False)
-    before = done.stdout.strip() if done.returncode == 0 else ""
-    names = ",".join([*filter(None, [before]), *nodes])
-    for _ in range(20):
-        if subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={names}"], capture_output=True,
-                          timeout=120, check=False).returncode == 0:
-            _say(f"nodes kept out of the next attempt: {names}")
-            return
-        time.sleep(POLL_SECONDS)
-    _say(f"these nodes could not be kept out of the next attempt: {names}")
-
-
-def _scontrol(*words: str) -> None:
-    for pause in (2, 5, 15, 60, 0):  # the controller may be away for a moment
-        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode == 0:
-            return
-        if done.stderr.strip():  # else Slurm, that ends this job for the requeue, has ended scontrol too
-            _say(f"scontrol {words[0]}: {done.stderr.strip()}")
-        if any(text in done.stderr for text in FINAL_ANSWERS):
-            return
-        time.sleep(pause)
+        agreed, names = slurm_control.exclude_nodes(job, decision.bad_nodes)
+        _say(f"nodes kept out of the next attempt: {names}" if agreed else
+             f"these nodes could not be kept out of the next attempt: {names}")
 
 
 def _check_nodes(args: argparse.Namespace, token: str) -> int:
     """One task a node looks whether it can train; writes down which cannot. Returns 0 when all can."""
-    nodes = args.check_nodes
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--export=ALL", "--mpi=none",
-               "--input=none", sys.executable, "-m", "launchers.supervise.node_check", str(args.folder),
-               str(args.devices)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
-                          env=process_environment() | {ATTEMPT: token})
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            note = json.loads(line)
-            _say(note["reason"])
-            write_note(args.folder / NOTES_FOLDER / f"exit-rank-of-{note['node']}.json", note)
-    return done.returncode
+    module = ("launchers.supervise.node_check", str(args.folder), str(args.devices))
+    code, said = slurm_control.run_on_every_node(args.check_nodes, module, {ATTEMPT: token})
+    for line in said.splitlines():
+        note = note_from(json.loads(line)) if line.startswith("{") else None
+        if note is not None:
+            _say(note.reason)
+            write_note_of_node(args.folder, note)
+    return code
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -9,8 +9,9 @@ import os
 import socket
 import zlib
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
+from common.errors import RankInfoError
 from parallel.ranks.slurm_node_list import NodeListError, expand_node_list, expand_tasks_per_node
 
 STORE_FD = "TRAINYARD_STORE_FD"
@@ -20,10 +21,6 @@ SUPERVISOR = "TRAINYARD_SUPERVISOR"
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral range of Linux (32768-), where an outgoing connection could take the port first.
 FIRST_PORT, NUM_PORTS, PORT_STRIDE, NUM_CANDIDATES = 20_000, 12_000, 1_009, 8
-
-
-class RankInfoError(Exception):
-    """The rank variables disagree, are half set or are not numbers; the message names them and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,7 @@ class RankInfo:
     world_size: int
     local_rank: int
     local_world_size: int
+    _: KW_ONLY
     master_address: str | None
     master_port: int
     source: str
@@ -91,7 +89,8 @@ def loopback_interface() -> str:
 
 def alone() -> RankInfo:
     """The only rank of a run that no launcher started."""
-    return RankInfo(0, 1, 0, 1, LOOPBACK, FIRST_PORT, "local", socket.gethostname())
+    return RankInfo(0, 1, 0, 1, master_address=LOOPBACK, master_port=FIRST_PORT, source="local",
+                    node=socket.gethostname())
 
 
 def process_environment() -> dict[str, str]:
@@ -154,8 +153,9 @@ def _exported(values: Mapping[str, str], native: RankInfo | None) -> RankInfo | 
     local_world_size = _first_number(values, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     if local_world_size is None:
         local_world_size = 1 if given["WORLD_SIZE"] == 1 else given["LOCAL_RANK"] + 1
-    return RankInfo(given["RANK"], given["WORLD_SIZE"], given["LOCAL_RANK"], local_world_size, None, FIRST_PORT, source,
-                    _node(values), store_is_hosted=values.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+    return RankInfo(given["RANK"], given["WORLD_SIZE"], given["LOCAL_RANK"], local_world_size, master_address=None,
+                    master_port=FIRST_PORT, source=source, node=_node(values),
+                    store_is_hosted=values.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
 
 
 def _exporting_launcher(values: Mapping[str, str]) -> str:
@@ -201,7 +201,8 @@ def _slurm(values: Mapping[str, str]) -> RankInfo | None:
         raise RankInfoError(f"SLURM_STEP_TASKS_PER_NODE: {error}") from None
     local_world_size = counts[node_index] if node_index < len(counts) else (world_size if len(nodes) <= 1 else 1)
     address = LOOPBACK if len(nodes) <= 1 else nodes[0]
-    return RankInfo(rank, world_size, local_rank, local_world_size, address, FIRST_PORT, "slurm", _node(values), nodes)
+    return RankInfo(rank, world_size, local_rank, local_world_size, master_address=address, master_port=FIRST_PORT,
+                    source="slurm", node=_node(values), nodes=nodes)
 
 
 def _openmpi(values: Mapping[str, str]) -> RankInfo | None:
@@ -236,7 +237,9 @@ def _mpi(values: Mapping[str, str], source: str, *names: str) -> RankInfo | None
         raise RankInfoError(
             f"rank variables are half set: {_pairs(present)} without {', '.join(lacking)}; start the ranks with mpirun"
         )
-    return RankInfo(*numbers, None, FIRST_PORT, source, _node(values))
+    rank, world_size, local_rank, local_world_size = (number for number in numbers if number is not None)
+    return RankInfo(rank, world_size, local_rank, local_world_size, master_address=None, master_port=FIRST_PORT,
+                    source=source, node=_node(values))
 
 
 def _job(values: Mapping[str, str]) -> tuple[str | None, int]:

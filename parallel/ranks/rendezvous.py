@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from common.errors import RendezvousError
 from parallel.ranks.rank_info import RankInfo
 
 if TYPE_CHECKING:
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 ANSWER_SECONDS, PAUSE_SECONDS = 3.0, 0.5
 PARTING_SECONDS, FAILED_PARTING_SECONDS = 300.0, 3.0
 MAX_NAMED = 16
-
-
-class RendezvousError(Exception):
-    """The ranks did not find each other; the message names host, address, who is missing, and what to do.
-
-    ``is_mistake``: a person has to change something, and trying again would not help. ``node``: the only node from
-    which no rank came, which is then suspected; None when that is not clear.
-    """
-
-    def __init__(self, message: str, is_mistake: bool = False, node: str | None = None):
-        super().__init__(message)
-        self.is_mistake, self.node = is_mistake, node
 
 
 def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seconds: float = 1800.0,

@@ -3,10 +3,12 @@
 import itertools
 import re
 
+from common.errors import UserError
+
 MAX_NODES = 100_000
 
 
-class NodeListError(ValueError):
+class NodeListError(UserError):
     """The text is not a node list."""
 
 

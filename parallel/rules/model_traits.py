@@ -1,7 +1,7 @@
 """What the rules need to know of a model (no torch)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,7 @@ class ModelTraits:
     heads: int
     kv_heads: int
     hidden: int
+    _: KW_ONLY
     ffn: int
     vocab_size: int
     sequence_length: int

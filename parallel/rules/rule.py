@@ -1,4 +1,4 @@
-"""A run as the rules see it, and what a rule is (facts: no torch). The table itself is in rules.py."""
+"""A run as the rules see it, and what a rule is (no torch). The table itself is in table.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ from math import gcd
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-
-Found = tuple[str, str, str, str]  # where, asked, possible, change
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class Case:
         return self.parallel.micro_batch * (self.data or 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A combination that cannot be, and the message about it."""
+    """A combination of settings that cannot run, and the message about it."""
 
     name: str
     where: str
@@ -61,22 +59,12 @@ def nearest_multiples(number: int, unit: int) -> list[int]:
     return [multiple for multiple in (below, below + unit) if multiple > 0]
 
 
-def either(numbers: list[int]) -> str:
-    """`2 or 4`."""
-    return " or ".join(str(number) for number in numbers)
-
-
-def listed(numbers: list[int]) -> str:
-    """`1, 2, 4`."""
-    return ", ".join(str(number) for number in numbers)
-
-
-def legal_tensors(model: ModelTraits) -> list[int]:
-    """Tensor degrees that divide everything which is sliced over them."""
+def legal_tensor_degrees(model: ModelTraits) -> list[int]:
+    """Degrees of tensor parallelism that divide every dimension sliced over the tensor ranks."""
     return divisors(gcd(model.heads, model.kv_heads, model.ffn, model.vocab_size, model.expert_ffn,
                         model.shared_expert_ffn))
 
 
-def legal_experts(case: Case) -> list[int]:
-    """Degrees of expert parallelism that divide the experts and, where they are known, the data ranks."""
+def legal_expert_degrees(case: Case) -> list[int]:
+    """Degrees of expert parallelism that divide the experts and, where their number is known, the data ranks."""
     return divisors(gcd(case.model.experts, case.data or 0) or 1)

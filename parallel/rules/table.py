@@ -1,29 +1,32 @@
-"""Which settings cannot run together, and what to change: the table of rules (facts: no torch).
+"""Which settings cannot run together, and what to change: the table of rules (no torch).
 
-A rule looks at a `Case` and speaks only when it is broken. Most of the limits of DeepSpeed that stand behind them were
-seen running; the message says what the engine would do.
+Each rule looks at a `Case`. Most of the limits of DeepSpeed behind the rules were seen in a run; the message says what
+the engine would do.
 """
 
 from collections.abc import Callable, Iterator
 from math import gcd
 
+from common.errors import Problem
+from common.wording import either, listed
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import Case, Found, Rule, either, legal_experts, legal_tensors, listed, nearest_multiples
+from parallel.rules.rule import Case, Rule, legal_expert_degrees, legal_tensor_degrees, nearest_multiples
 
 
 def problems(parallel: ParallelConfig, precision: PrecisionConfig, world_size: int | None,
-             model: ModelTraits) -> Iterator[Found]:
-    """A (where, asked, possible, change) for every broken rule. Rules on ranks wait until `world_size` is known."""
+             model: ModelTraits) -> Iterator[Problem]:
+    """A Problem for every broken rule. Rules about the number of ranks are left out while `world_size` is None."""
     case = Case(parallel, precision, model, world_size)
     for rule in RULES:
         if rule.broken(case):
-            yield model.keys.get(rule.where, rule.where), rule.asked(case), rule.possible(case), rule.change(case)
+            where = model.keys.get(rule.where, rule.where)
+            yield Problem(where, rule.asked(case), rule.possible(case), rule.change(case))
 
 
-def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelTraits], int], remedy: str) -> Rule:
-    """The tensor ranks share `what` out evenly. `remedy` may use {multiples}."""
+def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelTraits], int], *, otherwise: str) -> Rule:
+    """The tensor ranks divide `what` evenly. `otherwise`, the other change, may use {multiples} and {tensor}."""
 
     def possible(case: Case) -> str:
         fitting = divisors(size(case.model))
@@ -32,8 +35,8 @@ def _tensor_divides(name: str, where: str, what: str, size: Callable[[ModelTrait
 
     def change(case: Case) -> str:
         multiples = either(nearest_multiples(size(case.model), case.parallel.tensor))
-        return (f"set parallel.tensor to one of {listed(legal_tensors(case.model))} (they fit the whole model), or "
-                + remedy.format(multiples=multiples, tensor=case.parallel.tensor))
+        return (f"set parallel.tensor to one of {listed(legal_tensor_degrees(case.model))} (they fit the whole model), "
+                "or " + otherwise.format(multiples=multiples, tensor=case.parallel.tensor))
 
     return Rule(
         name=name,
@@ -108,18 +111,18 @@ RULES: tuple[Rule, ...] = (
         f"degrees whose product is one of {listed(divisors(c.world_size))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
-                    "model.heads to {multiples}"),
+                    otherwise="model.heads to {multiples}"),
     _tensor_divides("tensor-kv-heads", "model.kv_heads", "key and value heads", lambda m: m.kv_heads,
-                    "model.kv_heads to {multiples}"),
+                    otherwise="model.kv_heads to {multiples}"),
     _tensor_divides("tensor-ffn", "model.ffn", "columns of the feed-forward matrix", lambda m: m.ffn,
-                    "model.ffn to {multiples}"),
+                    otherwise="model.ffn to {multiples}"),
     _tensor_divides("tensor-vocab", "model.vocab_size", "rows of the embedding (model.vocab_size, padded)",
                     lambda m: m.vocab_size,
-                    "pad the vocabulary: model.pad_vocab_to={tensor} or a multiple of it"),
+                    otherwise="pad the vocabulary: model.pad_vocab_to={tensor} or a multiple of it"),
     _tensor_divides("tensor-expert-ffn", "model.expert_ffn", "columns of an expert's matrix", lambda m: m.expert_ffn,
-                    "model.expert_ffn to {multiples}"),
+                    otherwise="model.expert_ffn to {multiples}"),
     _tensor_divides("tensor-shared-expert-ffn", "model.shared_expert_ffn", "columns of the shared expert's matrix",
-                    lambda m: m.shared_expert_ffn, "model.shared_expert_ffn to {multiples}"),
+                    lambda m: m.shared_expert_ffn, otherwise="model.shared_expert_ffn to {multiples}"),
     Rule(
         name="expert-needs-experts",
         where="parallel.expert",
@@ -135,7 +138,7 @@ RULES: tuple[Rule, ...] = (
         asked=lambda c: f"{c.model.experts} experts over parallel.expert={c.parallel.expert} ranks",
         possible=lambda c: f"parallel.expert one of {listed(divisors(c.model.experts))} (a divisor of "
         f"{c.model.experts}): each rank holds as many experts",
-        change=lambda c: f"set parallel.expert to one of {listed(legal_experts(c))}, or model.experts to "
+        change=lambda c: f"set parallel.expert to one of {listed(legal_expert_degrees(c))}, or model.experts to "
         f"{either(nearest_multiples(c.model.experts, c.parallel.expert))}",
     ),
     Rule(
@@ -146,7 +149,7 @@ RULES: tuple[Rule, ...] = (
         f"{c.parallel.model_ranks})",
         possible=lambda c: f"expert one of {listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
         "the experts",
-        change=lambda c: f"set parallel.expert to one of {listed(legal_experts(c))}, or start "
+        change=lambda c: f"set parallel.expert to one of {listed(legal_expert_degrees(c))}, or start "
         f"{either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
     ),
     Rule(
@@ -166,7 +169,7 @@ RULES: tuple[Rule, ...] = (
         possible=lambda c: "sequence=true with tensor of at least 2: it splits over the tensor ranks, and one rank "
         "has nothing to split",
         change=lambda c: "set parallel.sequence=false, or parallel.tensor to one of "
-        f"{listed(legal_tensors(c.model)[1:]) or 'at least 2'}",
+        f"{listed(legal_tensor_degrees(c.model)[1:]) or 'at least 2'}",
     ),
     Rule(
         name="sequence-divides",

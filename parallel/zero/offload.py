@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from common.errors import NoRoom
 from parallel.config import ParallelConfig
-
-
-class NoRoom(Exception):
-    """The disc has no room for this rank's optimizer state."""
 
 
 def lacking_for_offload(parallel: ParallelConfig, device_type: str) -> str | None:

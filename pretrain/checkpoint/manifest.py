@@ -10,24 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import ExitCode
+from common.errors import CheckpointError
+from common.files import sha256_of, write_file
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors", "trainyard")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
-
-    exit_code = ExitCode.DATA
 
 
 def folder_name(step: int) -> str:
@@ -45,20 +39,12 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write and flush the manifest; its own hash stands in it, so a torn one is noticed."""
     body = json.dumps(content, indent=1, sort_keys=True)
     text = json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": json.loads(body)}, indent=1,
                       sort_keys=True)
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(folder / MANIFEST, text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parallel.rules.rule import Found
-from pretrain.checkpoint.manifest import PREFIX, CheckpointError, published, read_manifest
+from common.errors import CheckpointError, Damage, Problem
+from pretrain.checkpoint.manifest import PREFIX, published, read_manifest
 from pretrain.models.family import FamilyConfig
 
 KEY = "checkpoint.start_from"
@@ -25,24 +25,24 @@ def start_folder(start_from: str | Path) -> Path | None:
     return next(iter(published(path / "checkpoints" if (path / "checkpoints").is_dir() else path)), None)
 
 
-def start_problems(start_from: str, model: FamilyConfig) -> Iterator[Found]:
-    """What keeps a run of `model` from starting with those weights, as (where, asked, possible, change)."""
+def start_problems(start_from: str, model: FamilyConfig) -> Iterator[Problem]:
+    """What keeps a run of `model` from starting with those weights."""
     folder = start_folder(start_from)
     if folder is None:
-        yield (KEY, f"{start_from}, where no checkpoint is", "a run folder, or one of its checkpoints",
-               f"check the path, or leave {KEY} out to start with drawn weights")
+        yield Problem(KEY, f"{start_from}, where no checkpoint is", "a run folder, or one of its checkpoints",
+                      f"check the path, or leave {KEY} out to start with drawn weights")
         return
     try:
         written = read_manifest(folder)["config"]["model"]
     except CheckpointError as error:
-        yield KEY, str(error), "a whole checkpoint", "choose another one"
+        yield Damage(KEY, str(error), "a whole checkpoint", "choose another one")
         return
     asked = json.loads(model.model_dump_json())
     for name in sorted({*written, *asked} - set(MAY_DIFFER)):
         if not _same(name, written.get(name), asked.get(name), model):
-            yield (f"model.{name}", f"{asked.get(name)}, while {folder} holds a model with {written.get(name)}",
-                   f"{written.get(name)} to start with its weights",
-                   f"set model.{name}={json.dumps(written.get(name))}, or leave {KEY} out")
+            yield Problem(f"model.{name}", f"{asked.get(name)}, while {folder} holds a model with {written.get(name)}",
+                          f"{written.get(name)} to start with its weights",
+                          f"set model.{name}={json.dumps(written.get(name))}, or leave {KEY} out")
 
 
 def _same(name: str, written: Any, asked: Any, model: FamilyConfig) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,25 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.errors import ExitCode
+from common.errors import CheckpointError, StorageError
+from common.files import flush, sha256_of
 from parallel.zero.optimizer_state import OwnedFragment
 from pretrain.checkpoint.manifest import (
     FORMAT,
-    CheckpointError,
     damaged_files,
     folder_name,
     package_versions,
     published,
     read_manifest,
-    sha256_of,
     write_manifest,
 )
-
-
-class StorageError(Exception):
-    """A checkpoint could not be written; earlier ones are untouched."""
-
-    exit_code = ExitCode.STORAGE
 
 
 def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int,
@@ -123,15 +115,6 @@ def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, compa
     shutil.rmtree(replaced, ignore_errors=True)
     for old in published(final.parent)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Checkpoint:

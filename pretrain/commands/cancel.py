@@ -4,7 +4,10 @@ import argparse
 import sys
 
 from common.errors import UserError
-from pretrain.commands.jobs import cancel, job_ids_of
+from common.files import writing
+from launchers.run_folder.stop_requests import STOP
+from launchers.slurm_control import cancel
+from launchers.slurm_jobs import job_ids_of
 from pretrain.commands.status import folder_of
 
 
@@ -15,13 +18,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Cancels. Raises UserError when no job is known or Slurm refuses."""
+    """Cancels the jobs. Raises UserError when no job is known or Slurm refuses."""
     folder = folder_of(args.target)
     job_ids = job_ids_of(folder)
     if not job_ids:
-        (folder / "STOP").touch()
-        raise UserError(f"{folder}: no Slurm job is known here. The file STOP was made there instead: a run that still "
-                        "writes this folder saves and ends after its present step")
+        with writing(folder):
+            (folder / STOP).touch()
+        raise UserError(f"{folder}: no Slurm job is known here. The file {STOP} was made there instead: a run that "
+                        "still writes this folder saves and ends after its present step")
     for job_id in job_ids:
         cancel(job_id)
         sys.stdout.write(f"cancelled job {job_id}\n")

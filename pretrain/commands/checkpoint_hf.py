@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError, ExitCode, UserError
+from common.errors import ConfigError, ConversionError, ExitCode, UserError
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.config_json import choose_architecture, token_ids_of
 from pretrain.models import family_spec
@@ -157,8 +157,8 @@ def _measured(what: Export, folder: Path, checkpoint: Checkpoint, config: RunCon
         raise UserError("the certificate needs transformers: pip install 'trainyard[hf]', or leave the measurement out "
                         "with --no-certificate") from None
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"transformers does not load what was to be exported: {error}. This is a defect in the name "
-                        f"map of {what.architecture.model_type}", ExitCode.INTERNAL) from None
+        raise ConversionError(f"transformers does not load the exported folder: {error}. This is a defect in the name "
+                              f"map of {what.architecture.model_type}") from None
     return certificate(ours, theirs, sample, what.model, {"dtype": what.dtype, **_facts(checkpoint, config)})
 
 
@@ -175,8 +175,8 @@ def _outputs_of_ranks(checkpoint: Path, degree: int, sample: dict[str, torch.Ten
         code = run_ranks([sys.executable, "-m", "pretrain.hf.measure_rank", str(checkpoint), str(inputs),
                           str(outputs), dtype], degree, Path(folder))
         if code:
-            raise UserError(f"{checkpoint}: the training model could not be run on {degree} ranks of this machine to "
-                            "measure it; export with --no-certificate to leave that out", ExitCode.INTERNAL)
+            raise ConversionError(f"{checkpoint}: the training model could not be run on {degree} ranks of this "
+                                  "machine to measure it; export with --no-certificate to leave that out")
         return load_file(outputs)
 
 

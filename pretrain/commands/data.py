@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from common.errors import DataError, ExitCode
+from common.errors import ExitCode, UserError
+from common.files import write_aside, writing
 from pretrain.commands import data_pairs
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the verb that was parsed; returns the exit code. Raises DataError on what the user must change."""
+    """Carry out the verb that was parsed; returns the exit code. Raises TrainyardError."""
     verbs = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard, "verify": _verify, "stats": _stats,
              "shapes": data_pairs.shapes, "images": data_pairs.images}
     return verbs[args.data_verb](args, Console(soft_wrap=True, highlight=False))
@@ -104,22 +105,14 @@ def _corpus(args: argparse.Namespace, console: Console) -> int:
 
 def _write_records(corpus: "Corpus", path: Path) -> bool:
     """Write one JSON object a line; True when the same file was there before."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path), write_aside(path) as aside:
         with open(aside, "w", encoding="utf-8") as file:
             for document in corpus:
                 file.write(json.dumps({"key": document.key, "text": document.text}, ensure_ascii=False) + "\n")
-        if not path.exists():
-            aside.replace(path)
-            return False
-        if filecmp.cmp(aside, path, shallow=False):
-            return True
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror}; choose another place") from None
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-    raise DataError(f"{path} exists with other content; choose another --to or remove that file first")
+        is_there = path.exists()
+        if is_there and not filecmp.cmp(aside, path, shallow=False):
+            raise UserError(f"{path} exists with other content; choose another --to or remove that file first")
+    return is_there
 
 
 def _print_report(corpus: "Corpus", console: Console) -> None:
@@ -160,7 +153,7 @@ def _reuse_tokenizer(path: Path, fingerprint: str, facts: dict, console: Console
     from data_pipeline.text.tokenizer import Tokenizer
 
     if facts.get("inputs_sha256") != fingerprint or Tokenizer.load(path).sha256 != facts.get("sha256"):
-        raise DataError(
+        raise UserError(
             f"{path} exists and was made from other input or options; choose another --to or remove that file first"
         )
     console.print(f"{path} is there already, made from the same input: reused")
@@ -292,7 +285,7 @@ def _stats(args: argparse.Namespace, console: Console) -> int:
     from data_pipeline.tokens.token_dataset import TokenDataset
 
     if args.sequence_length < 1:
-        raise DataError(f"--sequence-length {args.sequence_length} must be at least 1")
+        raise UserError(f"--sequence-length {args.sequence_length} must be at least 1")
     if isinstance(load_manifest(args.folder), PairsManifest):
         return data_pairs.stats(args, console)
     dataset = TokenDataset.open(args.folder)

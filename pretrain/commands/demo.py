@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from common.errors import UserError
@@ -55,6 +55,7 @@ class Demo:
     prepare: tuple[Step, ...]
     show: Callable[[Path], int]
     overrides: tuple[str, ...] = ()
+    _: KW_ONLY
     is_timed: bool = True
 
 
@@ -117,7 +118,7 @@ def _timed(demo: Demo, folder: Path, recipe: Path, nproc: int) -> list[str]:
         return _as_overrides(earlier.precision.compute, earlier.run.steps)
     _say("\n== which number format is faster here")
     config = load_config(recipe, demo.overrides)
-    seconds = {name: _step_seconds(demo, recipe, config, name, nproc) for name in ("fp32", "bf16")}
+    seconds = {name: _step_seconds(demo, recipe, config, compute=name, nproc=nproc) for name in ("fp32", "bf16")}
     compute = min(seconds, key=seconds.__getitem__)
     steps = max(MIN_STEPS, min(config.run.steps, int(TRAIN_SECONDS / seconds[compute])))
     _say(", ".join(f"{name} {value:.2f} s a step" for name, value in seconds.items())
@@ -130,7 +131,7 @@ def _as_overrides(compute: str, steps: int) -> list[str]:
             f"schedule.warmup_steps={max(1, steps // 10)}"]
 
 
-def _step_seconds(demo: Demo, recipe: Path, config: RunConfig, compute: str, nproc: int) -> float:
+def _step_seconds(demo: Demo, recipe: Path, config: RunConfig, *, compute: str, nproc: int) -> float:
     """Time of one optimizer step, from a forward and backward of one micro-batch on as many threads as a rank gets."""
     threads = max(1, (os.cpu_count() or 1) // nproc)
     argv = [sys.executable, "-m", "pretrain.training.micro_batch_timing", str(recipe), compute, str(threads),

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ConfigError, UserError
+from common.files import writing
+from common.wording import count
 from launchers.local.ranks_here import run_local
-from launchers.supervise.node_check import devices_here, note_node, problems
-from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, read_rank_info
+from launchers.run_folder.notes import note_of_node, write_note_of_node
+from launchers.supervise.node_check import devices_here, problems
+from parallel.ranks.rank_info import RankInfo, alone, read_rank_info
 from pretrain.commands.train import check_nproc
 from pretrain.config.run_config import RunConfig, load_run
 from pretrain.training.third_party_output import third_party_output
@@ -43,27 +46,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Starts the ranks or becomes one. Returns the exit code."""
-    try:
-        info = read_rank_info()
-    except RankInfoError as error:
-        raise UserError(str(error)) from None
+    info = read_rank_info()
     check_nproc(args.nproc, info)
     for name, value in (("--mib", args.mib), ("--timeout", args.timeout)):
         if value is not None and not 0 < value <= 2**16:
             raise UserError(f"{name} {value}: a number above 0 and at most {2**16} is needed")
     if info is None:
-        nproc = args.nproc or _default_nproc(args)
-        if args.config:
-            load_run(args.config, args.overrides, nproc)  # a mistake is told once, and not by every rank
+        if args.config:  # checked here, so that a mistake is shown once and not by every rank
+            config = load_run(args.config, args.overrides, args.nproc)
+            nproc = args.nproc or config.parallel.model_ranks
+        else:
+            nproc = args.nproc or devices_here() or 2
         if nproc > 1:
             return run_local(_words(args), nproc, None)
     return _run_rank(args, info or alone())
-
-
-def _default_nproc(args: argparse.Namespace) -> int:
-    if not args.config:
-        return devices_here() or 2
-    return load_run(args.config, args.overrides).parallel.model_ranks
 
 
 def _words(args: argparse.Namespace) -> list[str]:
@@ -86,7 +82,7 @@ def _run_rank(args: argparse.Namespace, info: RankInfo) -> int:
         from pretrain.selfcheck.check import check
 
         mib = args.mib or (DEVICE_MIB if torch.cuda.is_available() else HOST_MIB)
-        report = check(info, config, error, _node_problems(info), mib << 20, args.timeout)
+        report = check(info, config, error, _node_problems(info), num_bytes=mib << 20, timeout_seconds=args.timeout)
         if info.rank == 0:
             quiet.terminal.write((report.as_json() if args.json else "\n".join(_lines(report))) + "\n")
             _note(report, config)
@@ -104,22 +100,25 @@ def _note(report: "Report", config: RunConfig | None) -> None:
     """Inside a supervised attempt at a run, `trainyard status` shall name the node."""
     if config and report.findings and report.info.attempt_token:
         first = report.findings[0]
-        note_node(Path(config.run.dir), report.info, first.node, f"node {first.node}, rank {first.rank}: {first.text}")
+        reason = f"node {first.node}, rank {first.rank}: {first.text}"
+        folder = Path(config.run.dir)
+        with writing(folder):
+            write_note_of_node(folder, note_of_node(report.info, first.node, reason))
 
 
 def _lines(report: "Report") -> Iterator[str]:
-    info, facts, same = report.info, report.facts, report.facts[0]["same"]
-    nodes = len({rank["node"] for rank in facts})
-    yield (f"Trainyard selfcheck: {_count(info.world_size, 'rank')} on {_count(nodes, 'node')}, started by "
+    info, reports, same = report.info, report.reports, report.reports[0]["same"]
+    nodes = len({rank["node"] for rank in reports})
+    yield (f"Trainyard selfcheck: {count(info.world_size, 'rank')} on {count(nodes, 'node')}, started by "
            f"{info.source}")
     if report.layout:
         yield f"  layout     {report.layout.words}"
     yield f"  compared   {', '.join(same)}"
     if report.offsets_seconds:
-        worst = max(range(len(facts)), key=lambda rank: abs(report.offsets_seconds[rank]))
+        worst = max(range(len(reports)), key=lambda rank: abs(report.offsets_seconds[rank]))
         yield f"  clocks     at most {1e3 * abs(report.offsets_seconds[worst]):.2f} ms from rank 0's (rank {worst})"
     for name, key in FREE.items():
-        known = [(rank[key], rank["rank"], rank["node"]) for rank in facts if rank[key] is not None]
+        known = [(rank[key], rank["rank"], rank["node"]) for rank in reports if rank[key] is not None]
         if known:
             least, number, node = min(known)
             yield f"  {name:<10} {least / 2**30:.1f} GiB free at least (rank {number} on {node})"
@@ -127,7 +126,7 @@ def _lines(report: "Report") -> Iterator[str]:
     if not report.findings:
         yield "all well"
         return
-    yield f"{_count(len(report.findings), 'problem')}"
+    yield count(len(report.findings), "problem")
     for number, finding in enumerate(report.findings[:MAX_SHOWN], 1):
         yield f"{number:3}. rank {finding.rank} on {finding.node}: {finding.text}"
     if len(report.findings) > MAX_SHOWN:
@@ -145,7 +144,3 @@ def _table(report: "Report") -> Iterator[str]:
     for operation in dict.fromkeys(speed.operation for speed in report.speeds):
         cells = [found[operation, axis] for axis in axes]
         yield f"  {operation:<16}" + "".join(f"{f'{c.slowest / 1e9:.3f} ({c.median / 1e9:.3f})':>24}" for c in cells)
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, UserError
-from launchers.run_folder.status import attempts_without_progress, read
-from pretrain.commands.jobs import job_ids_of, states
+from common.errors import ConfigError, ExitCode, UserError
+from common.wording import duration, listed
+from launchers.run_folder.status import Status, attempts_without_progress, read
+from launchers.slurm_control import QueueEntry, queue_entries
+from launchers.slurm_jobs import job_ids_of
 from pretrain.config.run_config import load_config
 
 TAIL_BYTES = 1 << 16
+SPEEDS = ("tokens_per_second", "samples_per_second", "mfu")
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -24,15 +27,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the state. Raises UserError when there is no such run."""
-    facts = state_of(folder_of(args.target))
+    report = report_of(folder_of(args.target))
     if args.json:
-        sys.stdout.write(json.dumps(facts, indent=1) + "\n")
-        return 0
-    for name, value in facts.items():
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+        return ExitCode.DONE
+    for name, value in report.items():
         if value not in (None, [], ""):
-            shown = ", ".join(str(entry) for entry in value) if isinstance(value, list) else value
+            shown = listed(value) if isinstance(value, list) else value
             sys.stdout.write(f"{name.replace('_', ' '):<18}{shown}\n")
-    return 0
+    return ExitCode.DONE
 
 
 def folder_of(text: str) -> Path:
@@ -45,25 +48,29 @@ def folder_of(text: str) -> Path:
     return path
 
 
-def state_of(folder: Path) -> dict[str, Any]:
-    """Everything known about a run, as plain values."""
-    status, record, steps = read(folder), last_record(folder), _total_steps(folder)
-    facts: dict[str, Any] = {"run": str(folder), "jobs": [_job_line(job_id) for job_id in job_ids_of(folder)]}
-    if status is not None:
-        facts |= {
-            "state": status.reason, "exit_code": status.exit_code, "attempt": status.attempt,
-            "without_progress": attempts_without_progress(status) if status.exit_code is not None else None,
-            "failed_rank": status.rank, "failed_node": status.node, "nodes": list(status.nodes),
-            "last_checkpoint": status.last_checkpoint,
-        }
-    if record:
-        facts |= {"step": record.get("step"), "of_steps": steps, "loss": record.get("loss")}
-        for name in ("tokens_per_second", "samples_per_second", "mfu"):
-            if name in record:
-                facts[name] = round(record[name], 4)
-        if steps and record.get("step_seconds"):
-            facts["time_left"] = _duration((steps - record["step"]) * record["step_seconds"])
-    return facts
+def report_of(folder: Path) -> dict[str, Any]:
+    """Everything known about a run, as plain values by name."""
+    status, record = read(folder), last_record(folder)
+    report: dict[str, Any] = {"run": str(folder), "jobs": [_job_line(job_id) for job_id in job_ids_of(folder)]}
+    report |= _of_attempt(status) if status else {}
+    return report | (_of_progress(record, _total_steps(folder)) if record else {})
+
+
+def _of_attempt(status: Status) -> dict[str, Any]:
+    return {
+        "state": status.reason, "exit_code": status.exit_code, "attempt": status.attempt,
+        "without_progress": attempts_without_progress(status) if status.exit_code is not None else None,
+        "failed_rank": status.rank, "failed_node": status.node, "nodes": list(status.nodes),
+        "last_checkpoint": status.last_checkpoint,
+    }
+
+
+def _of_progress(record: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    found = {"step": record.get("step"), "of_steps": steps, "loss": record.get("loss")}
+    found |= {name: round(record[name], 4) for name in SPEEDS if name in record}
+    if steps and record.get("step_seconds"):
+        found["time_left"] = duration((steps - record["step"]) * record["step_seconds"])
+    return found
 
 
 def last_record(folder: Path) -> dict[str, Any] | None:
@@ -92,16 +99,12 @@ def _total_steps(folder: Path) -> int | None:
 
 
 def _job_line(job_id: str) -> str:
-    found = states(job_id)
-    if found is None:
+    entries = queue_entries(job_id)
+    if entries is None:
         return f"{job_id} (the queue cannot be asked here)"
-    if not found:
-        return f"{job_id} over"
-    return "; ".join(f"{entry['job']} {entry['state']}" + (f" ({entry['reason']})" if entry["state"] == "PENDING" else
-                     f" on {entry['nodes']}, {entry['time_left']} left") for entry in found)
+    return "; ".join(map(_entry_line, entries)) or f"{job_id} over"
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+def _entry_line(entry: QueueEntry) -> str:
+    where = f"({entry.reason})" if entry.state == "PENDING" else f"on {entry.nodes}, {entry.time_left} left"
+    return f"{entry.job} {entry.state} {where}"

@@ -3,10 +3,11 @@
 import argparse
 from pathlib import Path
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, TrainyardError, UserError
+from common.wording import count
 from launchers.local.child_process import usable_cores
 from launchers.local.ranks_here import run_local
-from parallel.ranks.rank_info import RankInfo, RankInfoError, alone, process_environment, read_rank_info
+from parallel.ranks.rank_info import RankInfo, alone, process_environment, read_rank_info
 from pretrain.config.run_config import RunConfig, load_run
 from pretrain.training.third_party_output import (
     CPU_ADAM_OP,
@@ -31,17 +32,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Checks the config, then starts the ranks or becomes one. Returns the exit code."""
-    try:
-        rank_info = read_rank_info()
-    except RankInfoError as error:
-        raise UserError(str(error)) from None
+    """Checks the config, then starts the ranks or becomes one. Returns the exit code. Raises TrainyardError."""
+    rank_info = read_rank_info()
     check_nproc(args.nproc, rank_info)
-    world_size = rank_info.world_size if rank_info else args.nproc
-    config = _load(args, rank_info, world_size)
-    if world_size is None:  # the smallest world of this layout, one model; its size decides more rules
-        world_size = config.parallel.model_ranks
-        config = _load(args, rank_info, world_size)
+    config = _load(args, rank_info)
+    world_size = rank_info.world_size if rank_info else args.nproc or config.parallel.model_ranks
+    if rank_info is None and args.nproc is None:
         _check_default(world_size)
     if rank_info is None and world_size > 1:
         return run_local(["train", args.config, *args.overrides], world_size, Path(config.run.dir) / "logs")
@@ -87,13 +83,13 @@ def _check_default(world_size: int) -> None:
                         "lower these degrees")
 
 
-def _load(args: argparse.Namespace, rank_info: RankInfo | None, world_size: int) -> RunConfig:
-    """The checked config. Every rank finds the same problems: rank 0 tells them all, the others only the first."""
+def _load(args: argparse.Namespace, rank_info: RankInfo | None) -> RunConfig:
+    """The checked config. Every rank finds the same problems: rank 0 shows them all, the others only the first."""
     try:
-        return load_run(args.config, args.overrides, world_size)
+        return load_run(args.config, args.overrides, rank_info.world_size if rank_info else args.nproc)
     except ConfigError as error:
         if rank_info is None or rank_info.rank == 0:
             raise
         first = error.problems[0]
-        raise UserError(f"rank {rank_info.rank} on {rank_info.node}: {len(error.problems)} problems with the config, "
-                        f"first: {first.where}: {first.asked}") from None
+        raise TrainyardError(f"rank {rank_info.rank} on {rank_info.node}: {count(len(error.problems), 'problem')} with "
+                             f"the config, first: {first.where}: {first.asked}", error.exit_code) from None

@@ -7,7 +7,6 @@ build objects are refused: a config needs none, and aliases are how a small file
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
@@ -157,11 +156,6 @@ def apply_overrides(raw: RawConfig, overrides: Sequence[str]) -> None:
 def dump(values: dict) -> str:
     """The values as YAML, in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-def nearest(name: str, names: list[str]) -> str | None:
-    """The one of `names` that `name` was probably meant to be."""
-    return next(iter(get_close_matches(name, names, n=1, cutoff=0.6)), None)
 
 
 def _override_value(override: str) -> tuple[object, Problem | None]:

@@ -1,16 +1,17 @@
 """One run, as its YAML file describes it: the sections, and everything that is wrong with them at once (no torch)."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
 from common.errors import ConfigError, Problem
+from common.files import write_file
+from common.wording import nearest
 from data_pipeline.config import DataConfig
 from parallel.config import ParallelConfig, PrecisionConfig
-from pretrain.config.checks import problems_between
-from pretrain.config.config_file import RawConfig, apply_overrides, dump, nearest, read_config_file, shown
+from pretrain.config.checks import machine_problems, problems_between
+from pretrain.config.config_file import RawConfig, apply_overrides, dump, read_config_file, shown
 from pretrain.config.sections import (
     CheckpointSection,
     LogSection,
@@ -83,18 +84,23 @@ class RunConfig(Section):
         return self.objective_spec.window_tokens(self.objective, self.model)
 
     def problems(self, world_size: int | None) -> list[Problem]:
-        """What keeps this config from running on `world_size` ranks; None leaves out what depends on their number."""
+        """What keeps this config from running on `world_size` ranks anywhere; looks at no file.
+
+        None leaves out the rules that depend on the number of ranks.
+        """
         return list(problems_between(dict(self), world_size))
+
+    def machine_problems(self) -> list[Problem]:
+        """What keeps it from running here: the run folder, the datasets, the weights to start from."""
+        return list(machine_problems(dict(self)))
 
     def text(self) -> str:
         """The resolved config as YAML; reading it gives an equal config."""
         return dump(self.model_dump())
 
     def save(self, path: Path) -> None:
-        """Writes the resolved config, aside first, so that a reader never sees half of it."""
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(self.text(), encoding="utf-8")
-        os.replace(aside, path)
+        """Writes the resolved config in one piece: a reader never sees half of it. Raises OSError."""
+        write_file(path, self.text())
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -107,13 +113,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = (), world_size: int | None = None) -> RunConfig:
-    """Like `load_config`, and checks that the run can start on `world_size` ranks, all in one go.
+    """Like `load_config`, and checks that the run can start here on `world_size` ranks, all in one go.
 
-    Raises ConfigError with the problems of single fields and those between the sections that could be read.
+    Args:
+        world_size: None stands for the ranks of one model, tensor x context x pipeline.
+
+    Raises:
+        ConfigError: with the problems of single fields and those between the sections that could be read.
     """
     raw, sections = _read(Path(path), overrides)
-    raw.problems.extend(problem._replace(where=raw.located(problem.where))
-                        for problem in problems_between(sections, world_size))
+    if world_size is None and "parallel" in sections:
+        world_size = sections["parallel"].model_ranks
+    found = [*problems_between(sections, world_size), *machine_problems(sections)]
+    raw.problems.extend(problem._replace(where=raw.located(problem.where)) for problem in found)
     return _config_or_error(raw, sections)
 
 
@@ -210,5 +222,3 @@ def _unknown_key(where: str, name: str, names: list[str], prefix: str) -> Proble
 def _choice_problem(where: str, key: str, value: object, choices: list[str]) -> Problem:
     meant = nearest(str(value), choices)
     return Problem(where, shown(value), ", ".join(choices), f"set {key} to {meant or 'one of these'}")
-
-

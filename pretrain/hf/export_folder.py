@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import ExitCode, UserError
-from pretrain.checkpoint.store import StorageError, flush
+from common.errors import ConversionError, UserError
+from common.files import flush, write_folder_aside, writing
 from pretrain.checkpoint.tensor_file import DTYPES, Planned, in_shards, write_tensors
 from pretrain.hf.config_json import write_config
 from pretrain.hf.read_folder import CONFIG, INDEX, SINGLE
@@ -47,7 +45,8 @@ def export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any]]) ->
         certify: given the folder under a temporary name, what certificate.json shall hold.
 
     Raises:
-        UserError: `to` is there already, or the folder is off; nothing is left behind.
+        UserError: `to` is there already.
+        ConversionError: the folder is off; nothing is left behind.
         StorageError: the disk refused.
         LookupError: the name map does not fit the model.
     """
@@ -56,10 +55,10 @@ def export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any]]) ->
         told = certify(aside)
         if not told["within"]:
             found = ", ".join(f"{name} by {size:.3g}" for name, size in told["largest_differences"].items())
-            raise UserError(f"{to}: not written. What transformers computes from it is off ({found}; at most "
-                            f"{told['bound']:.3g}). This is a defect in the name map of "
-                            f"{what.architecture.model_type}, or a change in transformers "
-                            f"{told['versions']['transformers']}.", ExitCode.INTERNAL)
+            raise ConversionError(f"{to}: not written. What transformers computes from it is off ({found}; at most "
+                                  f"{told['bound']:.3g}). This is a defect in the name map of "
+                                  f"{what.architecture.model_type}, or a change in transformers "
+                                  f"{told['versions']['transformers']}.")
         _write_json(aside / CERTIFICATE, told)
     return told
 
@@ -69,24 +68,13 @@ def written_aside(to: Path) -> Iterator[Path]:
     """A temporary folder beside `to` that becomes `to` when the block ends well, and is gone when it does not.
 
     Raises:
-        UserError: `to` exists.
+        UserError: `to` exists, or no folder can be made there.
         StorageError: the disk refused, now or in the block.
     """
     if to.exists():
         raise UserError(f"{to} exists already: choose another --to, or move it away")
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-        try:
-            yield aside
-            aside.chmod(0o755)
-            flush(aside)
-            aside.rename(to)
-            flush(to.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise StorageError(f"{to} could not be written: {error}") from None
+    with writing(to), write_folder_aside(to) as aside:
+        yield aside
 
 
 def write_folder(what: Export, folder: Path) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import FORMAT, folder_name, package_versions, sha256_of, write_manifest
-from pretrain.checkpoint.store import flush
+from common.files import flush, sha256_of
+from pretrain.checkpoint.manifest import FORMAT, folder_name, package_versions, write_manifest
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.config.run_config import RunConfig
 from pretrain.hf.export_folder import written_aside

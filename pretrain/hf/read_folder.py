@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import ExitCode, Problem, UserError, render
+from common.errors import ExitCode, Problem, TrainyardError, render
 from pretrain.hf.config_json import by_model_type, read_config
 from pretrain.hf.tensor_steps import to_ours, to_theirs
 from pretrain.models import family_spec
@@ -24,7 +24,7 @@ REAL = ("F64", "F32", "F16", "BF16")
 MAX_PROBLEMS_SHOWN = 12
 
 
-class HFError(UserError):
+class HFError(TrainyardError):
     """A transformers folder that cannot be read, with every problem found."""
 
     def __init__(self, source: Path, problems: Iterable[Problem], exit_code: int = ExitCode.USER):

@@ -12,7 +12,7 @@ from itertools import groupby, islice
 import torch
 from torch import Tensor
 
-from common.errors import ConfigError, Problem
+from common.errors import ConfigError
 from data_pipeline.corruption.special_ids import NUM_FIXED_IDS
 from data_pipeline.loader import heldout_batches
 from data_pipeline.tokens.in_memory_dataset import TextDataset
@@ -35,7 +35,7 @@ def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_
         DataError: the dataset holds less than one sample.
     """
     objective, spec = trained.objective, OBJECTIVES[trained.objective.name]
-    problems = [Problem(*found) for found in spec.problems(objective, trained.model)]
+    problems = list(spec.problems(objective, trained.model))
     if problems:
         raise ConfigError(problems, str(trained.folder))
     stages = make_stages(objective, trained.model, dataset, HELDOUT_SEED, trained.special)

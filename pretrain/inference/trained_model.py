@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from common.errors import ExitCode, UserError
+from common.errors import UserError
 from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
-from pretrain.checkpoint.manifest import PREFIX, CheckpointError
-from pretrain.checkpoint.store import Checkpoint, newest_whole
+from pretrain.checkpoint.manifest import PREFIX
+from pretrain.checkpoint.store import Checkpoint, newest_whole, open_whole
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.read_folder import HFFolder, is_hf_folder
 from pretrain.hf.tokenizer_import import HFTokenizer
@@ -54,15 +54,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at a run folder (its newest whole one), at its `checkpoints` folder, or at one step's folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none.
+        CheckpointError: it is damaged.
     """
-    try:
-        if path.name.startswith(PREFIX):
-            return Checkpoint(path)
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        checkpoint, _ = newest_whole(folder)
-    except CheckpointError as error:
-        raise UserError(str(error), ExitCode.DATA) from None
+    if path.name.startswith(PREFIX) and path.is_dir():
+        return open_whole(path)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    checkpoint, _ = newest_whole(folder)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its checkpoints/{PREFIX}NNNNNNNN")
     return checkpoint
@@ -74,15 +72,13 @@ def open_model(path: Path, groups: Groups) -> Trained:
     Of a transformers folder the objective is the family's usual one with its usual settings.
 
     Raises:
-        UserError: there is none, it is damaged, or a tokenizer is missing.
+        UserError: there is none, or a tokenizer is missing.
+        CheckpointError, HFError: it is damaged.
     """
     if is_hf_folder(path):
         return _open_hf(path, groups)
     checkpoint = open_checkpoint(path)
-    try:
-        config, stage = load_model(checkpoint, groups)
-    except CheckpointError as error:
-        raise UserError(str(error), ExitCode.DATA) from None
+    config, stage = load_model(checkpoint, groups)
     step, imported = checkpoint.manifest["step"], checkpoint.manifest.get("imported")
     if imported:  # it still has the tokenizer of where it was trained
         theirs = HFTokenizer(checkpoint.folder, imported["architecture"], config.spec)
@@ -112,7 +108,7 @@ def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer that travels with the checkpoint of a run."""
-    return Tokenizer.load(checkpoint.folder / TOKENIZER_FILE)
+    return Tokenizer.load_copy(checkpoint.folder / TOKENIZER_FILE)
 
 
 def _device() -> torch.device:

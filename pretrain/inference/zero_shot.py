@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop
 from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset, caption_tokens
 from data_pipeline.text.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def class_folders(folder: Path) -> list[Path]:
     """The folders of a directory with one per class, in order of name. Raises DataError for less than two."""
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(found) < 2:
-        raise DataError(f"{folder} has {len(found)} folders; zero-shot classification needs one a class, two at least")
+        raise UserError(f"{folder} has {len(found)} folders; zero-shot classification needs one a class, two at least")
     return found
 
 
@@ -107,10 +107,10 @@ def templates_of(folder: Path, chosen: Path | None = None) -> list[str]:
     try:
         templates = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read templates {path}: {error}") from None
+        raise UserError(f"cannot read templates {path}: {error}") from None
     if not isinstance(templates, list) or not templates \
             or not all(isinstance(template, str) and "{}" in template for template in templates):
-        raise DataError(f"{path}: a JSON list of texts is needed, each with {{}} for the class name")
+        raise UserError(f"{path}: a JSON list of texts is needed, each with {{}} for the class name")
     return templates
 
 

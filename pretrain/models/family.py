@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, Field
 
+from common.errors import Problem
 from parallel.config import STRICT
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import Found
 
 
 class FamilyConfig(BaseModel):
@@ -57,7 +57,7 @@ class FamilySpec:
     # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
     form: str
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
-    problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
+    problems: Callable[[FamilyConfig], Iterator[Problem]]  # what the fields cannot say one by one
     facts: Callable[[FamilyConfig], ModelTraits]
     parameter_count: Callable[[FamilyConfig], int]  # as published: the vocabulary without padding
     built_parameter_count: Callable[[FamilyConfig], int]  # as held in memory: with padding

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from common.errors import Problem
 from parallel.config import STRICT
-from parallel.rules.rule import Found
 
 # Fields that say nothing without experts, and whose defaults say so.
 DEPENDENT = ("expert_ffn", "shared_expert_ffn", "capacity_factor", "bias_rate")
@@ -61,25 +61,26 @@ class MixtureFields(BaseModel):
         return self.shared_expert_ffn or 0 if self.experts else 0
 
 
-def problems(config: MixtureFields, *sides: int) -> Iterator[Found]:
+def problems(config: MixtureFields, *sides: int) -> Iterator[Problem]:
     """What does not fit together, as (where, asked, possible, change). `sides`: number of blocks of each side."""
     if not config.experts:
         told = [name for name in DEPENDENT if getattr(config, name) != MixtureFields.model_fields[name].default]
         if told:
-            yield (f"model.{told[0]}", f"{', '.join(told)} without experts", "these with model.experts of at least 1",
-                   f"set model.experts, or leave {', '.join(told)} out")
+            yield Problem(f"model.{told[0]}", f"{', '.join(told)} without experts",
+                          "these with model.experts of at least 1",
+                          f"set model.experts, or leave {', '.join(told)} out")
         return
     if config.top_k > config.experts:
-        yield ("model.top_k", f"{config.top_k} experts for each token, of {config.experts}",
-               f"1 to {config.experts}: a token meets an expert once",
-               f"set model.top_k to {config.experts} or less, or model.experts to {config.top_k} or more")
+        yield Problem("model.top_k", f"{config.top_k} experts for each token, of {config.experts}",
+                      f"1 to {config.experts}: a token meets an expert once",
+                      f"set model.top_k to {config.experts} or less, or model.experts to {config.top_k} or more")
     if config.expert_every > min(sides):
-        yield ("model.expert_every", f"a mixture in every {config.expert_every}th block, of {min(sides)}",
-               f"1 to {min(sides)}", f"set model.expert_every to {min(sides)} or less, or model.experts=0")
+        yield Problem("model.expert_every", f"a mixture in every {config.expert_every}th block, of {min(sides)}",
+                      f"1 to {min(sides)}", f"set model.expert_every to {min(sides)} or less, or model.experts=0")
     if config.router == "top_k_softmax" and config.top_k == 1:
-        yield ("model.router", "top_k_softmax with top_k=1: the weight is always 1, and the router learns nothing from "
-               "the loss", "top_k_softmax with top_k of at least 2, or softmax_top_k",
-               "set model.router=softmax_top_k, or model.top_k=2")
+        yield Problem("model.router", "top_k_softmax with top_k=1: the weight is always 1, and the router learns "
+                      "nothing from the loss", "top_k_softmax with top_k of at least 2, or softmax_top_k",
+                      "set model.router=softmax_top_k, or model.top_k=2")
 
 
 def added_parameters(config: MixtureFields, layers: int, gated: bool, bias: bool) -> int:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from common.errors import Problem
 from parallel.config import STRICT
-from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
 
 
@@ -44,4 +44,4 @@ class ObjectiveSpec:
     stages: str
     window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int]
     reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int]
-    problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]]
+    problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from parallel.rules.rule import Found
+from common.errors import Problem
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
@@ -24,10 +24,10 @@ class SigLIPConfig(ObjectiveConfig):
     name: Literal["siglip"] = Field("siglip", description="the objective")
 
 
-def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
+def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
     if model.sequence_length < 2:
-        yield ("model.sequence_length", f"captions of {model.sequence_length} token",
-               "at least 2: text and end-of-text", "set model.sequence_length=2 or more")
+        yield Problem("model.sequence_length", f"captions of {model.sequence_length} token",
+                      "at least 2: text and end-of-text", "set model.sequence_length=2 or more")
 
 
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from data_pipeline.corruption.special_ids import num_special_ids, raw_tokens
-from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
@@ -71,49 +71,51 @@ class MaskedLMConfig(ObjectiveConfig):
     whole_words: bool = Field(False, description="hide all pieces of a word or none")
 
 
-Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]]
+Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]
 
 
-def _none(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
+def _none(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
     return iter(())
 
 
 def _at_least(num_tokens: int, why: str) -> Problems:
-    def problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
+    def problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
         if model.sequence_length < num_tokens:
-            yield ("model.sequence_length", f"{model.sequence_length} tokens for {config.name}",
-                   f"at least {num_tokens}: {why}", f"set model.sequence_length={num_tokens} or more")
+            yield Problem("model.sequence_length", f"{model.sequence_length} tokens for {config.name}",
+                          f"at least {num_tokens}: {why}", f"set model.sequence_length={num_tokens} or more")
 
     return problems
 
 
-def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterator[Found]:
+def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterator[Problem]:
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
     if counts is None:
         best = next(n for n in count(max(3, model.sequence_length))
                     if raw_tokens(n, config.noise_density, config.mean_span_length))
-        yield ("model.sequence_length", f"inputs of {model.sequence_length} tokens by span_corruption",
-               f"no sample fills exactly that at noise_density={config.noise_density} and "
-               f"mean_span_length={config.mean_span_length}: a kept token, a sentinel and end-of-text are the least",
-               f"set model.sequence_length={best}")
+        yield Problem("model.sequence_length", f"inputs of {model.sequence_length} tokens by span_corruption",
+                      f"no sample fills exactly that at noise_density={config.noise_density} and "
+                      f"mean_span_length={config.mean_span_length}: a kept token, a sentinel and end-of-text are the "
+                      "least",
+                      f"set model.sequence_length={best}")
     elif counts.num_targets > model.num_targets:
-        yield ("model.target_length", f"{model.num_targets} tokens for the hidden spans",
-               f"{counts.num_targets}: {counts.num_noise} hidden tokens, {counts.num_spans} sentinels and end-of-text "
-               f"of {counts.num_raw} tokens", f"set model.target_length={counts.num_targets} or more")
+        yield Problem("model.target_length", f"{model.num_targets} tokens for the hidden spans",
+                      f"{counts.num_targets}: {counts.num_noise} hidden tokens, {counts.num_spans} sentinels and "
+                      f"end-of-text of {counts.num_raw} tokens",
+                      f"set model.target_length={counts.num_targets} or more")
 
 
-def _denoising_problems(config: DenoisingConfig, model: FamilyConfig) -> Iterator[Found]:
+def _denoising_problems(config: DenoisingConfig, model: FamilyConfig) -> Iterator[Problem]:
     yield from _at_least(4, "two tokens of text between the first and the last")(config, model)
     if model.num_targets < model.sequence_length:
-        yield ("model.target_length", f"{model.num_targets} tokens to restore {model.sequence_length}",
-               f"at least {model.sequence_length}, the length of the sample", "leave model.target_length out")
+        yield Problem("model.target_length", f"{model.num_targets} tokens to restore {model.sequence_length}",
+                      f"at least {model.sequence_length}, the length of the sample", "leave model.target_length out")
 
 
-def _masked_problems(config: MaskedLMConfig, model: FamilyConfig) -> Iterator[Found]:
+def _masked_problems(config: MaskedLMConfig, model: FamilyConfig) -> Iterator[Problem]:
     yield from _at_least(5, "three special tokens and one token of text on either side")(config, model)
     if config.masked_part + config.random_part > 1:
-        yield ("objective.masked_part", f"masked_part={config.masked_part} and random_part={config.random_part}",
-               "a sum of at most 1", f"set objective.random_part={round(1 - config.masked_part, 6)} or less")
+        yield Problem("objective.masked_part", f"masked_part={config.masked_part} and random_part={config.random_part}",
+                      "a sum of at most 1", f"set objective.random_part={round(1 - config.masked_part, 6)} or less")
 
 
 def _prefix_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:

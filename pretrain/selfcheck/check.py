@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from parallel.ranks.agreement import Progress, all_gather_text
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
 from pretrain.config.run_config import RunConfig
-from pretrain.selfcheck.rank_report import Finding, SharedToken, breaks_groups, differing, facts_of_rank, skewed
+from pretrain.selfcheck.rank_report import Finding, SharedToken, breaks_groups, differing, report_of_rank, skewed
 from pretrain.training.devices import local_device
 
 ROUND_TRIPS = 5
@@ -34,6 +34,7 @@ class Speed:
     operation: str
     axis_ranks: int
     num_bytes: int
+    _: KW_ONLY
     slowest: float
     slowest_rank: int
     median: float
@@ -41,11 +42,12 @@ class Speed:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found, the same on every rank. `facts` and `offsets_seconds` are by rank."""
+    """What was found, the same on every rank. `reports` and `offsets_seconds` are by rank."""
 
     info: RankInfo
     layout: Layout | None
-    facts: list[dict[str, Any]]
+    reports: list[dict[str, Any]]
+    _: KW_ONLY
     offsets_seconds: list[float] = field(default_factory=list)
     speeds: list[Speed] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -55,8 +57,9 @@ class Report:
         return ExitCode.NODE if self.findings else ExitCode.DONE
 
     def as_json(self) -> str:
-        ranks = [{**facts, "clock_offset_seconds": offset}
-                 for facts, offset in zip(self.facts, self.offsets_seconds or [None] * len(self.facts), strict=True)]
+        offsets = self.offsets_seconds or [None] * len(self.reports)
+        ranks = [{**report, "clock_offset_seconds": offset}
+                 for report, offset in zip(self.reports, offsets, strict=True)]
         return json.dumps({
             "ok": not self.findings, "world_size": self.info.world_size, "launcher": self.info.source,
             "layout": asdict(self.layout) if self.layout else None, "ranks": ranks,
@@ -65,7 +68,7 @@ class Report:
         }, indent=1)  # fmt: skip
 
 
-def check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | None, node_problems: list[str],
+def check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | None, node_problems: list[str], *,
           num_bytes: int, timeout_seconds: float) -> Report:
     """One rank's part; every rank returns the same report.
 
@@ -84,7 +87,8 @@ def check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | 
         raise NodeSuspected(str(error), None, None) from None
     progress = Progress()
     try:
-        return _check(info, config, config_error, node_problems, num_bytes, timeout_seconds, progress)
+        return _check(info, config, config_error, node_problems, num_bytes=num_bytes, timeout_seconds=timeout_seconds,
+                      progress=progress)
     except RuntimeError as error:  # what torch.distributed raises for a connection that is lost or too slow
         raise _hang(error, progress, info) from None
     finally:
@@ -92,30 +96,30 @@ def check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | 
         leave()
 
 
-def _check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | None, node_problems: list[str],
+def _check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | None, node_problems: list[str], *,
            num_bytes: int, timeout_seconds: float, progress: Progress) -> Report:
     progress.begin("the comparison of what ranks see")
-    device, facts = _tell(info, config, config_error, node_problems)
-    findings = differing(facts)
-    alike = not breaks_groups(facts)  # the same on all ranks, so that they go on together
+    device, reports = _tell(info, config, config_error, node_problems)
+    findings = differing(reports)
+    alike = not breaks_groups(reports)  # the same on all ranks, so that they go on together
     if config and alike:
         progress.begin("the file in the run folder")
-        findings += _shared_folder(info, config, facts)
+        findings += _shared_folder(info, config, reports)
     progress.begin("the comparison of clocks")
     offsets = _clock_offsets(info)
-    findings += skewed(facts, offsets)
+    findings += skewed(reports, offsets)
     if not alike:
-        return Report(info, None, facts, offsets, [], findings)
+        return Report(info, None, reports, offsets_seconds=offsets, findings=findings)
     layout = Layout.of(config.parallel, info.world_size) if config else Layout(data=info.world_size)
     progress.begin("the groups of the layout")
     groups = build_groups(layout, timeout_seconds)
     mine = list(measure(groups, device, num_bytes, progress.begin))
     progress.begin("the comparison of results")
     by_rank = [[Measured(*entry) for entry in json.loads(text)] for text in all_gather_text(json.dumps(mine))]
-    findings += [Finding(rank, facts[rank]["node"], f"{seen.operation} over {seen.axis} (ranks "
+    findings += [Finding(rank, reports[rank]["node"], f"{seen.operation} over {seen.axis} (ranks "
                          f"{', '.join(map(str, seen.ranks))}) brought it a wrong answer")
                  for rank, entries in enumerate(by_rank) for seen in entries if not seen.right]
-    return Report(info, layout, facts, offsets, _speeds(by_rank), findings)
+    return Report(info, layout, reports, offsets_seconds=offsets, speeds=_speeds(by_rank), findings=findings)
 
 
 def _tell(info: RankInfo, config: RunConfig | None, config_error: ConfigError | None, node_problems: list[str]
@@ -128,25 +132,25 @@ def _tell(info: RankInfo, config: RunConfig | None, config_error: ConfigError | 
         mistake = str(error)
     if config_error:
         first = f"refused ({config_error.problems[0].where}: {config_error.problems[0].asked})"
-    own = facts_of_rank(info, config, first, device, device_name, node_problems)
+    own = report_of_rank(info, config, first, device, device_name=device_name, node_problems=node_problems)
     own |= {"mistake": mistake, "refused": bool(first)}
     told = [json.loads(text) for text in all_gather_text(json.dumps(own))]
-    mistakes = [facts.pop("mistake") for facts in told]
+    mistakes = [report.pop("mistake") for report in told]
     if any(mistakes):
         raise UserError(next(text for text in mistakes if text))
-    refused = [facts.pop("refused") for facts in told]
+    refused = [report.pop("refused") for report in told]
     if all(refused):
         raise config_error if info.rank == 0 else UserError(f"rank {info.rank}: the config is {first}")
     return device, told
 
 
-def _shared_folder(info: RankInfo, config: RunConfig, facts: list[dict[str, Any]]) -> list[Finding]:
+def _shared_folder(info: RankInfo, config: RunConfig, reports: list[dict[str, Any]]) -> list[Finding]:
     """Which ranks do not see what rank 0 writes into the run folder."""
     token = all_gather_text(uuid.uuid4().hex)[0]
     with SharedToken(config.run.dir, token, info.rank == 0) as shared:
         all_gather_text("written")
         problems = all_gather_text(shared.problem() or "")
-    return [Finding(rank, facts[rank]["node"], text) for rank, text in enumerate(problems) if text]
+    return [Finding(rank, reports[rank]["node"], text) for rank, text in enumerate(problems) if text]
 
 
 def _clock_offsets(info: RankInfo) -> list[float]:
@@ -179,9 +183,12 @@ def _speeds(by_rank: list[list[Measured]]) -> list[Speed]:
         for seen in entries:
             key = (seen.axis, seen.operation)
             found.setdefault(key, []).append((seen.link_bytes_per_second, rank, seen))
-    return [Speed(axis, operation, len(entries[0][2].ranks), entries[0][2].num_bytes, *min(entries)[:2],
-                  statistics.median(speed for speed, _, _ in entries))
-            for (axis, operation), entries in found.items()]
+    speeds = []
+    for (axis, operation), entries in found.items():
+        (slowest, slowest_rank, _), any_of_them = min(entries), entries[0][2]
+        speeds.append(Speed(axis, operation, len(any_of_them.ranks), any_of_them.num_bytes, slowest=slowest,
+                            slowest_rank=slowest_rank, median=statistics.median(speed for speed, _, _ in entries)))
+    return speeds
 
 
 def _hang(error: RuntimeError, progress: Progress, info: RankInfo) -> NodeSuspected:

@@ -34,8 +34,8 @@ class Finding(NamedTuple):
     text: str
 
 
-def facts_of_rank(info: RankInfo, config: RunConfig | None, config_problem: str | None, device: torch.device,
-                  device_name: str, node_problems: Sequence[str]) -> dict[str, Any]:
+def report_of_rank(info: RankInfo, config: RunConfig | None, config_problem: str | None, device: torch.device, *,
+                   device_name: str, node_problems: Sequence[str]) -> dict[str, Any]:
     """Plain values. Those under `same` have to be the same on every rank."""
     same = {f"code of {room}": _short(code_hash(room)) for room in ROOMS}
     same |= package_versions() | {"device": device_name}
@@ -71,29 +71,29 @@ def free_host_bytes() -> int | None:
     return None
 
 
-def differing(facts: Sequence[dict[str, Any]]) -> list[Finding]:
+def differing(reports: Sequence[dict[str, Any]]) -> list[Finding]:
     """Who sees something other than most ranks do; between two equal camps rank 0's side counts as the usual one."""
     found = []
-    for name in facts[0]["same"]:
-        values = [rank["same"].get(name, "nothing") for rank in facts]
+    for name in reports[0]["same"]:
+        values = [rank["same"].get(name, "nothing") for rank in reports]
         usual = _usual(values)
         found += [Finding(rank["rank"], rank["node"], f"{name} is {value}, while {_holders(values, usual)} {usual}")
-                  for rank, value in zip(facts, values, strict=True) if value != usual]
-    found += [Finding(rank["rank"], rank["node"], text) for rank in facts for text in rank["problems"]]
-    return found + _short_of_memory(facts)
+                  for rank, value in zip(reports, values, strict=True) if value != usual]
+    found += [Finding(rank["rank"], rank["node"], text) for rank in reports for text in rank["problems"]]
+    return found + _short_of_memory(reports)
 
 
-def breaks_groups(facts: Sequence[dict[str, Any]]) -> bool:
+def breaks_groups(reports: Sequence[dict[str, Any]]) -> bool:
     """Whether ranks could not even build the same groups, for they differ in config or in the code of the layout."""
-    return any(len({rank["same"][name] for rank in facts}) > 1
+    return any(len({rank["same"][name] for rank in reports}) > 1
                for name in ("config", "code of parallel", "code of pretrain"))
 
 
-def skewed(facts: Sequence[dict[str, Any]], offsets_seconds: Sequence[float]) -> list[Finding]:
+def skewed(reports: Sequence[dict[str, Any]], offsets_seconds: Sequence[float]) -> list[Finding]:
     """Whose clock is far from rank 0's."""
     return [Finding(rank["rank"], rank["node"], f"its clock differs from rank 0's by {offset:+.1f} s (most allowed: "
                     f"{MAX_SKEW_SECONDS:.0f} s); set the clocks of the nodes with NTP or chrony")
-            for rank, offset in zip(facts, offsets_seconds, strict=True) if abs(offset) > MAX_SKEW_SECONDS]
+            for rank, offset in zip(reports, offsets_seconds, strict=True) if abs(offset) > MAX_SKEW_SECONDS]
 
 
 class SharedToken:
@@ -143,14 +143,14 @@ def _holders(values: Sequence[str], usual: str) -> str:
     return f"rank {values.index(usual)} has" if count == 1 else f"{count} ranks have"
 
 
-def _short_of_memory(facts: Sequence[dict[str, Any]]) -> list[Finding]:
-    known = sorted(rank["free_device_bytes"] for rank in facts if rank["free_device_bytes"] is not None)
+def _short_of_memory(reports: Sequence[dict[str, Any]]) -> list[Finding]:
+    known = sorted(rank["free_device_bytes"] for rank in reports if rank["free_device_bytes"] is not None)
     if not known:
         return []
     middle = known[len(known) // 2]
     return [Finding(rank["rank"], rank["node"], f"{rank['free_device_bytes'] / 2**30:.1f} GiB are free on its device, "
                     f"{middle / 2**30:.1f} GiB on most: another process holds memory there")
-            for rank in facts if (rank["free_device_bytes"] or middle) < LEAST_SHARE * middle]
+            for rank in reports if (rank["free_device_bytes"] or middle) < LEAST_SHARE * middle]
 
 
 def _fingerprint(folder: str) -> str:

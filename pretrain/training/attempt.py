@@ -7,8 +7,9 @@ from pathlib import Path
 from types import TracebackType
 
 from common.errors import ExitCode, NodeSuspected
+from launchers.run_folder.notes import HANGS, note_failure
 from launchers.run_folder.run_lock import RunLock
-from launchers.run_folder.status import HANGS, Status, begin, note_failure, read, reason_of, write
+from launchers.run_folder.status import Status, begin, read, reason_of, write
 from launchers.run_folder.stop_requests import requested
 from parallel.ranks.agreement import max_over_ranks
 from parallel.ranks.rank_info import RankInfo
@@ -99,7 +100,7 @@ class Attempt:
         if error is not None and (self._begun or self.info.attempt_token):
             reason, code = reason_of(error)
             suspect = error if isinstance(error, NodeSuspected) else None  # all ranks may tell of the same one
-            note_failure(self.folder, self.info, self.last_step, code, reason, suspect)
+            note_failure(self.folder, self.info, self.last_step, code, reason=reason, suspect=suspect)
             who = suspect or self.info
             self._write(reason=reason, exit_code=code, rank=who.rank, node=who.node)
         if self._lock is not None:
@@ -120,7 +121,7 @@ class Attempt:
     def _give_up(self, seconds: float) -> None:
         """In the thread of the grace period: the main thread is stuck, so only the process can end."""
         note_failure(self.folder, self.info, self.last_step, ExitCode.INTERNAL,
-                     f"was asked to stop {seconds:.0f} s ago, and the ranks have not come to one step: {HANGS}")
+                     reason=f"was asked to stop {seconds:.0f} s ago, and the ranks have not come to one step: {HANGS}")
         os._exit(ExitCode.INTERNAL)
 
     def _write(self, **changes: object) -> None:

@@ -7,11 +7,9 @@ from importlib import import_module
 
 import torch
 
-from common.errors import UserError
 from parallel.engine import Engine
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
-from parallel.zero.offload import NoRoom
 from pretrain.config.run_config import RunConfig
 from pretrain.models import FAMILIES
 from pretrain.objectives import make_loss
@@ -19,7 +17,7 @@ from pretrain.training.optim import parameter_groups
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
+    """The config's family and objective on these groups. Raises NoRoom when a disk has no room for its state."""
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -27,9 +25,6 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
         return adamw(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
-    try:
-        return Engine(lambda tp: modules.layers(config.model, tp),
-                      make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
-                      config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
-    except NoRoom as error:
-        raise UserError(str(error)) from None
+    return Engine(lambda tp: modules.layers(config.model, tp),
+                  make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
+                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)

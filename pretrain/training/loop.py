@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from common.errors import DataError, ExitCode, NodeSuspected, UserError
+from common.errors import NodeSuspected, UserError
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.loader import Loader, heldout_batches
 from parallel.engine import Engine, NotFinite
@@ -20,9 +20,9 @@ from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from pretrain.checkpoint.manifest import CheckpointError, published
+from pretrain.checkpoint.manifest import published
 from pretrain.checkpoint.start_weights import start_folder
-from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights
+from pretrain.checkpoint.store import Checkpoint, newest_whole, open_whole, save, starting_weights
 from pretrain.config.run_config import RunConfig
 from pretrain.objectives import HELDOUT_SEED, make_stages
 from pretrain.training.attempt import Attempt
@@ -86,24 +86,19 @@ def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = No
     """Join the other ranks, train to `run.steps`, leave in order. Returns the exit code.
 
     Raises:
-        UserError: something outside the config must change (devices, a damaged or foreign run folder, storage).
+        TrainyardError: something outside the config must change (devices, a damaged or foreign run folder, storage).
     """
     device, device_name = choose_device(config, info)
     folder = Path(config.run.dir)
-    try:
-        with Attempt(folder, info) as attempt, _world(info):
-            groups = build_groups(Layout.of(config.parallel, info.world_size))
-            run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
-            hooks = standard_hooks(config, quiet)
-            try:
-                return _run(run, groups, device, hooks, attempt, quiet)
-            except BaseException as error:
-                hooks.on_end(run, f"stopped by {type(error).__name__}")
-                raise
-    except (CheckpointError, DataError) as error:
-        raise UserError(str(error), ExitCode.DATA) from None
-    except StorageError as error:
-        raise UserError(str(error), ExitCode.STORAGE) from None
+    with Attempt(folder, info) as attempt, _world(info):
+        groups = build_groups(Layout.of(config.parallel, info.world_size))
+        run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
+        hooks = standard_hooks(config, quiet)
+        try:
+            return _run(run, groups, device, hooks, attempt, quiet)
+        except BaseException as error:
+            hooks.on_end(run, f"stopped by {type(error).__name__}")
+            raise
 
 
 @contextmanager
@@ -114,7 +109,7 @@ def _world(info: RankInfo) -> Iterator[None]:
     except RendezvousError as error:
         if error.node:
             raise NodeSuspected(str(error), None, error.node) from None
-        raise UserError(str(error), ExitCode.USER if error.is_mistake else ExitCode.INTERNAL) from None
+        raise
     try:
         yield
     finally:
@@ -217,9 +212,8 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
     try:
         result = engine.train_step(next(loader) if loader else None, step, rate)
     except NotFinite as error:
-        raise UserError(f"step {step}: {error}. No weight was changed in this step. Go on from the last checkpoint in "
-                        f"{run.checkpoints} with a lower optimizer.lr or a longer schedule.warmup_steps.",
-                        ExitCode.INTERNAL) from None
+        raise NotFinite(f"step {step}: {error}. No weight was changed in this step. Go on from the last checkpoint in "
+                        f"{run.checkpoints} with a lower optimizer.lr or a longer schedule.warmup_steps.") from None
     seconds = time.perf_counter() - started
     record = {
         "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate,

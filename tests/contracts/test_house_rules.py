@@ -16,6 +16,16 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # the first reads it, the second writes it for libraries
 MAY_TOUCH_THE_ENVIRONMENT = {"parallel/ranks/rank_info.py", "parallel/ranks/rendezvous.py"}
 MAY_PRINT = ("pretrain/training/hooks/console.py", "pretrain/commands/")
+MAX_POSITIONAL = 4
+# Rooms whose functions and dataclasses take every argument from the fifth on by keyword.
+ROOMS_DONE = ("common/", "launchers/", "parallel/rules/", "parallel/ranks/", "pretrain/cli.py", "pretrain/config/",
+              "pretrain/selfcheck/", *(f"pretrain/commands/{verb}.py" for verb in (
+                  "submit", "status", "cancel", "selfcheck", "train", "checkpoint", "demo", "generate")))
+MAY_BE_POSITIONAL = {"forward"}  # of modules and autograd functions, which torch calls
+ERROR_BASE = "TrainyardError"
+MAY_HAVE_ANOTHER_BASE = {"_Refused"}  # raised through PyYAML, which lets only its own errors pass
+SLURM_PROGRAMS = {"sbatch", "squeue", "scancel", "scontrol"}
+MAX_COMMON_LINES = 400
 
 
 def name(path: Path) -> str:
@@ -75,3 +85,73 @@ def test_no_file_is_named_like_a_library_it_could_hide():
 def test_every_room_of_code_is_a_package():
     folders = {path.parent for path in SOURCES}
     assert sorted(name(folder) for folder in folders if not (folder / "__init__.py").exists()) == []
+
+
+def _positional(arguments: ast.arguments) -> list[str]:
+    found = [argument.arg for argument in [*arguments.posonlyargs, *arguments.args]]
+    return found[1:] if found[:1] in (["self"], ["cls"]) else found
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    """A dataclass whose fields are not all by keyword."""
+    for decorator in node.decorator_list:
+        call = decorator if isinstance(decorator, ast.Call) else None
+        target = call.func if call else decorator
+        if (target.id if isinstance(target, ast.Name) else getattr(target, "attr", "")) == "dataclass":
+            return not any(keyword.arg == "kw_only" for keyword in (call.keywords if call else ()))
+    return False
+
+
+def _positional_fields(node: ast.ClassDef) -> list[str]:
+    found = []
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            kind = ast.unparse(line.annotation)
+            if kind.endswith("KW_ONLY"):
+                break
+            if not kind.startswith("ClassVar") and "init=False" not in ast.unparse(line):
+                found.append(line.target.id)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if name(path).startswith(ROOMS_DONE)], ids=name)
+def test_the_fifth_argument_and_later_ones_are_by_keyword(path):
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in MAY_BE_POSITIONAL:
+            found.append((f"{node.name}, line {node.lineno}", _positional(node.args)))
+        elif isinstance(node, ast.ClassDef) and _is_dataclass(node):
+            found.append((f"{node.name}, line {node.lineno}", _positional_fields(node)))
+    assert [(where, words) for where, words in found if len(words) > MAX_POSITIONAL] == []
+
+
+def test_every_error_of_ours_has_the_base():
+    """So that the command line knows its exit code."""
+    bases = {ERROR_BASE: ["Exception"]}
+    for path in SOURCES:
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, [ast.unparse(base).rpartition(".")[2] for base in node.bases])
+
+    def ancestors(kind: str) -> set[str]:
+        return {kind}.union(*(ancestors(base) for base in bases.get(kind, ())))
+
+    errors = {kind for kind in bases if any(base.endswith(("Error", "Exception")) for base in ancestors(kind))}
+    assert len(errors) > 12
+    assert {kind for kind in errors if ERROR_BASE not in ancestors(kind)} - MAY_HAVE_ANOTHER_BASE == set()
+
+
+def test_one_file_runs_the_programs_of_slurm():
+    found = {name(path) for path in SOURCES for node in ast.walk(tree(path))
+             if isinstance(node, ast.List) and node.elts and isinstance(node.elts[0], ast.Constant)
+             and node.elts[0].value in SLURM_PROGRAMS}
+    assert found == {"launchers/slurm_control.py"}
+
+
+def test_common_ground_is_small_and_stands_on_the_standard_library():
+    files = [path for path in SOURCES if name(path).startswith("common/")]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= MAX_COMMON_LINES
+    modules = {module.partition(".")[0] for path in files for node in ast.walk(tree(path))
+               for module in ([alias.name for alias in node.names] if isinstance(node, ast.Import)
+                              else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])}
+    assert modules - {"common"} <= sys.stdlib_module_names

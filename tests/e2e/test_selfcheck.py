@@ -128,7 +128,7 @@ def check_with_a_bad_rank(info, how: str) -> tuple[int, str]:
 
         dist.broadcast = wrong
     try:
-        report = check(info, None, None, [], 4096, 4.0 if how == "hangs" else 60.0)
+        report = check(info, None, None, [], num_bytes=4096, timeout_seconds=4.0 if how == "hangs" else 60.0)
     except NodeSuspected as error:
         return error.rank, str(error)
     return int(report.exit_code), " | ".join(f"{found.rank} {found.text}" for found in report.findings)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launchers.job import Job, Slurm, slurm_problems
-from pretrain.commands.submit import rendered
+from launchers.submission import rendered
 from tests.faults.bench import INJECT, ROOT, Bench, Started, Trial, check_end, processes_of
 from tests.helpers.slurm import wait_until
 

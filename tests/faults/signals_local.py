@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launchers.run_folder.status import HANGS, first_failure
+from launchers.run_folder.notes import HANGS, first_failure
 from parallel.ranks.rank_info import RankInfo
 from pretrain.training.metrics import read_metrics
 from tests.faults.bench import RUN, Bench, Trial, check_end, check_goes_on, check_saved, ranks_of

@@ -118,8 +118,7 @@ def problems(choices: Choices) -> list[Problem]:
         config = config_of(choices)
     except ConfigError as error:
         return error.problems
-    return [problem for problem in config.problems(world_size_of(config, choices))
-            if not problem.where.startswith(("data", "run"))]
+    return config.problems(world_size_of(config, choices))
 
 
 def config_of(choices: Choices) -> RunConfig:

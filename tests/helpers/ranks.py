@@ -77,7 +77,8 @@ def _child(target: Callable[..., Any], rank: int, world_size: int, listener: soc
     import torch
 
     torch.set_num_threads(1)
-    info = RankInfo(rank, world_size, rank, world_size, LOOPBACK, port, "local", "localhost",
+    info = RankInfo(rank, world_size, rank, world_size, master_address=LOOPBACK, master_port=port, source="local",
+                    node="localhost",
                     store_fd=listener.detach() if listener else None, port_is_fixed=True)
     info.export(os.environ)
     try:

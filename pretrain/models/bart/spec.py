@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.layout import divisors
-from parallel.rules.rule import Found
 from pretrain.models import encoder_decoder, mixture
 from pretrain.models.counting import PartSizes
 from pretrain.models.encoder_decoder import EncoderDecoderConfig
@@ -35,15 +35,15 @@ class BARTConfig(EncoderDecoderConfig):
         return NUM_UNUSED_POSITIONS + (longest if self.max_positions is None else self.max_positions)
 
 
-def problems(config: BARTConfig) -> Iterator[Found]:
+def problems(config: BARTConfig) -> Iterator[Problem]:
     """What does not fit together inside one model, as (where, asked, possible, change)."""
     if config.hidden % config.heads:
-        yield ("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-               f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
+        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
+                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
     longest = max(config.sequence_length, config.num_targets)
     if config.max_positions is not None and config.max_positions < longest:
-        yield ("model.max_positions", f"{config.max_positions} positions for {longest} tokens",
-               f"at least {longest}", f"set model.max_positions={longest}, or leave it out")
+        yield Problem("model.max_positions", f"{config.max_positions} positions for {longest} tokens",
+                      f"at least {longest}", f"set model.max_positions={longest}, or leave it out")
     yield from mixture.problems(config, *encoder_decoder.sides(config))
 
 

@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import Found
 from pretrain.models.counting import PartSizes, flops
 from pretrain.models.family import FamilySpec, TextConfig
 
@@ -53,18 +53,18 @@ class BERTConfig(TextConfig):
         return 3 if self.next_sentence else 2
 
 
-def problems(config: BERTConfig) -> Iterator[Found]:
+def problems(config: BERTConfig) -> Iterator[Problem]:
     """What does not fit together inside one model, as (where, asked, possible, change)."""
     if config.hidden % config.heads:
-        yield ("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-               f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
+        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
+                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
     if config.max_positions is not None and config.max_positions < config.sequence_length:
-        yield ("model.max_positions", f"{config.max_positions} positions for {config.sequence_length} tokens",
-               f"at least {config.sequence_length}",
-               f"set model.max_positions={config.sequence_length}, or leave it out")
+        yield Problem("model.max_positions", f"{config.max_positions} positions for {config.sequence_length} tokens",
+                      f"at least {config.sequence_length}",
+                      f"set model.max_positions={config.sequence_length}, or leave it out")
     if config.next_sentence and config.segment_types < 2:
-        yield ("model.segment_types", f"{config.segment_types} for pairs of segments", "at least 2",
-               "set model.segment_types=2, or model.next_sentence=false")
+        yield Problem("model.segment_types", f"{config.segment_types} for pairs of segments", "at least 2",
+                      "set model.segment_types=2, or model.next_sentence=false")
 
 
 def facts(config: BERTConfig) -> ModelTraits:

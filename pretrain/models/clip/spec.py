@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import Found, nearest_multiples
+from parallel.rules.rule import nearest_multiples
 from pretrain.models.family import FamilySpec, TextConfig
 
 NO_PIPELINE = (
@@ -71,19 +72,20 @@ class CLIPConfig(TextConfig):
         return 4 * self.text_hidden if self.text_ffn is None else self.text_ffn
 
 
-def problems(config: CLIPConfig) -> Iterator[Found]:
+def problems(config: CLIPConfig) -> Iterator[Problem]:
     """What does not fit together inside one model, as (where, asked, possible, change)."""
     if config.image_size % config.patch_size:
         multiples = " or ".join(map(str, nearest_multiples(config.image_size, config.patch_size)))
-        yield ("model.patch_size", f"images of {config.image_size} pixels in patches of {config.patch_size}",
-               "patches that divide the image", f"set model.image_size to {multiples}, or model.patch_size to one of "
-               f"{', '.join(map(str, divisors(config.image_size)))}")
+        yield Problem("model.patch_size", f"images of {config.image_size} pixels in patches of {config.patch_size}",
+                      "patches that divide the image", f"set model.image_size to {multiples}, or model.patch_size to "
+                      f"one of {', '.join(map(str, divisors(config.image_size)))}")
     for tower in ("image", "text"):
         hidden, heads = getattr(config, f"{tower}_hidden"), getattr(config, f"{tower}_heads")
         if hidden % heads:
             near = sorted(divisors(hidden), key=lambda number: abs(number - heads))[:3]
-            yield (f"model.{tower}_heads", f"{tower}_hidden={hidden} in {heads} heads", "heads that divide the width",
-                   f"set model.{tower}_heads to one of {', '.join(map(str, sorted(near)))}")
+            yield Problem(f"model.{tower}_heads", f"{tower}_hidden={hidden} in {heads} heads",
+                          "heads that divide the width",
+                          f"set model.{tower}_heads to one of {', '.join(map(str, sorted(near)))}")
 
 
 def facts(config: CLIPConfig) -> ModelTraits:

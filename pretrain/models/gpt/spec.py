@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import Found, nearest_multiples
+from parallel.rules.rule import nearest_multiples
 from pretrain.models import mixture
 from pretrain.models.family import FamilySpec, TextConfig
 from pretrain.models.mixture import MixtureFields
@@ -55,21 +56,21 @@ class GPTConfig(MixtureFields, TextConfig):
         return 4 * self.hidden if self.ffn is None else self.ffn
 
 
-def problems(config: GPTConfig) -> Iterator[Found]:
+def problems(config: GPTConfig) -> Iterator[Problem]:
     """What does not fit together inside one model, as (where, asked, possible, change)."""
     if config.hidden % config.heads:
         multiples = " or ".join(map(str, nearest_multiples(config.hidden, config.heads)))
         near = sorted(divisors(config.hidden), key=lambda heads: abs(heads - config.heads))[:3]
-        yield ("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-               f"set model.heads to one of {', '.join(map(str, sorted(near)))}, or model.hidden to {multiples}")
+        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
+                      f"set model.heads to one of {', '.join(map(str, sorted(near)))}, or model.hidden to {multiples}")
     elif config.positions == "rotary" and config.head_dim % 2:
-        yield ("model.positions", f"rotary with heads of width {config.head_dim} (hidden / heads)",
-               "an even width: rotary turns pairs of numbers",
-               f"set model.hidden to {config.heads * (config.head_dim + 1)}, or model.positions=learned")
+        yield Problem("model.positions", f"rotary with heads of width {config.head_dim} (hidden / heads)",
+                      "an even width: rotary turns pairs of numbers",
+                      f"set model.hidden to {config.heads * (config.head_dim + 1)}, or model.positions=learned")
     if config.heads % config.num_kv_heads:
-        yield ("model.kv_heads", f"{config.heads} heads that share {config.num_kv_heads} key and value heads",
-               "kv_heads that divide heads",
-               f"set model.kv_heads to one of {', '.join(map(str, divisors(config.heads)))}")
+        yield Problem("model.kv_heads", f"{config.heads} heads that share {config.num_kv_heads} key and value heads",
+                      "kv_heads that divide heads",
+                      f"set model.kv_heads to one of {', '.join(map(str, divisors(config.heads)))}")
     yield from mixture.problems(config, config.layers)
 
 

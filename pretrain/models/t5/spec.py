@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.layout import divisors
-from parallel.rules.rule import Found
 from pretrain.models import encoder_decoder, mixture
 from pretrain.models.counting import PartSizes
 from pretrain.models.encoder_decoder import EncoderDecoderConfig
@@ -36,16 +36,17 @@ class T5Config(EncoderDecoderConfig):
         return self.hidden // self.heads if self.head_width is None else self.head_width
 
 
-def problems(config: T5Config) -> Iterator[Found]:
+def problems(config: T5Config) -> Iterator[Problem]:
     """What does not fit together inside one model, as (where, asked, possible, change)."""
     if config.head_width is None and config.hidden % config.heads:
-        yield ("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-               f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}, or model.head_width")
+        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
+                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}, or model.head_width")
     exact = config.relative_buckets // 4  # of the encoder, which has half of the buckets for either side
     if config.relative_max_distance <= 2 * exact:
-        yield ("model.relative_max_distance", f"{config.relative_max_distance} with {config.relative_buckets} buckets",
-               f"more than {2 * exact}, the distances that have a bucket each",
-               f"set model.relative_max_distance={2 * exact + 1} or more")
+        yield Problem("model.relative_max_distance",
+                      f"{config.relative_max_distance} with {config.relative_buckets} buckets",
+                      f"more than {2 * exact}, the distances that have a bucket each",
+                      f"set model.relative_max_distance={2 * exact + 1} or more")
     yield from mixture.problems(config, *encoder_decoder.sides(config))
 
 

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from common.errors import DataError
+from common.errors import UserError
 from data_pipeline.tokens.token_dataset import TokenDataset
 from pretrain.commands import data
 
@@ -57,7 +57,7 @@ def test_corpus(source, tmp_path, capsys):
     assert trainyard("corpus", "--input", records) == 0
     assert "60 documents" in capsys.readouterr().out
     records.write_text("mine")
-    with pytest.raises(DataError, match="other content"):
+    with pytest.raises(UserError, match="other content"):
         trainyard("corpus", "--input", source, "--to", records)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set.jsonl", "source"]
 
@@ -74,13 +74,13 @@ def test_corpus(source, tmp_path, capsys):
 )
 def test_wrong_input(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         trainyard(*words)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_tokenizer_is_not_overwritten(source, tmp_path):
     (tmp_path / "t.model").write_bytes(b"mine")
-    with pytest.raises(DataError, match="exists and was made from other input"):
+    with pytest.raises(UserError, match="exists and was made from other input"):
         trainyard("tokenizer", "--input", source, "--vocab-size", 400, "--to", tmp_path / "t.model")
     assert (tmp_path / "t.model").read_bytes() == b"mine"

@@ -5,7 +5,7 @@ from itertools import islice
 
 import pytest
 
-from common.errors import DataError
+from common.errors import UserError
 from data_pipeline.text.corpus import Limits, documents, standard_library_documents
 
 
@@ -65,10 +65,10 @@ def test_records(tmp_path):
 def test_every_wrong_path_is_named(tmp_path):
     (tmp_path / "image.png").write_bytes(b"")
     (tmp_path / "void").mkdir()
-    with pytest.raises(DataError, match="none.txt does not exist; .*image.png is none of .*; .*void holds no"):
+    with pytest.raises(UserError, match="none.txt does not exist; .*image.png is none of .*; .*void holds no"):
         documents([tmp_path / "none.txt", tmp_path / "image.png", tmp_path / "void"])
 
 
 def test_impossible_share():
-    with pytest.raises(DataError, match="heldout_fraction=1.5"):
+    with pytest.raises(UserError, match="heldout_fraction=1.5"):
         Limits(heldout_fraction=1.5)

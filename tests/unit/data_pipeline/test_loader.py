@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.loader import Loader, heldout_batches
 from data_pipeline.order import WindowOrder
 from data_pipeline.tokens.token_dataset import TokenDataset
@@ -191,7 +191,7 @@ def test_heldout_is_the_same_on_any_layout(dataset, data_size, num_samples):
 
 
 def test_too_small_for_one_sample(dataset):
-    with pytest.raises(DataError, match="larger dataset"):
+    with pytest.raises(UserError, match="larger dataset"):
         Loader(dataset, dataset.num_tokens, SEED, 1, 1)
-    with pytest.raises(DataError, match="larger dataset"):
+    with pytest.raises(UserError, match="larger dataset"):
         next(heldout_batches(dataset, dataset.num_tokens, 1))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.errors import DataError
+from common.errors import UserError
 from data_pipeline.loader import Share
 from data_pipeline.order import WindowOrder, num_windows, permutation
 
@@ -81,7 +81,7 @@ def test_no_seed_keeps_the_stored_order():
 
 
 def test_too_few_tokens():
-    with pytest.raises(DataError, match="samples of 9 tokens.*holds 8 tokens"):
+    with pytest.raises(UserError, match="samples of 9 tokens.*holds 8 tokens"):
         WindowOrder(np.array([5, 3]), 8, 0)
 
 

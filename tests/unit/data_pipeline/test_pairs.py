@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.image_text.images import decode, evaluation_crop
 from data_pipeline.image_text.pair_dataset import PairsDataset, caption_of, caption_tokens
 from data_pipeline.image_text.pair_writer import RawPair, raw_pairs, write_pairs
@@ -157,16 +157,16 @@ def test_captions(content, is_json, expected):
 
 def test_reused_or_in_the_way(folder, tokenizer, dataset_folder):
     assert write_pairs([], tokenizer, folder, "train", "40 pairs", shard_bytes=3000)[1]
-    with pytest.raises(DataError, match="other input"):
+    with pytest.raises(UserError, match="other input"):
         write_pairs([], tokenizer, folder, "train", "41 pairs")
-    with pytest.raises(DataError, match="images with captions"):
+    with pytest.raises(UserError, match="images with captions"):
         TokenDataset.open(folder)
-    with pytest.raises(DataError, match="tokenized documents"):
+    with pytest.raises(UserError, match="tokenized documents"):
         PairsDataset.open(dataset_folder)
 
 
 def test_nothing_to_write(tokenizer, tmp_path):
-    with pytest.raises(DataError, match="no pair"):
+    with pytest.raises(UserError, match="no pair"):
         write_pairs([], tokenizer, tmp_path / "none", "train", "x")
     assert not (tmp_path / "none").exists()
 

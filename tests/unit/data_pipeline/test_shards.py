@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from common.errors import DataError
+from common.errors import StorageError, UserError
+from common.files import LOCK_NAME
 from data_pipeline.folder.manifest import Manifest
-from data_pipeline.folder.shard_writer import LOCK_NAME, member_key
+from data_pipeline.folder.shard_writer import member_key
 from data_pipeline.text.corpus import Document
 from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.tokens.token_writer import write_dataset
@@ -62,10 +63,10 @@ def test_manifest_counts(dataset, corpus, tokenizer):
 def test_reuse(corpus, tokenizer, copied_folder):
     assert write_dataset(corpus, tokenizer, copied_folder, shard_bytes=8_000).is_reused
     for documents, size in ((corpus[:-1], 8_000), (corpus, 9_000)):
-        with pytest.raises(DataError, match="made from other documents, tokenizer or settings"):
+        with pytest.raises(UserError, match="made from other documents, tokenizer or settings"):
             write_dataset(documents, tokenizer, copied_folder, shard_bytes=size)
     next(copied_folder.glob("*.tar")).unlink()
-    with pytest.raises(DataError, match="in the way.*is missing"):
+    with pytest.raises(UserError, match="in the way.*is missing"):
         write_dataset(corpus, tokenizer, copied_folder, shard_bytes=8_000)
 
 
@@ -83,7 +84,7 @@ def failing_documents(documents):
 def test_a_failed_writer_leaves_nothing(corpus, tokenizer, tmp_path):
     with pytest.raises(RuntimeError, match="the source broke"):
         write_dataset(failing_documents(corpus * 3), tokenizer, tmp_path / "set")
-    with pytest.raises(DataError, match="no document is left for split 'heldout'"):
+    with pytest.raises(UserError, match="no document is left for split 'heldout'"):
         write_dataset([], tokenizer, tmp_path / "set", split="heldout")
     assert list(tmp_path.iterdir()) == []
 
@@ -93,7 +94,7 @@ def write_with_little_room(documents, tokenizer, folder, outcome):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
     try:
         write_dataset(documents, tokenizer, folder)
-    except DataError as error:
+    except StorageError as error:
         outcome.put(error.message)
 
 
@@ -109,9 +110,9 @@ def test_no_room(corpus, tokenizer, tmp_path):
 
 def test_a_file_in_the_place_of_the_folder(corpus, tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         write_dataset(corpus, tokenizer, tmp_path / "file")
-    with pytest.raises(DataError, match="cannot write .*a file stands where a folder is needed"):
+    with pytest.raises(UserError, match="cannot write .*a file stands where a folder is needed"):
         write_dataset(corpus, tokenizer, tmp_path / "file" / "set")
 
 
@@ -128,7 +129,7 @@ def test_what_a_killed_writer_left_is_replaced(corpus, tokenizer, tmp_path):
 def test_what_others_left_is_not_touched(corpus, tokenizer, tmp_path):
     (tmp_path / "set.tmp").mkdir()
     (tmp_path / "set.tmp" / "precious").write_text("mine")
-    with pytest.raises(DataError, match="was not made by this tool"):
+    with pytest.raises(UserError, match="was not made by this tool"):
         write_dataset(corpus, tokenizer, tmp_path / "set")
     assert (tmp_path / "set.tmp" / "precious").read_text() == "mine"
 
@@ -145,7 +146,7 @@ class WriterWithin:
 
 
 def test_two_writers_of_one_folder(corpus, tokenizer, tmp_path):
-    with pytest.raises(DataError, match="another process is writing"):
+    with pytest.raises(UserError, match="another process is writing"):
         write_dataset(WriterWithin(corpus, tokenizer, tmp_path / "set"), tokenizer, tmp_path / "set")
 
 

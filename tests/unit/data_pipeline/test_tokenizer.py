@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, load_facts, measure, sample_text, train_tokenizer
 
 # Characters that tokenizers like to lose, mixed into arbitrary text.
@@ -76,21 +76,21 @@ def test_not_a_model(tmp_path, content):
 
 
 def test_missing_model(tmp_path):
-    with pytest.raises(DataError, match="cannot read tokenizer .*none.model: No such file"):
+    with pytest.raises(UserError, match="cannot read tokenizer .*none.model: No such file"):
         Tokenizer.load(tmp_path / "none.model")
 
 
 def test_more_vocabulary_than_text():
-    with pytest.raises(DataError, match="vocab_size=4096 does not fit.*value <= "):
+    with pytest.raises(UserError, match="vocab_size=4096 does not fit.*value <= "):
         train_tokenizer(["hello world"], TokenizerOptions(vocab_size=4096))
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 100}, {"algorithm": "magic"}])
 def test_impossible_options(options):
-    with pytest.raises(DataError, match=next(iter(options))):
+    with pytest.raises(UserError, match=next(iter(options))):
         TokenizerOptions(**options)
 
 
 def test_no_text():
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(UserError, match="no text"):
         train_tokenizer([], TokenizerOptions())

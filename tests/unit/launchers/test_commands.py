@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.shipped_files import shipped_folder
-from launchers import with_deepspeed, with_mpi, with_slurm, with_torchrun
+from launchers import slurm_control, with_deepspeed, with_mpi, with_slurm, with_torchrun
 from launchers.job import Job, Slurm, slurm_problems
 from tests.faults.hostile import FIELDS, HOSTILE, LAUNCHERS, run_hostile, with_value
 
@@ -81,7 +81,7 @@ def test_an_array_has_a_folder_for_each_element():
 
 def test_links_of_a_chain_are_not_requeued():
     assert "--slurm --check-nodes" in script_of(replace(JOB, slurm=Slurm(chain=5)))
-    assert with_slurm.submit_argv("x", "12") == ["sbatch", "--parsable", "--dependency=afterany:12",
+    assert slurm_control.submit_argv("x", "12") == ["sbatch", "--parsable", "--dependency=afterany:12",
                                                  "--kill-on-invalid-dep=yes", "x"]
 
 

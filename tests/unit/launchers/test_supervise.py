@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.run_folder.status import Status, begin, first_failure, note_failure, read, write
+from launchers.run_folder.notes import first_failure, note_failure
+from launchers.run_folder.status import Status, begin, read, write
 from launchers.supervise.outcome import Outcome, close, decide
 from parallel.ranks.rank_info import alone, process_environment
 
@@ -240,13 +241,13 @@ def test_a_refused_attempt_leaves_the_status_of_the_other_run_alone(tmp_path):
 def test_notes_of_a_refused_attempt_do_not_concern_the_run_that_goes_on(tmp_path):
     theirs, ours = (replace(alone(), attempt_token=token) for token in ("theirs", "ours"))
     begin(tmp_path, ours, 0, None)
-    note_failure(tmp_path, theirs, 0, 2, "refused")
+    note_failure(tmp_path, theirs, 0, 2, reason="refused")
     assert read(tmp_path).exit_code is None
     assert first_failure(tmp_path, "ours") is None
-    assert first_failure(tmp_path, "theirs")["exit_code"] == 2
+    assert first_failure(tmp_path, "theirs").exit_code == 2
 
 
 def test_notes_of_dead_peers_do_not_hide_the_cause(tmp_path):
-    note_failure(tmp_path, alone(), 3, 77, "the cause")
+    note_failure(tmp_path, alone(), 3, 77, reason="the cause")
     assert os.listdir(tmp_path / "logs") == ["failed-rank0.json"]
     assert read(tmp_path) is None

@@ -54,7 +54,8 @@ def run_all(environments):
 
 
 def info(rank, world_size, port=None, address="127.0.0.1", **more):
-    return RankInfo(rank, world_size, rank, world_size, address, port or free_port(), "test", "n1", ("n1",),
+    return RankInfo(rank, world_size, rank, world_size, master_address=address, master_port=port or free_port(),
+                    source="test", node="n1", nodes=("n1",),
                     port_is_fixed=True, **more)
 
 

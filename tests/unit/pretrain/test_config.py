@@ -240,8 +240,9 @@ def test_run_folder_must_be_writable(write, tmp_path, monkeypatch):
 
 def test_problems_of_a_config_once_the_world_is_known(write):
     config = load_config(write(GOOD))
-    assert [problem.where for problem in config.problems(8)] == ["data.train", "parallel.global_batch"]
-    assert [problem.where for problem in config.problems(None)] == ["data.train"]
+    assert [problem.where for problem in config.problems(8)] == ["parallel.global_batch"]
+    assert config.problems(None) == []
+    assert [problem.where for problem in config.machine_problems()] == ["data.train"]
 
 
 def test_rendered_problems_are_numbered():

@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from common.errors import UserError
+from common.errors import ConversionError
 from data_pipeline.image_text.images import evaluation_crop
 from parallel.layout import Layout
 from parallel.parameter_plan import ParameterPlan, draw
@@ -253,7 +253,7 @@ def test_a_wrong_entry_is_found_and_nothing_is_left(wrong, alone, tmp_path):
                      for entry in right.names(config))
 
     architecture = replace(right, names=names)
-    with pytest.raises(UserError, match=r"not written.*off") as caught:
+    with pytest.raises(ConversionError, match=r"not written.*off") as caught:
         export(plan(model, tensors, architecture), tmp_path / "out",
                lambda folder: compared(model, architecture, alone, tensors.__getitem__, folder))
     assert caught.value.exit_code == 70

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import DataError
+from common.errors import UserError
 from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import TokenizerOptions, train_tokenizer
 from data_pipeline.tokens.token_writer import write_dataset
@@ -50,9 +50,9 @@ def test_templates(tmp_path):
     assert templates_of(tmp_path) == list(DEFAULT_TEMPLATES)
     for content in ("{", "[]", '["no place"]', '{"a": 1}'):
         (tmp_path / "templates.json").write_text(content)
-        with pytest.raises(DataError, match=r"templates\.json"):
+        with pytest.raises(UserError, match=r"templates\.json"):
             templates_of(tmp_path)
-    with pytest.raises(DataError, match="at least"):
+    with pytest.raises(UserError, match="at least"):
         class_folders(tmp_path)
 
 

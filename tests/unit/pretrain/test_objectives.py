@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, UserError
 from data_pipeline.loader import Loader, heldout_batches
 from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.in_memory_dataset import TextDataset
@@ -116,7 +116,7 @@ def test_documents_shorter_than_a_span(family, name, config_of, dataset, tmp_pat
         stages = make_stages(config.objective, config.model, short, seed)
         for batch in heldout_batches(short, config.window_tokens, 2, 8, stages=stages):
             assert batch["weights"].sum() > 0
-    with pytest.raises(DataError, match="holds 4 tokens"):
+    with pytest.raises(UserError, match="holds 4 tokens"):
         list(heldout_batches(TextDataset(["", "", "", ""], tokenizer), config.window_tokens, 2))
 
 

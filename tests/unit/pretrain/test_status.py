@@ -5,8 +5,9 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
-from common.errors import UserError
-from launchers.run_folder import status
+from common.errors import StorageError
+from launchers.run_folder import notes, status
+from launchers.run_folder.json_file import write_json
 from parallel.ranks.rank_info import alone
 from pretrain.training.stop_signals import StopSignals, request_name
 
@@ -26,13 +27,13 @@ def test_attempts_follow_each_other(tmp_path):
 
 def test_an_attempt_that_was_killed_is_remembered_as_such(tmp_path):
     status.begin(tmp_path, INFO, 0, None)
-    assert "without a word" in status.begin(tmp_path, INFO, 0, None).history[0]["reason"]
+    assert "without a reason" in status.begin(tmp_path, INFO, 0, None).history[0]["reason"]
 
 
 def test_the_first_failure_counts_not_the_ranks_that_lost_it(tmp_path):
     status.begin(tmp_path, INFO, 0, None)
-    status.note_failure(tmp_path, replace(INFO, rank=3, node="n2"), 5, 77, "ValueError: bees")
-    status.note_failure(tmp_path, replace(INFO, rank=0), 5, 70, "Connection closed by peer")
+    notes.note_failure(tmp_path, replace(INFO, rank=3, node="n2"), 5, 77, reason="ValueError: bees")
+    notes.note_failure(tmp_path, replace(INFO, rank=0), 5, 70, reason="Connection closed by peer")
     seen = status.read(tmp_path)
     assert (seen.exit_code, seen.rank, seen.node, seen.reason, seen.last_step) == (77, 3, "n2", "ValueError: bees", 5)
     assert status.begin(tmp_path, INFO, 0, None).history[0]["rank"] == 3
@@ -40,7 +41,7 @@ def test_the_first_failure_counts_not_the_ranks_that_lost_it(tmp_path):
 
 
 def note(folder, kind, rank, seconds, code, reason):
-    status.write_note(folder / "logs" / f"{kind}-rank{rank}.json", {
+    write_json(folder / "logs" / f"{kind}-rank{rank}.json", {
         "rank": rank, "node": f"n{rank}", "exit_code": code, "reason": reason, "unix_seconds": seconds})
 
 
@@ -52,16 +53,16 @@ def test_a_rank_killed_is_found_behind_those_who_lost_it(tmp_path):
     note(tmp_path, "exit", 0, 100.5, 70, "exit code 70")
     note(tmp_path, "exit", 2, 100.1, 137, "ended by SIGKILL")
     note(tmp_path, "exit", 1, 100.2, 143, "ended by SIGTERM")
-    assert status.first_failure(tmp_path)["rank"] == 2
+    assert notes.first_failure(tmp_path).rank == 2
 
 
 def test_nobody_is_blamed_for_a_node_that_left_no_word(tmp_path):
     note(tmp_path, "failed", 0, 100.0, 70, LOST)
     note(tmp_path, "exit", 0, 100.5, 70, "exit code 70")
     note(tmp_path, "exit", 1, 130.0, 137, "ended by SIGKILL")  # the launcher, tidying up
-    found = status.first_failure(tmp_path)
-    assert (found["rank"], found["node"], found["exit_code"]) == (None, None, 70)
-    assert "ranks 0: lost the connection" in found["reason"]
+    found = notes.first_failure(tmp_path)
+    assert (found.rank, found.node, found.exit_code) == (None, None, 70)
+    assert "ranks 0: lost the connection" in found.reason
 
 
 def test_damaged_files_are_no_status(tmp_path):
@@ -88,13 +89,13 @@ def test_suspect_nodes(tmp_path):
         {"exit_code": 70, "node": "n1"}, {"exit_code": 137, "node": "n2"}, {"exit_code": 70, "node": "n1"},
         {"exit_code": 75, "node": "n4"}, {"exit_code": 2, "node": "n3"}, {"exit_code": 2, "node": "n3"},
         {"exit_code": 74, "node": "n5"}, {"exit_code": 74, "node": "n5"},
-        {"exit_code": 70, "node": "n6", "reason": "UserError: nan"}, {"exit_code": 70, "node": "n6",
-                                                                      "reason": "UserError: nan"}))
+        *(2 * ({"exit_code": 70, "node": "n6", "reason": "UserError: nan"},)),
+        *(2 * ({"exit_code": 70, "node": "n7", "reason": "NotFinite: the gradient norm is nan"},))))
     assert status.suspect_nodes(bad) == ["n1", "n9"]
 
 
 def test_reasons():
-    assert status.reason_of(UserError("storage\nis full", 74)) == ("UserError: storage is full", 74)
+    assert status.reason_of(StorageError("storage\nis full")) == ("StorageError: storage is full", 74)
     assert status.reason_of(ValueError("x")) == ("ValueError: x", 70)
     assert status.reason_of(SystemExit(77))[1] == 77
 
