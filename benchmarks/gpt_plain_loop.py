@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.loader import Loader
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.loader import Loader, ReadOptions
 from data_pipeline.tokens.token_dataset import TokenDataset
 from parallel.parameter_plan import ParameterPlan, draw
 from pretrain.config.run_config import load_config
@@ -111,8 +112,9 @@ def main() -> None:
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.epsilon, fused=True)
-    loader = Loader(TokenDataset.open(config.data.train), model_config.sequence_length, config.run.seed,
-                    config.parallel.global_batch, config.parallel.micro_batch)
+    plan = BatchPlan(seed=config.run.seed, global_batch=config.parallel.global_batch,
+                     micro_batch=config.parallel.micro_batch)
+    loader = Loader(TokenDataset.open(config.data.train), plan, ReadOptions(model_config.sequence_length))
     tokens = config.parallel.global_batch * model_config.sequence_length
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.precision.compute == "bf16")
     with open(sys.argv[2], "w", encoding="utf-8") as file:

@@ -1,8 +1,7 @@
 """From a dataset to micro-batches: an ordered source, then webdataset stages, in this process or in workers.
 
-Step t consumes positions [t*G, (t+1)*G) of the order, G being the global batch. Data rank r of D takes the contiguous
-block of G/D positions that starts at t*G + r*G/D, cut into micro-batches in order. Workers take micro-batches in turn,
-and the loader takes from workers in turn, so the stream is the same for any number of them.
+The plan (batch_plan.py) says which positions make up which micro-batch. Workers take micro-batches in turn, and the
+loader takes from workers in turn, so the stream is the same for any number of them.
 """
 
 import atexit
@@ -11,9 +10,8 @@ import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +19,8 @@ import webdataset
 from torch.utils.data import DataLoader, get_worker_info
 
 from common.errors import DataError
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.samples import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -34,59 +34,21 @@ RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which positions one data rank takes: pure arithmetic.
+class ReadOptions:
+    """How the samples at planned positions are read.
 
-    Args: global_batch and micro_batch in samples, data_rank of data_size, start_position in samples of the whole run.
-    Raises ValueError when the global batch does not divide.
+    Args:
+        sequence_length: tokens per sample, not counting the last target.
+        stages: further webdataset stages on single samples, after reading; each gives one sample for one.
+        workers: loader processes; they read one step ahead. 0 reads in this process.
+        max_bad_fraction: more unusable samples than this share of those read end the run.
     """
 
-    global_batch: int
-    micro_batch: int
-    data_rank: int
-    data_size: int
-    start_position: int = 0
-
-    def __post_init__(self) -> None:
-        if min(self.global_batch, self.micro_batch, self.data_size) < 1 or self.start_position < 0:
-            raise ValueError(f"sizes must be at least 1 and the position at least 0: {self}")
-        if not 0 <= self.data_rank < self.data_size:
-            raise ValueError(f"data_rank {self.data_rank} is not below data_size {self.data_size}")
-        if self.global_batch % (self.micro_batch * self.data_size):
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch} "
-                f"x data_size {self.data_size}"
-            )
-
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Micro-batches that this rank takes in each step."""
-        return self.global_batch // (self.micro_batch * self.data_size)
-
-    def positions(self, number: int) -> range:
-        """Positions of this rank's micro-batch `number`, counted from the start position on."""
-        step, within = divmod(number, self.micro_batches_per_step)
-        block = self.data_rank * (self.global_batch // self.data_size)
-        first = self.start_position + step * self.global_batch + block + within * self.micro_batch
-        return range(first, first + self.micro_batch)
-
-
-class Samples(Protocol):
-    """Samples as a pure function of their position; positions go on through all epochs.
-
-    A sample is a dict of arrays; an entry `faults` lists what was found unusable and passed over on the way to it.
-    """
-
-    per_epoch: int
-    weights_shape: tuple[int, ...]  # of what says which targets of a sample count
-
-    def sample(self, position: int) -> dict: ...
-
-
-class Dataset(Protocol):
-    """A finished folder of any kind, open for reading; it pickles, so that a loader process can have its own."""
-
-    def samples(self, sequence_length: int, seed: int | None) -> Samples: ...
+    sequence_length: int
+    _: KW_ONLY
+    stages: Sequence[Callable] = ()
+    workers: int = 0
+    max_bad_fraction: float = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,15 +57,14 @@ class OrderedSource:
 
     dataset: Dataset
     sequence_length: int
-    seed: int
-    share: Share
+    plan: BatchPlan
 
     def __call__(self) -> Iterator[dict]:
-        samples = self.dataset.samples(self.sequence_length, self.seed)
+        samples = self.dataset.samples(self.sequence_length, self.plan.seed)
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for number in count(first, stride):
-            for position in self.share.positions(number):
+            for position in self.plan.positions(number):
                 yield {"__key__": str(position), "position": position, **samples.sample(position)}
 
 
@@ -186,55 +147,34 @@ class Loader:
     """Iterates over steps: `next(loader)` is the list of this data rank's micro-batches of one step, without end.
 
     Each micro-batch holds the fields of the dataset's samples, stacked: for text {"tokens": int64 [micro_batch,
-    sequence_length + 1]}; or what `stages` make of them. `position` is the number of samples that
-    the whole run has consumed; it counts a step when it is handed out, whatever was read ahead. Starting at a position
-    costs the same for any position.
+    sequence_length + 1]}; or what `read.stages` make of them. Starting at a position costs the same for any position.
 
     Args:
         dataset: the training set.
-        sequence_length: tokens per sample, not counting the last target.
-        seed: the run's seed.
-        global_batch, micro_batch: samples per step over all ranks, and per micro-batch.
-        data_rank, data_size: this rank's place on the dp axis.
-        workers: loader processes; they read one step ahead. 0 reads in this process.
-        start_position: samples consumed before, as saved in a checkpoint.
-        stages: further webdataset stages on single samples, after reading; each gives one sample for one.
-        max_bad_fraction: more unusable samples than this share of those read end the run.
+        plan: which samples this rank takes, and where the run goes on.
+        read: how they are read.
 
     `next` raises DataError when the data is damaged. Close it, or use it in a `with`, to end its workers.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        sequence_length: int,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int = 0,
-        data_size: int = 1,
-        workers: int = 0,
-        start_position: int = 0,
-        stages: Sequence[Callable] = (),
-        max_bad_fraction: float = 0.01,
-    ) -> None:
-        self.share = Share(global_batch, micro_batch, data_rank, data_size, start_position)
-        self.position = start_position
+    def __init__(self, dataset: Dataset, plan: BatchPlan, read: ReadOptions) -> None:
+        self.plan, self.read = plan, read
         # Built here as well so that a dataset that is too small is reported before any worker starts.
-        self.samples_per_epoch = dataset.samples(sequence_length, seed).per_epoch
-        self.max_bad_fraction = max_bad_fraction
-        self.num_read = self.num_bad = 0  # by this rank, in this process
+        self.samples_per_epoch = dataset.samples(read.sequence_length, plan.seed).per_epoch
+        self.num_read = self.num_bad = 0  # samples of this rank, in this process
+        self._num_steps = 0  # handed out, whatever was read ahead
         pipeline = webdataset.DataPipeline(
-            OrderedSource(dataset, sequence_length, seed, self.share),
-            *stages,
-            Batch(micro_batch),
+            OrderedSource(dataset, read.sequence_length, plan),
+            *read.stages,
+            Batch(plan.micro_batch),
             failures_as_items,
         )
-        self._stream = self._start(pipeline, workers)
+        self._stream = self._start(pipeline)
         # Before multiprocessing's own exit handler, which would wait for ever for workers that ignore SIGTERM.
         atexit.register(_close_at_exit, weakref.ref(self))
 
-    def _start(self, pipeline: webdataset.DataPipeline, workers: int) -> Iterator[dict[str, np.ndarray] | Failure]:
+    def _start(self, pipeline: webdataset.DataPipeline) -> Iterator[dict[str, np.ndarray] | Failure]:
+        workers = self.read.workers
         if workers == 0:
             return iter(pipeline)
         loader = DataLoader(
@@ -242,7 +182,7 @@ class Loader:
             batch_size=None,
             collate_fn=unchanged,
             num_workers=workers,
-            prefetch_factor=-(-self.share.micro_batches_per_step // workers),
+            prefetch_factor=-(-self.plan.micro_batches_per_step // workers),
             worker_init_fn=leave_signals_to_the_rank,
             # spawn: a fork of a rank with threads can deadlock, and a forkserver's workers outlive a killed rank.
             multiprocessing_context="spawn",
@@ -255,14 +195,19 @@ class Loader:
 
     def __next__(self) -> list[MicroBatch]:
         micro_batches = []
-        for _ in range(self.share.micro_batches_per_step):
+        for _ in range(self.plan.micro_batches_per_step):
             item = next(self._stream)
             if isinstance(item, Failure):
                 raise DataError(item.message)
             self._count(item)
             micro_batches.append(as_tensors(item))
-        self.position += self.share.global_batch
+        self._num_steps += 1
         return micro_batches
+
+    @property
+    def position(self) -> int:
+        """Samples that the whole run has consumed; a step counts when it is handed out."""
+        return self.plan.position_after(self._num_steps)
 
     @property
     def epoch(self) -> float:
@@ -272,14 +217,14 @@ class Loader:
     def _count(self, batch: dict[str, np.ndarray]) -> None:
         """Count unusable samples and name the first ones. Raises DataError when there are too many of them."""
         faults = batch.get(FAULTS, ())
-        self.num_read += self.share.micro_batch + len(faults)
+        self.num_read += self.plan.micro_batch + len(faults)
         for fault in faults[: max(0, MAX_FAULTS_NAMED - self.num_bad)]:
             logger.warning("passed over a sample that cannot be used: %s", fault)
         self.num_bad += len(faults)
-        if self.num_bad > max(MIN_FAULTS, self.max_bad_fraction * self.num_read):
+        if self.num_bad > max(MIN_FAULTS, self.read.max_bad_fraction * self.num_read):
             raise DataError(
                 f"{self.num_bad:,} of {self.num_read:,} samples cannot be used, more than the part "
-                f"{self.max_bad_fraction:g} that data.max_bad_fraction allows; the last one: {faults[-1]}"
+                f"{self.read.max_bad_fraction:g} that data.max_bad_fraction allows; the last one: {faults[-1]}"
             )
 
     def close(self) -> None:
@@ -297,40 +242,43 @@ class Loader:
 
 
 def heldout_batches(
-    dataset: Dataset,
-    sequence_length: int,
-    micro_batch: int,
-    num_samples: int | None = None,
-    data_rank: int = 0,
-    data_size: int = 1,
-    stages: Sequence[Callable] = (),
+    dataset: Dataset, plan: BatchPlan, read: ReadOptions, num_samples: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Yield this rank's micro-batches of the held-out set: its first `num_samples` samples (None: all), never shuffled.
+    """Yield this rank's micro-batches of the first `num_samples` samples (None: one epoch), then end.
 
-    Each is {"tokens": int64 [micro_batch, sequence_length + 1], "weights": float32 [micro_batch, sequence_length]} for
-    text, or what the dataset's samples and `stages` make of it: further webdataset stages on single samples, as in the
-    Loader. Every rank yields the same number of them. Where samples do not divide, the last ones are filled up with the
-    first sample, its weights being 0, so sum(weights * loss) / sum(weights) over all ranks is the exact mean on any
-    layout. Raises DataError when the set holds less than one sample, or is damaged.
+    Each holds the fields of a training batch and "weights", float32: [micro_batch, sequence_length] for text, or what
+    the dataset's samples and `read.stages` make of it. Every rank yields the same number of micro-batches. Where the
+    samples do not divide, the last micro-batches are padded with the first sample at weight 0, so
+    sum(weights * loss) / sum(weights) over all ranks is the exact mean on any layout.
+
+    Args:
+        dataset: the held-out set.
+        plan: usually `BatchPlan.heldout`.
+        read: `workers` and `max_bad_fraction` are not used: this process reads, and unusable samples are replaced.
+        num_samples: samples over all ranks; not more than an epoch are taken.
+
+    Raises DataError when the set holds less than one sample, or is damaged.
     """
-    source = dataset.samples(sequence_length, seed=None)
+    source = dataset.samples(read.sequence_length, plan.seed)
     num_real = source.per_epoch if num_samples is None else min(num_samples, source.per_epoch)
-    per_round = micro_batch * data_size
+    end = plan.first_position + num_real
+    num_micro_batches = plan.num_steps(num_real) * plan.micro_batches_per_step
+
+    def planned() -> Iterator[int]:
+        for number in range(num_micro_batches):
+            yield from plan.positions(number)
 
     def samples() -> Iterator[dict]:
-        for first in range(data_rank * micro_batch, -(-num_real // per_round) * per_round, per_round):
-            for number in range(first, first + micro_batch):
-                position = number if number < num_real else 0
-                yield {"position": position, **source.sample(position)}
+        for position in planned():
+            real = position if position < end else plan.first_position
+            yield {"position": real, **source.sample(real)}
 
     def with_weights(made: Iterator[dict]) -> Iterator[dict]:
-        for number, sample in enumerate(made):
-            turn, within = divmod(number, micro_batch)
-            is_real = turn * per_round + data_rank * micro_batch + within < num_real
+        for position, sample in zip(planned(), made, strict=True):
             weights = sample.get("weights", np.ones(source.weights_shape, dtype=np.float32))
-            yield {**sample, "weights": np.asarray(weights * np.float32(is_real))}
+            yield {**sample, "weights": np.asarray(weights * np.float32(position < end))}
 
-    pipeline = webdataset.DataPipeline(samples, *stages, with_weights, Batch(micro_batch))
+    pipeline = webdataset.DataPipeline(samples, *read.stages, with_weights, Batch(plan.micro_batch))
     yield from map(as_tensors, pipeline)
 
 

@@ -1,1 +1,1 @@
-"""Corruption of text for denoising objectives, drawn from (seed, position)."""
+"""Stages that corrupt a window of tokens for an objective to restore, drawn from (seed, position)."""

@@ -1,8 +1,8 @@
-"""The randomness of a sample: a function of (seed, position of the sample, purpose) and of nothing else.
+"""Random numbers for corrupting a sample: a function of (seed, position of the sample, purpose) and of nothing else.
 
-So a sample is noised in the same way on every layout, by any worker and after every resume; and differently in the next
-epoch, where its position is another. Numbers are derived from a bit generator's raw output, which NumPy keeps stable
-across versions; it does not promise that of its Generator methods, and a run must resume after an upgrade.
+So a sample is corrupted in the same way on every layout, by any worker and after every resume, and in another way in
+the next epoch, where it has another position. Numbers are derived from a bit generator's raw output, which NumPy keeps
+stable across versions. It does not promise that for its Generator methods, and a run must resume after an upgrade.
 """
 
 from math import exp
@@ -12,13 +12,13 @@ import numpy as np
 from common.seeding import derive_key
 
 
-class Noise:
+class RandomStream:
     """A stream of random numbers.
 
     Args:
-        seed: the run's seed, or a text for data whose noise no run may change (held-out sets).
+        seed: the run's seed, or a text for held-out data, which is corrupted in the same way in every run.
         position: the sample's position in the run.
-        purpose: what the numbers are for; two purposes never share numbers.
+        purpose: of the numbers, such as "spans"; two purposes never share numbers.
     """
 
     def __init__(self, seed: int | str, position: int, purpose: str) -> None:
@@ -37,7 +37,7 @@ class Noise:
         return np.argsort(self._bits.random_raw(size), kind="stable")
 
     def chosen(self, size: int, count: int) -> np.ndarray:
-        """bool [size] with exactly `count` of them True, every choice equally likely."""
+        """bool [size] with exactly `count` of them True; every such choice is equally likely."""
         mask = np.zeros(size, dtype=bool)
         mask[self.permutation(size)[:count]] = True
         return mask
@@ -49,6 +49,6 @@ class Noise:
         return np.searchsorted(np.cumsum(steps), self.uniform(size), side="right").clip(max=largest).astype(np.int64)
 
     def segments(self, num_items: int, num_segments: int) -> np.ndarray:
-        """int64 [num_segments], each at least 1, of sum `num_items`: a random cut, every cut equally likely."""
+        """int64 [num_segments], each at least 1, with the sum `num_items`; every such division is equally likely."""
         cuts = np.flatnonzero(self.chosen(num_items - 1, num_segments - 1)) + 1
         return np.diff(np.concatenate([[0], cuts, [num_items]]))

@@ -1,42 +1,46 @@
-"""Turning a window of tokens into a source and a target: span corruption, prefix LM, fill-in-the-middle.
+"""Stages that turn a window of tokens into a source and a target: span corruption, prefix LM, fill-in-the-middle.
 
-Shapes: n tokens of the window, s of the source, t of the target. Every stage takes a sample with `position` and
-`tokens` (int64 [n + 1]; the last token is the next one, which most leave out) and gives the fields of a batch.
+Shapes: n tokens of the window, s of the source, t of the target. Each stage takes a sample with `position` and `tokens`
+(int64 [n + 1]; the last token is the target of the one before, and is left out unless the docstring says otherwise).
+Token fields are int64, `weights` float32. `seed` is that of a RandomStream.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
-from data_pipeline.corruption.random_stream import Noise
+from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.special_ids import SpanCounts, SpecialIds
 
 
-def span_mask(noise: Noise, counts: SpanCounts) -> np.ndarray:
-    """bool [n], True where hidden: kept and hidden spans in turn, a kept one first (as in T5's published code)."""
-    hidden = noise.segments(counts.num_noise, counts.num_spans)
-    kept = noise.segments(counts.num_raw - counts.num_noise, counts.num_spans)
-    lengths = np.stack([kept, hidden], axis=1).reshape(-1)
+def span_mask(random: RandomStream, counts: SpanCounts) -> np.ndarray:
+    """bool [n], True where masked: kept and masked spans in turn, a kept one first (as in T5's published code)."""
+    masked = random.segments(counts.num_noise, counts.num_spans)
+    kept = random.segments(counts.num_raw - counts.num_noise, counts.num_spans)
+    lengths = np.stack([kept, masked], axis=1).reshape(-1)
     return np.repeat(np.arange(lengths.size) % 2 == 1, lengths)
 
 
-def spans_to_sentinels(tokens: np.ndarray, hidden: np.ndarray, first_sentinel: int) -> np.ndarray:
-    """`tokens` with every run of hidden ones replaced by one sentinel, counted down from `first_sentinel`."""
-    begins = hidden & ~np.concatenate([[False], hidden[:-1]])
+def spans_to_sentinels(tokens: np.ndarray, masked: np.ndarray, first_sentinel: int) -> np.ndarray:
+    """`tokens` with one sentinel in place of each run of masked tokens, counted down from `first_sentinel`."""
+    begins = masked & ~np.concatenate([[False], masked[:-1]])
     with_sentinels = np.where(begins, first_sentinel + 1 - np.cumsum(begins), tokens)
-    return with_sentinels[begins | ~hidden]
+    return with_sentinels[begins | ~masked]
 
 
 def shifted(start: int, tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Decoder tokens int64 [length + 1], of which a target is the next of each, and weights float32 [length]."""
+    """Decoder tokens int64 [length + 1], shifted right behind `start` and padded, and weights float32 [length].
+
+    The inputs are row[:-1], the targets row[1:]; the weight of a padded target is 0.
+    """
     row = np.full(length + 1, pad, dtype=np.int64)
     row[0] = start
     row[1 : tokens.size + 1] = tokens
     return row, (np.arange(length) < tokens.size).astype(np.float32)
 
 
-def filled(tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens` filled up to int64 [length], and int64 [length] that is 1 where they are."""
+def padded(tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """`tokens` padded to int64 [length], and a mask int64 [length] that is 1 for tokens and 0 for padding."""
     row = np.full(length, pad, dtype=np.int64)
     row[: tokens.size] = tokens
     return row, (np.arange(length) < tokens.size).astype(np.int64)
@@ -44,35 +48,50 @@ def filled(tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.nd
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """Source: kept tokens with a sentinel for each span, exactly s; target: each sentinel with what it hides."""
+    """T5's objective: masked spans move from the source to the target (Raffel et al. 2020, section 3.1.4).
+
+    The source holds the kept tokens and a sentinel for each span, the target each sentinel and the tokens of its span.
+
+    Args:
+        seed: of the random stream.
+        counts: lengths; a sample has exactly `counts.num_raw` tokens and a source exactly s = `counts.num_inputs`.
+        target_length: t.
+        special: ids of the sentinels and of padding.
+        end_of_text: ends source and target.
+    """
 
     seed: int | str
     counts: SpanCounts
     target_length: int
     special: SpecialIds
+    _: KW_ONLY
     end_of_text: int
 
     def __call__(self, sample: dict) -> dict:
         """Fields `source` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.counts.num_raw]
-        hidden = span_mask(Noise(self.seed, sample["position"], "spans"), self.counts)
+        masked = span_mask(RandomStream(self.seed, sample["position"], "spans"), self.counts)
         end = [self.end_of_text]
-        source = np.concatenate([spans_to_sentinels(tokens, hidden, self.special.first_sentinel), end])
-        target = np.concatenate([spans_to_sentinels(tokens, ~hidden, self.special.first_sentinel), end])
+        source = np.concatenate([spans_to_sentinels(tokens, masked, self.special.first_sentinel), end])
+        target = np.concatenate([spans_to_sentinels(tokens, ~masked, self.special.first_sentinel), end])
         row, weights = shifted(self.special.pad, target, self.target_length, self.special.pad)
         return {"position": sample["position"], "source": source, "tokens": row, "weights": weights}
 
 
 @dataclass(frozen=True)
 class PrefixCut:
-    """For a decoder: the first tokens are seen in both directions and are no targets."""
+    """Prefix LM of a decoder: attention is bidirectional over a random prefix, whose tokens are no targets.
+
+    Args:
+        seed: of the random stream.
+    """
 
     seed: int | str
 
     def __call__(self, sample: dict) -> dict:
-        """Fields `tokens` [n + 1], `prefix` int64 [] in 1 .. n - 1, `weights` [n]."""
+        """Fields `tokens` [n + 1], unchanged; `prefix` int64 [] in 1 .. n - 1; `weights` [n]."""
         length = sample["tokens"].size - 1
-        prefix = 1 + Noise(self.seed, sample["position"], "prefix").below(length - 1, 1)[0]
+        prefix = 1 + RandomStream(self.seed, sample["position"], "prefix").below(length - 1, 1)[0]
         # The prefix's last token predicts the first one after it.
         weights = (np.arange(length) >= prefix - 1).astype(np.float32)
         return {**sample, "prefix": np.asarray(prefix), "weights": weights}
@@ -80,19 +99,28 @@ class PrefixCut:
 
 @dataclass(frozen=True)
 class PrefixSplit:
-    """For an encoder-decoder: the first tokens are the source, the others the target."""
+    """Prefix LM of an encoder-decoder: a random prefix is the source, the rest the target.
+
+    Args:
+        seed: of the random stream.
+        num_raw: tokens of a sample.
+        source_length, target_length: s and t, each at least `num_raw` - 1.
+        special: the id of padding.
+    """
 
     seed: int | str
     num_raw: int
     source_length: int
     target_length: int
+    _: KW_ONLY
     special: SpecialIds
 
     def __call__(self, sample: dict) -> dict:
         """Fields `source` and `source_mask` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.num_raw]
-        prefix = 1 + int(Noise(self.seed, sample["position"], "prefix").below(self.num_raw - 1, 1)[0])
-        source, mask = filled(tokens[:prefix], self.source_length, self.special.pad)
+        random = RandomStream(self.seed, sample["position"], "prefix")
+        prefix = 1 + int(random.below(self.num_raw - 1, 1)[0])
+        source, mask = padded(tokens[:prefix], self.source_length, self.special.pad)
         row, weights = shifted(self.special.pad, tokens[prefix:], self.target_length, self.special.pad)
         return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
                 "weights": weights}
@@ -102,22 +130,30 @@ class PrefixSplit:
 class FillInTheMiddle:
     """Moves the middle of documents to their end (Bavarian et al. 2022, section 3 and appendix D).
 
-    Works inside the window: a part of a document in it counts as one.
-    Sentinels 0, 1, 2 stand before prefix, suffix and middle. In the order of the paper's joint SPM form, prefix and
-    middle follow each other: <pre> <suf> suffix <mid> prefix middle. What no longer fits is cut from the end.
+    The stage sees one window, so the part of a document that lies in it counts as a document. Sentinels 0, 1, 2 stand
+    before prefix, suffix and middle. In the paper's joint SPM form, prefix and middle follow each other: <pre> <suf>
+    suffix <mid> prefix middle. Tokens that no longer fit into the window are cut from its end.
+
+    Args:
+        seed: of the random stream.
+        rate: fraction of the documents that are rearranged.
+        spm_rate: fraction of those in SPM form; the others are <pre> prefix <suf> suffix <mid> middle.
+        special: ids of the sentinels.
+        end_of_text: ends every document.
     """
 
     seed: int | str
     rate: float
     spm_rate: float
     special: SpecialIds
+    _: KW_ONLY
     end_of_text: int
 
     def __call__(self, sample: dict) -> dict:
-        """Field `tokens` [n + 1]."""
-        tokens, noise = sample["tokens"], Noise(self.seed, sample["position"], "middle")
+        """Field `tokens` [n + 1], the last one included."""
+        tokens, random = sample["tokens"], RandomStream(self.seed, sample["position"], "middle")
         documents = np.split(tokens, np.flatnonzero(tokens == self.end_of_text) + 1)
-        chances = noise.uniform(4 * len(documents)).reshape(-1, 4)
+        chances = random.uniform(4 * len(documents)).reshape(-1, 4)
         parts = [self._rearranged(document, row) for document, row in zip(documents, chances, strict=True)]
         return {**sample, "tokens": np.concatenate(parts)[: tokens.size]}
 

@@ -1,5 +1,9 @@
-"""Facts: the arithmetic of noised samples, known before any data is read. Imports neither torch nor numpy."""
+"""Special token ids, and the lengths of corrupted samples, known before any data is read.
 
+Imports neither torch nor numpy, so that a config is checked on a login node.
+"""
+
+from dataclasses import dataclass
 from typing import NamedTuple
 
 NUM_FIXED_IDS = 4  # pad, start, separator, mask
@@ -12,7 +16,7 @@ class SpecialIds(NamedTuple):
 
     @property
     def pad(self) -> int:
-        """Fills up a sample; also T5's first decoder input."""
+        """Pads a sample; also T5's first decoder input."""
         return self.vocab_size - 1
 
     @property
@@ -27,22 +31,23 @@ class SpecialIds(NamedTuple):
 
     @property
     def mask(self) -> int:
-        """Stands for a hidden token or span."""
+        """Replaces a masked token or span."""
         return self.vocab_size - 4
 
     @property
     def first_sentinel(self) -> int:
-        """Sentinel number i is `first_sentinel - i`."""
+        """Sentinel number i, which replaces the masked span i, is `first_sentinel - i`."""
         return self.vocab_size - 1 - NUM_FIXED_IDS
 
 
 def num_special_ids(num_sentinels: int = 0) -> int:
-    """Ids at the top of the vocabulary that a noise with so many sentinels takes."""
+    """Ids at the top of the vocabulary that an objective with `num_sentinels` sentinels needs."""
     return NUM_FIXED_IDS + num_sentinels
 
 
-class GivenIds(NamedTuple):
-    """The same ids where a model was trained elsewhere and has them in other places; None for what it never saw."""
+@dataclass(frozen=True, kw_only=True)
+class GivenIds:
+    """The special ids of a model that was trained elsewhere; None for an id that the model does not have."""
 
     pad: int | None = None
     start: int | None = None
@@ -52,7 +57,7 @@ class GivenIds(NamedTuple):
 
 
 class SpanCounts(NamedTuple):
-    """What span corruption does to a sample of `num_raw` tokens."""
+    """Lengths in span corruption: a sample of `num_raw` tokens with `num_noise` of them masked in `num_spans` spans."""
 
     num_raw: int
     num_noise: int
@@ -65,14 +70,19 @@ class SpanCounts(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Hidden tokens, a sentinel before each span, end-of-text."""
+        """Masked tokens, a sentinel before each span, end-of-text."""
         return self.num_noise + self.num_spans + 1
 
 
 def span_counts(num_raw: int, density: float, mean_span: float) -> SpanCounts:
-    """Hidden tokens and spans of a sample of at least 2 tokens (Raffel et al. 2020, section 3.1.4).
+    """Masked tokens and spans of a sample of at least 2 tokens (Raffel et al. 2020, section 3.1.4).
 
-    Every span, hidden or kept, has at least one token.
+    Every span, masked or kept, has at least one token.
+
+    Args:
+        num_raw: tokens of the sample.
+        density: fraction of them to mask.
+        mean_span: mean length of a masked span in tokens.
     """
     num_noise = min(max(round(num_raw * density), 1), num_raw - 1)
     num_spans = min(max(round(num_noise / mean_span), 1), num_noise, num_raw - num_noise)

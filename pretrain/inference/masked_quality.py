@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.corruption.special_ids import NUM_FIXED_IDS
-from data_pipeline.loader import heldout_batches
+from data_pipeline.loader import ReadOptions, heldout_batches
 from data_pipeline.tokens.in_memory_dataset import TextDataset
 from data_pipeline.tokens.token_dataset import TokenDataset
 from parallel.engine import Objective
@@ -39,8 +40,8 @@ def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_
     if problems:
         raise ConfigError(problems, str(trained.folder))
     stages = make_stages(objective, trained.model, dataset, HELDOUT_SEED, trained.special)
-    window_tokens = spec.window_tokens(objective, trained.model)
-    for batch in heldout_batches(dataset, window_tokens, micro_batch, num_samples, stages=stages):
+    read = ReadOptions(spec.window_tokens(objective, trained.model), stages=stages)
+    for batch in heldout_batches(dataset, BatchPlan.heldout(micro_batch), read, num_samples):
         yield {name: field.to(trained.device) for name, field in batch.items()}
 
 

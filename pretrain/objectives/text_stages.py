@@ -34,38 +34,41 @@ def prefix_lm(config: spec.PrefixLMConfig, model: FamilyConfig, dataset: Data, s
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
     if family_spec(model.family).form == "decoder":
         return [each(PrefixCut(seed))]
-    return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets, special))]
+    return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
+                             special=special))]
 
 
 def fill_in_the_middle(config: spec.FillInTheMiddleConfig, model: FamilyConfig, dataset: Data, seed: int | str,
                        special: Ids) -> list:
     """The middle of documents moves to their end."""
-    return [each(FillInTheMiddle(seed, config.rate, config.spm_rate, special, dataset.end_of_text))]
+    return [each(FillInTheMiddle(seed, config.rate, config.spm_rate, special, end_of_text=dataset.end_of_text))]
 
 
 def span_corruption(config: spec.SpanCorruptionConfig, model: FamilyConfig, dataset: Data, seed: int | str,
                     special: Ids) -> list:
     """Spans move from the source to the target."""
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
-    return [each(SpanCorruption(seed, counts, model.num_targets, special, dataset.end_of_text))]
+    return [each(SpanCorruption(seed, counts, model.num_targets, special, end_of_text=dataset.end_of_text))]
 
 
 def denoising(config: spec.DenoisingConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
-    """The source is damaged."""
+    """The source is the corrupted sample, the target the original one."""
     is_end = sentence_ends(dataset.tokenizer) if config.permute_sentences else None
-    return [each(Denoising(seed, _window_tokens(config, model), model.sequence_length, model.num_targets, special,
-                           dataset.end_of_text, is_end, config.infill_ratio, config.mean_span_length,
-                           config.mask_ratio, config.delete_ratio, config.rotate_rate))]
+    return [each(Denoising(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
+                           special=special, end_of_text=dataset.end_of_text, is_end=is_end,
+                           infill_ratio=config.infill_ratio, mean_span=config.mean_span_length,
+                           mask_ratio=config.mask_ratio, delete_ratio=config.delete_ratio,
+                           rotate_rate=config.rotate_rate))]
 
 
 def masked_lm(config: spec.MaskedLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
-    """Tokens are hidden; a model with a head for it judges pairs of segments as well."""
+    """Tokens are masked; a model with a head for next-sentence prediction gets pairs of segments."""
     window = _window_tokens(config, model)
     starts = word_starts(dataset.tokenizer) if config.whole_words else None
     order_seed = seed if isinstance(seed, int) else None  # held-out windows come in their stored order
     pairs = SegmentPairs(dataset, window, seed, order_seed) if model.next_sentence else None
-    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), special, dataset.vocab_size,
-                         config.masked_part, config.random_part, starts, pairs))]
+    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), special, vocab_size=dataset.vocab_size,
+                         masked_part=config.masked_part, random_part=config.random_part, starts=starts, pairs=pairs))]
 
 
 def _window_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from common.errors import NodeSuspected, UserError
+from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.folder.manifest import TOKENIZER_FILE
-from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.process_groups import Groups, build_groups, destroy_groups
@@ -50,6 +51,7 @@ class Run:
     node: str
     start_step: int = 0
     engine: Engine | None = None  # built after the run folder has been looked at
+    plan: BatchPlan | None = None  # of the training samples, from the checkpoint's position on
 
     @property
     def is_main(self) -> bool:
@@ -69,13 +71,20 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int:
-        samples = self.config.parallel.global_batch
-        return samples * self.config.window_tokens if self.unit == "tokens" else samples
+        return self.config.parallel.global_batch * self.units_per_sample
+
+    @property
+    def units_per_sample(self) -> int:
+        return self.config.window_tokens if self.unit == "tokens" else 1
 
     @property
     def unit(self) -> str:
         """What progress is counted in: tokens, or samples."""
         return self.config.spec.unit
+
+    def position_after(self, step: int) -> int:
+        """Samples that the whole run has consumed when `step` is done."""
+        return self.plan.position_after(step - self.start_step)
 
     @property
     def checkpoints(self) -> Path:
@@ -127,6 +136,10 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     if run.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         config.save(run.folder / "config.yaml")
+    at, position = groups.coordinates, checkpoint.manifest["position_samples"] if checkpoint else 0
+    run.plan = BatchPlan(seed=config.run.seed, global_batch=config.parallel.global_batch,
+                         micro_batch=config.parallel.micro_batch, data_rank=at.dp, data_ranks=run.layout.data,
+                         first_position=position)
     engine = run.engine = build_engine(config, groups, device)
     adam_step = 0
     if checkpoint:
@@ -136,7 +149,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         engine.fill(starting_weights(_start(config.checkpoint.start_from)))
     if quiet:
         quiet.release()
-    loader = _open_loader(run, engine, checkpoint)
+    loader = _open_loader(run, engine)
     attempt.begin(run.start_step, checkpoint.folder if checkpoint else None)
     hooks.on_start(run)
     if run.start_step == 0:
@@ -192,16 +205,16 @@ def _start(path: str) -> Checkpoint:
     return open_whole(folder)
 
 
-def _open_loader(run: Run, engine: Engine, checkpoint: Checkpoint | None) -> Loader | None:
-    """The training batches of this rank from the saved position on; None on stages that read none."""
+def _open_loader(run: Run, engine: Engine) -> Loader | None:
+    """The training batches of this rank from the plan's first position on; None on stages that read none."""
     if not engine.needs_data:
         return None
-    config, at = run.config, engine.groups.coordinates
+    config = run.config
     dataset = open_dataset(config, config.data.train)
-    return Loader(dataset, config.window_tokens, config.run.seed, config.parallel.global_batch,
-                  config.parallel.micro_batch, at.dp, run.layout.data, config.data.workers,
-                  checkpoint.manifest["position_samples"] if checkpoint else 0,
-                  make_stages(config.objective, config.model, dataset, config.run.seed), config.data.max_bad_fraction)
+    read = ReadOptions(config.window_tokens, stages=make_stages(config.objective, config.model, dataset,
+                                                                config.run.seed),
+                       workers=config.data.workers, max_bad_fraction=config.data.max_bad_fraction)
+    return Loader(dataset, run.plan, read)
 
 
 def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[str, Any]:
@@ -217,7 +230,7 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
     seconds = time.perf_counter() - started
     record = {
         "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate,
-        run.unit: step * run.tokens_per_step, "step_seconds": seconds,
+        run.unit: run.position_after(step) * run.units_per_sample, "step_seconds": seconds,
         f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
     }
     if config.spec.reads == "pairs":  # each data rank has counted its own, and all its tensor ranks the same
@@ -240,16 +253,16 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
     if engine.needs_data:
         dataset = open_dataset(config, config.data.heldout)
         stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
-        batches = list(heldout_batches(dataset, config.window_tokens, config.parallel.micro_batch,
-                                       config.log.evaluate_samples, engine.groups.coordinates.dp, run.layout.data,
-                                       stages))
+        plan = BatchPlan.heldout(config.parallel.micro_batch, run.plan.data_rank, run.plan.data_ranks)
+        read = ReadOptions(config.window_tokens, stages=stages)
+        batches = list(heldout_batches(dataset, plan, read, config.log.evaluate_samples))
     total, count = engine.evaluate(batches)
-    hooks.on_evaluation(run, {"step": step, run.unit: step * run.tokens_per_step, "heldout_loss": total / count})
+    hooks.on_evaluation(run, {"step": step, run.unit: run.position_after(step) * run.units_per_sample,
+                              "heldout_loss": total / count})
 
 
 def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:
-    position = step * run.config.parallel.global_batch
-    facts = facts_of(run.config, run.world_size, step, position, adam_step)
+    facts = facts_of(run.config, run.world_size, step, run.position_after(step), adam_step)
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
     path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep, [tokenizer])
     hooks.on_checkpoint(run, path, step)

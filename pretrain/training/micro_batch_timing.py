@@ -12,7 +12,8 @@ from importlib import import_module
 
 import torch
 
-from data_pipeline.loader import heldout_batches
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.loader import ReadOptions, heldout_batches
 from parallel.pipeline_stages import Stage
 from parallel.precision import DTYPES
 from parallel.single_rank import single_rank
@@ -39,7 +40,8 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
         dataset = open_dataset(config, config.data.train)
         stages = make_stages(config.objective, config.model, dataset, config.run.seed)
         size = config.parallel.micro_batch
-        batch = next(heldout_batches(dataset, config.window_tokens, size, size, stages=stages))
+        batch = next(heldout_batches(dataset, BatchPlan.heldout(size), ReadOptions(config.window_tokens, stages=stages),
+                                     num_samples=size))
         times = []
         for _ in range(WARM_UP + TIMED):
             started = time.perf_counter()

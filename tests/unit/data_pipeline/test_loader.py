@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, UserError
-from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.order import WindowOrder
 from data_pipeline.tokens.token_dataset import TokenDataset
 
@@ -27,8 +28,13 @@ def rows(steps) -> torch.Tensor:
     return torch.cat([micro_batch["tokens"] for step in steps for micro_batch in step])
 
 
+def open_loader(dataset, global_batch=4, micro_batch=2, workers=0, stages=(), **plan) -> Loader:
+    plan = BatchPlan(seed=SEED, global_batch=global_batch, micro_batch=micro_batch, **plan)
+    return Loader(dataset, plan, ReadOptions(LENGTH, workers=workers, stages=stages))
+
+
 def take(dataset, num_steps, **options) -> torch.Tensor:
-    with Loader(dataset, LENGTH, SEED, **options) as loader:
+    with open_loader(dataset, **options) as loader:
         return rows([next(loader) for _ in range(num_steps)])
 
 
@@ -41,7 +47,7 @@ def expected(dataset) -> torch.Tensor:
 
 
 def test_shape_type_and_position(dataset):
-    loader = Loader(dataset, LENGTH, SEED, global_batch=12, micro_batch=2, data_rank=1, data_size=2, start_position=24)
+    loader = open_loader(dataset, global_batch=12, data_rank=1, data_ranks=2, first_position=24)
     step = next(loader)
     assert [micro_batch["tokens"].shape for micro_batch in step] == [(2, LENGTH + 1)] * 3
     assert step[0].keys() == {"tokens"}
@@ -53,18 +59,19 @@ def test_shape_type_and_position(dataset):
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 200))
 @settings(max_examples=40, deadline=None)
 def test_any_ranks_and_micro_batches_give_the_global_order(
-    dataset, expected, data_size, micro_batch, accumulation, start
+    dataset, expected, data_ranks, micro_batch, accumulation, start
 ):
     """Resumed at any position: the ranks' blocks of each step, in rank order, are the run's samples."""
-    batch = data_size * micro_batch * accumulation
-    loaders = [Loader(dataset, LENGTH, SEED, batch, micro_batch, r, data_size, 0, start) for r in range(data_size)]
+    batch = data_ranks * micro_batch * accumulation
+    loaders = [open_loader(dataset, batch, micro_batch, data_rank=rank, data_ranks=data_ranks, first_position=start)
+               for rank in range(data_ranks)]
     taken = rows([next(loader) for _ in range(3) for loader in loaders])
     assert torch.equal(taken, expected[start : start + 3 * batch])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_do_not_change_the_stream(dataset, expected, workers):
-    options = {"global_batch": 12, "micro_batch": 2, "data_rank": 1, "data_size": 2, "start_position": 300}
+    options = {"global_batch": 12, "micro_batch": 2, "data_rank": 1, "data_ranks": 2, "first_position": 300}
     alone = take(dataset, 10, workers=0, **options)
     assert torch.equal(take(dataset, 10, workers=workers, **options), alone)
     assert torch.equal(alone[:6], expected[306:312])
@@ -78,7 +85,7 @@ def test_damage_reaches_the_rank_from_a_worker(copied_folder):
             file.write(b"\xff\xff")
     outcomes = []
     for workers in (0, 1):
-        with Loader(TokenDataset.open(copied_folder), LENGTH, SEED, 4, 2, workers=workers) as loader:
+        with open_loader(TokenDataset.open(copied_folder), workers=workers) as loader:
             with pytest.raises(DataError, match="holds token id 65535") as raised:
                 for _ in range(loader.samples_per_epoch):
                     next(loader)
@@ -95,7 +102,7 @@ def children(parent: int) -> set[int]:
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 def test_workers_ignore_signals_and_end_with_the_loader(dataset):
     before = children(os.getpid())
-    loader = Loader(dataset, LENGTH, SEED, 4, 2, workers=1)
+    loader = open_loader(dataset, workers=1)
     workers = children(os.getpid()) - before
     assert workers
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -111,10 +118,12 @@ def test_workers_ignore_signals_and_end_with_the_loader(dataset):
 RANK = """
 import sys, time
 from data_pipeline.tokens.token_dataset import TokenDataset
-from data_pipeline.loader import Loader
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.loader import Loader, ReadOptions
 
 if __name__ == "__main__":
-    loader = Loader(TokenDataset.open(sys.argv[1]), 32, 7, 4, 2, workers=1)
+    plan = BatchPlan(seed=7, global_batch=4, micro_batch=2)
+    loader = Loader(TokenDataset.open(sys.argv[1]), plan, ReadOptions(32, workers=1))
     next(loader)
     print("reading", flush=True)
     if sys.argv[2] == "fail":
@@ -162,7 +171,7 @@ def double(source):
 
 
 def test_a_further_stage(dataset):
-    [micro_batch] = next(Loader(dataset, LENGTH, SEED, 4, 4, stages=[double]))
+    [micro_batch] = next(open_loader(dataset, micro_batch=4, stages=[double]))
     assert torch.equal(micro_batch["doubled"], micro_batch["tokens"] * 2)
 
 
@@ -172,13 +181,14 @@ def test_dataset_pickles_as_its_folder(dataset):
     assert np.array_equal(pickle.loads(content).tokens(3), dataset.tokens(3))
 
 
-@pytest.mark.parametrize("data_size", [1, 2, 3])
+@pytest.mark.parametrize("data_ranks", [1, 2, 3])
 @pytest.mark.parametrize("num_samples", [1, 7, 12, None])
-def test_heldout_is_the_same_on_any_layout(dataset, data_size, num_samples):
+def test_heldout_is_the_same_on_any_layout(dataset, data_ranks, num_samples):
     order = WindowOrder(dataset.token_counts, LENGTH, None)
     size = num_samples or order.windows_per_epoch
     expected = np.stack([dataset.window(order.pieces(position)) for position in range(size)])
-    ranks = [list(heldout_batches(dataset, LENGTH, 2, num_samples, r, data_size)) for r in range(data_size)]
+    ranks = [list(heldout_batches(dataset, BatchPlan.heldout(2, rank, data_ranks), ReadOptions(LENGTH), num_samples))
+             for rank in range(data_ranks)]
     assert len({len(batches) for batches in ranks}) == 1
     in_order = [batch for batches in zip(*ranks, strict=True) for batch in batches]
     tokens = torch.cat([batch["tokens"] for batch in in_order])
@@ -187,11 +197,11 @@ def test_heldout_is_the_same_on_any_layout(dataset, data_size, num_samples):
     assert weights.shape == (len(tokens), LENGTH)
     assert weights.dtype == torch.float32
     assert torch.all(weights[:size] == 1) and torch.all(weights[size:] == 0)
-    assert len(tokens) - size < 2 * data_size
+    assert len(tokens) - size < 2 * data_ranks
 
 
 def test_too_small_for_one_sample(dataset):
     with pytest.raises(UserError, match="larger dataset"):
-        Loader(dataset, dataset.num_tokens, SEED, 1, 1)
+        Loader(dataset, BatchPlan(seed=SEED, global_batch=1, micro_batch=1), ReadOptions(dataset.num_tokens))
     with pytest.raises(UserError, match="larger dataset"):
-        next(heldout_batches(dataset, dataset.num_tokens, 1))
+        next(heldout_batches(dataset, BatchPlan.heldout(1), ReadOptions(dataset.num_tokens)))

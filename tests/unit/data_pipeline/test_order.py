@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data_pipeline.loader import Share
+from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.order import WindowOrder, num_windows, permutation
 
 token_counts = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda counts: sum(counts) >= 12)
@@ -51,17 +51,21 @@ def test_a_sample_depends_on_nothing_read_before(counts, seed, position):
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 50), st.integers(1, 5))
-def test_data_ranks_together_take_the_global_order(accumulation, micro_batch, data_size, start, num_steps):
-    global_batch = accumulation * micro_batch * data_size
-    shares = [Share(global_batch, micro_batch, rank, data_size, start) for rank in range(data_size)]
+def test_data_ranks_together_take_the_global_order(accumulation, micro_batch, data_ranks, start, num_steps):
+    global_batch = accumulation * micro_batch * data_ranks
+    plans = [BatchPlan(seed=None, global_batch=global_batch, micro_batch=micro_batch, data_rank=rank,
+                       data_ranks=data_ranks, first_position=start) for rank in range(data_ranks)]
     taken = [
         position
         for step in range(num_steps)
-        for share in shares
+        for plan in plans
         for number in range(step * accumulation, (step + 1) * accumulation)
-        for position in share.positions(number)
+        for position in plan.positions(number)
     ]
-    assert taken == list(range(start, start + num_steps * global_batch))
+    end = plans[0].position_after(num_steps)
+    assert taken == list(range(start, end))
+    assert (end - start, plans[0].num_steps(end - start)) == (num_steps * global_batch, num_steps)
+    assert plans[0].num_steps(end - start + 1) == num_steps + 1
 
 
 def test_epochs_and_seeds_differ():
@@ -86,9 +90,10 @@ def test_too_few_tokens():
 
 
 @pytest.mark.parametrize(
-    ("share", "message"),
-    [((10, 4, 0, 1), "multiple"), ((8, 2, 2, 2), "below data_size"), ((8, 0, 0, 1), "at least 1")],
+    ("sizes", "message"),
+    [((10, 4, 0, 1), "multiple"), ((8, 2, 2, 2), "below data_ranks"), ((8, 0, 0, 1), "at least 1")],
 )
-def test_wrong_shares(share, message):
+def test_wrong_plans(sizes, message):
+    names = ("global_batch", "micro_batch", "data_rank", "data_ranks")
     with pytest.raises(ValueError, match=message):
-        Share(*share)
+        BatchPlan(seed=0, **dict(zip(names, sizes, strict=True)))

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from common.errors import DataError, UserError
+from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.image_text.images import decode, evaluation_crop
 from data_pipeline.image_text.pair_dataset import PairsDataset, caption_of, caption_tokens
 from data_pipeline.image_text.pair_writer import RawPair, raw_pairs, write_pairs
-from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.tokens.token_dataset import TokenDataset
 from tests.unit.data_pipeline.test_images import bomb_header, encoded
 
@@ -50,7 +51,8 @@ def dataset(folder):
 
 
 def steps(dataset, count, workers=0, rank=0, ranks=1, start=0, micro=4):
-    with Loader(dataset, LENGTH, 5, 8, micro, rank, ranks, workers, start, max_bad_fraction=0.5) as loader:
+    plan = BatchPlan(seed=5, global_batch=8, micro_batch=micro, data_rank=rank, data_ranks=ranks, first_position=start)
+    with Loader(dataset, plan, ReadOptions(LENGTH, workers=workers, max_bad_fraction=0.5)) as loader:
         return [next(loader) for _ in range(count)], loader
 
 
@@ -118,7 +120,8 @@ def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
 def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
     pairs = [RawPair(str(n), ".png", good(n).image if n % 3 else b"broken", "some words") for n in range(90)]
     write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
-    with Loader(PairsDataset.open(tmp_path / "bad", SIZE), LENGTH, 5, 8, 8) as loader, \
+    plan = BatchPlan(seed=5, global_batch=8, micro_batch=8)
+    with Loader(PairsDataset.open(tmp_path / "bad", SIZE), plan, ReadOptions(LENGTH)) as loader, \
             pytest.raises(DataError, match="max_bad_fraction"):
         for _ in range(10):
             next(loader)
@@ -132,7 +135,7 @@ def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
 
 
 def test_heldout_is_in_order_and_weighted(dataset):
-    found = [list(heldout_batches(dataset, LENGTH, 2, 5, rank, 2)) for rank in (0, 1)]
+    found = [list(heldout_batches(dataset, BatchPlan.heldout(2, rank, 2), ReadOptions(LENGTH), 5)) for rank in (0, 1)]
     assert [len(batches) for batches in found] == [2, 2]
     weights = [np.asarray(batch["weights"]).tolist() for turn in zip(*found, strict=True) for batch in turn]
     assert weights == [[1, 1], [1, 1], [1, 0], [0, 0]]

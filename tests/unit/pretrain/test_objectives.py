@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from common.errors import ConfigError, UserError
-from data_pipeline.loader import Loader, heldout_batches
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.in_memory_dataset import TextDataset
 from data_pipeline.tokens.token_dataset import TokenDataset
@@ -38,6 +39,15 @@ def config_of(tmp_path, dataset):
         return path
 
     return make
+
+
+def open_loader(dataset, config, stages=(), *, global_batch=4, micro_batch=2, workers=0, **plan) -> Loader:
+    plan = BatchPlan(seed=1, global_batch=global_batch, micro_batch=micro_batch, **plan)
+    return Loader(dataset, plan, ReadOptions(config.window_tokens, stages=stages, workers=workers))
+
+
+def heldout(dataset, config, num_samples=None, stages=()):
+    return heldout_batches(dataset, BatchPlan.heldout(2), ReadOptions(config.window_tokens, stages=stages), num_samples)
 
 
 def problem(path) -> str:
@@ -84,10 +94,9 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
     config = load_config(config_of(family, {"name": name}))
     dataset = TokenDataset.open(config.data.train)
     stages = make_stages(config.objective, config.model, dataset, config.run.seed)
-    with Loader(dataset, config.window_tokens, 1, 4, 2, stages=stages) as loader:
+    with open_loader(dataset, config, stages) as loader:
         batches = next(loader)
-    held = list(heldout_batches(dataset, config.window_tokens, 2, 3, stages=make_stages(
-        config.objective, config.model, dataset, "heldout")))
+    held = list(heldout(dataset, config, 3, make_stages(config.objective, config.model, dataset, "heldout")))
     assert held[1]["weights"][1].sum() == 0 < held[1]["weights"][0].sum()
     with single_rank() as groups:
         tp = TensorParallel(groups, torch.device("cpu"))
@@ -114,26 +123,26 @@ def test_documents_shorter_than_a_span(family, name, config_of, dataset, tmp_pat
     assert short.token_counts.max() <= 3
     for seed in (1, HELDOUT_SEED):
         stages = make_stages(config.objective, config.model, short, seed)
-        for batch in heldout_batches(short, config.window_tokens, 2, 8, stages=stages):
+        for batch in heldout(short, config, 8, stages):
             assert batch["weights"].sum() > 0
     with pytest.raises(UserError, match="holds 4 tokens"):
-        list(heldout_batches(TextDataset(["", "", "", ""], tokenizer), config.window_tokens, 2))
+        list(heldout(TextDataset(["", "", "", ""], tokenizer), config))
 
 
 @pytest.mark.parametrize(("family", "name"), [("bert", "masked_lm"), ("bart", "denoising")])
-def test_noise_is_the_same_for_any_ranks_workers_and_place_of_resumption(family, name, config_of):
-    """Stages travel to worker processes, and a sample is noised by its position alone."""
+def test_corruption_is_the_same_for_any_ranks_workers_and_place_of_resumption(family, name, config_of):
+    """Stages travel to worker processes, and a sample is corrupted by its position alone."""
     config = load_config(config_of(family, {"name": name}))
     dataset = TokenDataset.open(config.data.train)
 
     def take(num_steps, **options):
         stages = make_stages(config.objective, config.model, dataset, config.run.seed)
-        with Loader(dataset, config.window_tokens, 1, 4, 2, stages=stages, **options) as loader:
+        with open_loader(dataset, config, stages, **options) as loader:
             return [batch for _ in range(num_steps) for batch in next(loader)]
 
     whole = take(3)
-    ranks = [take(3, data_rank=rank, data_size=2) for rank in range(2)]
-    for found, expected in [(take(2, workers=1, start_position=4), whole[2:]),
+    ranks = [take(3, data_rank=rank, data_ranks=2) for rank in range(2)]
+    for found, expected in [(take(2, workers=1, first_position=4), whole[2:]),
                             ([batch for pair in zip(*ranks, strict=True) for batch in pair], whole)]:
         assert all(torch.equal(a[key], b[key]) for a, b in zip(found, expected, strict=True) for key in b)
 
@@ -143,9 +152,9 @@ def test_segment_pairs(config_of):
     config = load_config(config_of("bert", {"name": "masked_lm", "mask_ratio": 0.05}))
     dataset = TokenDataset.open(config.data.train)
     stages = make_stages(config.objective, config.model, dataset, 1)
-    with Loader(dataset, config.window_tokens, 1, 64, 64, stages=stages) as loader, \
-            Loader(dataset, config.window_tokens, 1, 64, 64) as plain:
-        strange = []
+    with open_loader(dataset, config, stages, global_batch=64, micro_batch=64) as loader, \
+            open_loader(dataset, config, global_batch=64, micro_batch=64) as plain:
+        not_next_flags = []
         for _ in range(8):
             [batch], [raw] = next(loader), next(plain)
             whole = batch["tokens"].scatter(1, batch["positions"], batch["labels"])
@@ -155,8 +164,8 @@ def test_segment_pairs(config_of):
                 assert torch.equal(row[1 : cut + 1], text[:cut])
                 if not_next == 0:
                     assert torch.equal(row[cut + 2 : -1], text[cut:-1])
-                strange.append(int(not_next))
-    assert np.mean(strange) == pytest.approx(0.5, abs=0.08)
+                not_next_flags.append(int(not_next))
+    assert np.mean(not_next_flags) == pytest.approx(0.5, abs=0.08)
 
 
 def test_whole_words_follow_the_pieces(config_of):
@@ -165,7 +174,7 @@ def test_whole_words_follow_the_pieces(config_of):
     dataset = TokenDataset.open(config.data.train)
     pieces = Tokenizer.load(dataset.folder / "tokenizer.model").pieces()
     stages = make_stages(config.objective, config.model, dataset, 1)
-    with Loader(dataset, config.window_tokens, 1, 64, 64, stages=stages) as loader:
+    with open_loader(dataset, config, stages, global_batch=64, micro_batch=64) as loader:
         [batch] = next(loader)
     broken = words = 0
     whole = batch["tokens"].scatter(1, batch["positions"], batch["labels"])

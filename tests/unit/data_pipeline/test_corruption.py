@@ -1,13 +1,13 @@
-"""Noise: its measured size, the shape of spans, and that nothing is lost, over 10,000 random documents each."""
+"""Corruption: its measured rates, the shape of spans, and that nothing is lost, over 10,000 random documents each."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.corruption.bart_denoising import Denoising, draw_gaps, infill, permute_sentences
+from data_pipeline.corruption.bart_denoising import Denoising, draw_spans, infill, permute_sentences
 from data_pipeline.corruption.masked_tokens import Masking, choose_words
-from data_pipeline.corruption.random_stream import Noise
+from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
 from data_pipeline.corruption.special_ids import SpecialIds, num_special_ids, raw_tokens, span_counts
 
@@ -58,8 +58,8 @@ def test_inputs_fill_exactly(length, density, mean_span):
 @pytest.mark.parametrize("length", [512, 128, 9])
 def test_span_corruption(length):
     counts = raw_tokens(length, 0.15, 3.0)
-    stage = SpanCorruption(7, counts, counts.num_targets + 3, SPECIAL, END)
-    hidden, firsts, spans = 0, [], []
+    stage = SpanCorruption(7, counts, counts.num_targets + 3, SPECIAL, end_of_text=END)
+    masked, firsts, spans = 0, [], []
     for sample in documents(counts.num_raw, NUM_DOCUMENTS if length == 128 else 500):
         out = stage(sample)
         source, target = out["source"], out["tokens"][1:]
@@ -72,11 +72,11 @@ def test_span_corruption(length):
         assert np.array_equal(source[source >= VOCAB_SIZE], expected)
         assert np.array_equal(target[target >= VOCAB_SIZE], expected)
         spans.append(runs(target[:-1] < VOCAB_SIZE))
-        hidden += spans[-1].sum()
+        masked += spans[-1].sum()
         firsts.append(int(np.flatnonzero(source >= VOCAB_SIZE)[0]))
     num_samples = len(spans)
     spans = np.concatenate(spans)
-    assert hidden / num_samples / counts.num_raw == pytest.approx(0.15, abs=0.5 / counts.num_raw)
+    assert masked / num_samples / counts.num_raw == pytest.approx(0.15, abs=0.5 / counts.num_raw)
     assert spans.mean() == counts.num_noise / counts.num_spans
     assert spans.min() >= 1 and min(firsts) >= 1, "a kept token comes first"
     if length == 128:
@@ -90,7 +90,7 @@ def test_span_corruption(length):
 def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, seed):
     """10,000 documents: 100 of each size, density and mean length."""
     counts = span_counts(num_raw, density, mean_span)
-    stage = SpanCorruption(seed, counts, counts.num_targets, SPECIAL, END)
+    stage = SpanCorruption(seed, counts, counts.num_targets, SPECIAL, end_of_text=END)
     in_order = SPECIAL.first_sentinel - np.arange(counts.num_spans)
     for sample in documents(num_raw, 100, seed % 1000):
         out = stage(sample)
@@ -102,17 +102,17 @@ def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, 
         assert np.array_equal(restored(source, target), sample["tokens"][:num_raw])
 
 
-# -- the same sample, the same noise -----------------------------------------------------------------------------------
+# -- the same sample, the same corruption ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", [
-    lambda seed: SpanCorruption(seed, span_counts(40, 0.15, 3.0), 12, SPECIAL, END),
+    lambda seed: SpanCorruption(seed, span_counts(40, 0.15, 3.0), 12, SPECIAL, end_of_text=END),
     PrefixCut,
-    lambda seed: FillInTheMiddle(seed, 1.0, 0.5, SPECIAL, END),
-    lambda seed: Masking(seed, 40, 6, SPECIAL, VOCAB_SIZE, 0.8, 0.1),
+    lambda seed: FillInTheMiddle(seed, 1.0, 0.5, SPECIAL, end_of_text=END),
+    lambda seed: Masking(seed, 40, 6, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1),
     lambda seed: denoising(40, seed=seed),
 ])  # fmt: skip
-def test_noise_depends_on_seed_and_position_alone(stage):
+def test_corruption_depends_on_seed_and_position_alone(stage):
     def text(seed, position):
         out = stage(seed)({**documents(40, 1)[0], "position": position})
         return str({name: value.tolist() for name, value in out.items() if isinstance(value, np.ndarray)})
@@ -122,10 +122,10 @@ def test_noise_depends_on_seed_and_position_alone(stage):
 
 
 def test_uniform_numbers():
-    noise = Noise(1, 2, "test")
-    assert noise.uniform(10**5).mean() == pytest.approx(0.5, abs=0.01)
-    assert np.bincount(noise.below(10, 10**5)).min() > 9_000
-    lengths = noise.poisson(3.0, 10**5)
+    random = RandomStream(1, 2, "test")
+    assert random.uniform(10**5).mean() == pytest.approx(0.5, abs=0.01)
+    assert np.bincount(random.below(10, 10**5)).min() > 9_000
+    lengths = random.poisson(3.0, 10**5)
     assert (lengths.mean(), lengths.var()) == (pytest.approx(3.0, abs=0.05), pytest.approx(3.0, abs=0.1))
     assert (lengths == 0).mean() == pytest.approx(np.exp(-3), abs=0.005)
 
@@ -140,7 +140,7 @@ def test_prefixes_are_uniform_and_nothing_is_lost():
         prefix = int(cut["prefix"])
         assert np.array_equal(cut["tokens"], sample["tokens"])
         assert cut["weights"].tolist() == [float(target >= prefix) for target in range(1, 17)]
-        split = PrefixSplit(3, 16, 16, 16, SPECIAL)(sample)
+        split = PrefixSplit(3, 16, 16, 16, special=SPECIAL)(sample)
         num_source, num_target = split["source_mask"].sum(), int(split["weights"].sum())
         both = np.concatenate([split["source"][:num_source], split["tokens"][1 : num_target + 1]])
         assert np.array_equal(both, sample["tokens"][:16])
@@ -157,7 +157,7 @@ def test_fill_in_the_middle_can_be_undone():
         text = documents(30, 1, seed=number)[0]["tokens"]
         text[text == END] = 2
         room = np.full(4, END)  # empty documents, so that nothing is cut off
-        row = FillInTheMiddle(5, 0.5, 0.4, SPECIAL, END)(
+        row = FillInTheMiddle(5, 0.5, 0.4, SPECIAL, end_of_text=END)(
             {"position": number, "tokens": np.concatenate([text, [END], room])})["tokens"]
         if pre not in row:
             kinds["as it was"] += 1
@@ -182,21 +182,22 @@ def test_fill_in_the_middle_can_be_undone():
 def denoising(num_raw, seed=7, **options):
     plain = {"is_end": None, "infill_ratio": 0.3, "mean_span": 3.0, "mask_ratio": 0.0, "delete_ratio": 0.0,
              "rotate_rate": 0.0}
-    return Denoising(seed, num_raw, num_raw + 2, num_raw + 2, SPECIAL, END, **{**plain, **options})
+    return Denoising(seed, num_raw, num_raw + 2, num_raw + 2, special=SPECIAL, end_of_text=END, **{**plain, **options})
 
 
 def test_infilling():
-    num_tokens, num_hidden = 126, round(126 * 0.3)
+    num_tokens, num_masked = 126, round(126 * 0.3)
     lengths = []
     for sample in documents(num_tokens):
         tokens = sample["tokens"][:num_tokens]
-        gaps = draw_gaps(Noise(7, sample["position"], "infill"), num_tokens, num_hidden, 3.0)
-        noised = infill(tokens, gaps, SPECIAL.mask)
-        assert gaps.lengths.sum() == num_hidden, "the density is exact"
-        assert (noised == SPECIAL.mask).sum() == gaps.lengths.size
-        assert not ((noised[:-1] == SPECIAL.mask) & (noised[1:] == SPECIAL.mask)).any(), "a kept token between spans"
-        assert np.array_equal(unfilled(noised, tokens, gaps), tokens)
-        lengths.append(gaps.lengths)
+        spans = draw_spans(RandomStream(7, sample["position"], "infill"), num_tokens, num_masked, 3.0)
+        corrupted = infill(tokens, spans, SPECIAL.mask)
+        assert spans.lengths.sum() == num_masked, "the density is exact"
+        assert (corrupted == SPECIAL.mask).sum() == spans.lengths.size
+        is_mask = corrupted == SPECIAL.mask
+        assert not (is_mask[:-1] & is_mask[1:]).any(), "a kept token between spans"
+        assert np.array_equal(unfilled(corrupted, tokens, spans), tokens)
+        lengths.append(spans.lengths)
     lengths = np.concatenate(lengths)
     # All spans but the last of a sample are Poisson(3); the last is cut so that the sum is exact.
     assert lengths.mean() == pytest.approx(3.0, abs=0.3)
@@ -208,22 +209,22 @@ def test_infilling():
 @settings(deadline=None, max_examples=100)
 def test_infilling_of_any_size_can_be_undone(num_tokens, ratio, mean_span, seed):
     """10,000 documents: 100 of each size, ratio and mean length."""
-    num_hidden = round(num_tokens * ratio)
+    num_masked = round(num_tokens * ratio)
     for sample in documents(num_tokens, 100, seed % 1000):
         tokens = sample["tokens"][:num_tokens]
-        gaps = draw_gaps(Noise(seed, sample["position"], "infill"), num_tokens, num_hidden, mean_span)
-        noised = infill(tokens, gaps, SPECIAL.mask)
-        assert gaps.lengths.sum() == num_hidden
-        assert (noised != SPECIAL.mask).sum() == num_tokens - num_hidden
-        assert noised.size <= num_tokens
-        assert np.array_equal(unfilled(noised, tokens, gaps), tokens)
+        spans = draw_spans(RandomStream(seed, sample["position"], "infill"), num_tokens, num_masked, mean_span)
+        corrupted = infill(tokens, spans, SPECIAL.mask)
+        assert spans.lengths.sum() == num_masked
+        assert (corrupted != SPECIAL.mask).sum() == num_tokens - num_masked
+        assert corrupted.size <= num_tokens
+        assert np.array_equal(unfilled(corrupted, tokens, spans), tokens)
 
 
-def unfilled(noised, tokens, gaps):
-    """The text that was infilled: every mask gives way to the span that its gap names."""
-    spans = iter(zip(gaps.starts, gaps.lengths, strict=True))
+def unfilled(corrupted, tokens, spans):
+    """The text that was infilled: every mask is replaced by its span."""
+    spans = iter(zip(spans.starts, spans.lengths, strict=True))
     parts = []
-    for token in noised:
+    for token in corrupted:
         start, length = next(spans) if token == SPECIAL.mask else (0, 0)
         parts.append(tokens[start : start + length] if token == SPECIAL.mask else [token])
     assert next(spans, None) is None
@@ -236,7 +237,7 @@ def test_sentences_are_shuffled_whole():
     first_places = []
     for sample in documents(50, 2_000):
         tokens = sample["tokens"]
-        shuffled = permute_sentences(Noise(7, sample["position"], "sentences"), tokens, is_end)
+        shuffled = permute_sentences(RandomStream(7, sample["position"], "sentences"), tokens, is_end)
         cut = np.flatnonzero(is_end[tokens[:-1]]) + 1
         before = [part.tolist() for part in np.split(tokens, cut)]
         assert sorted(shuffled.tolist()) == sorted(tokens.tolist())
@@ -247,7 +248,7 @@ def test_sentences_are_shuffled_whole():
     assert np.mean(first_places) == pytest.approx(0.2, abs=0.08)
 
 
-def test_kinds_of_damage_and_the_whole_target():
+def test_kinds_of_corruption_and_the_original_target():
     kept = {"mask": [], "delete": []}
     for sample in documents(100, 300):
         tokens = sample["tokens"][:100]
@@ -269,7 +270,7 @@ def test_kinds_of_damage_and_the_whole_target():
 
 
 def test_masking():
-    stage = Masking(7, 126, 19, SPECIAL, VOCAB_SIZE, 0.8, 0.1)
+    stage = Masking(7, 126, 19, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1)
     parts, places = [], np.zeros(126)
     for sample in documents(126, 4_000):
         tokens = sample["tokens"][:126]
@@ -293,7 +294,7 @@ def test_whole_words():
     for number in range(2_000):
         starts = chance.random(60) < 0.4
         starts[0] = True
-        chosen = choose_words(Noise(3, number, "mask"), starts, 9)
+        chosen = choose_words(RandomStream(3, number, "mask"), starts, 9)
         word = np.cumsum(starts)
         assert all(len(set(chosen[word == each])) == 1 for each in np.unique(word)) or chosen.sum() == 9
         assert 1 <= chosen.sum() <= 9
@@ -301,10 +302,10 @@ def test_whole_words():
     assert np.mean(sizes) > 7
 
 
-def test_a_word_longer_than_what_may_be_hidden():
+def test_a_word_longer_than_the_tokens_to_mask():
     starts = np.zeros(20, dtype=bool)
     starts[0] = True
-    assert choose_words(Noise(3, 0, "mask"), starts, 3).tolist() == [True] * 3 + [False] * 17
+    assert choose_words(RandomStream(3, 0, "mask"), starts, 3).tolist() == [True] * 3 + [False] * 17
 
 
 def test_special_ids_do_not_meet():
