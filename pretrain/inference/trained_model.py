@@ -13,8 +13,10 @@ from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
-from pretrain.checkpoint.manifest import PREFIX, CheckpointError
-from pretrain.checkpoint.store import Checkpoint, newest_whole
+from pretrain.checkpoint.locate import require_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.store import newest_whole
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.read_folder import HFFolder, is_hf_folder
 from pretrain.hf.tokenizer_import import HFTokenizer
@@ -56,15 +58,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none, or it is damaged.
     """
+    require_checkpoints(path)
     try:
-        if path.name.startswith(PREFIX):
-            return Checkpoint(path)
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        checkpoint, _ = newest_whole(folder)
+        checkpoint, _ = newest_whole(path)
     except CheckpointError as error:
-        raise UserError(str(error), ExitCode.DATA) from None
-    if checkpoint is None:
-        raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its checkpoints/{PREFIX}NNNNNNNN")
+        raise UserError(str(error), error.exit_code) from None
     return checkpoint
 
 
@@ -100,14 +98,14 @@ def _open_hf(path: Path, groups: Groups) -> Trained:
     special = tokenizer.special(objective, folder.model)
     folder.bind(global_shapes(folder.model, groups))
     folder.check_repeated()
-    stage = filled_stage(folder.model, groups, _device(), folder.tensor)
+    stage = filled_stage(folder.model, groups, _device(), folder.read_range)
     return Trained(path, None, folder.model, objective, stage, tokenizer, special)
 
 
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
-    return config, filled_stage(config.model, groups, _device(), checkpoint.tensor)
+    return config, filled_stage(config.model, groups, _device(), checkpoint.read)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

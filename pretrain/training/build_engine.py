@@ -11,6 +11,7 @@ from common.errors import UserError
 from parallel.engine import Engine
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
+from parallel.tensor_slice import Source
 from parallel.zero.offload import NoRoom
 from pretrain.config.run_config import RunConfig
 from pretrain.models import FAMILIES
@@ -18,8 +19,15 @@ from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
-def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
+def build_engine(config: RunConfig, groups: Groups, device: torch.device, source: Source | None = None) -> Engine:
+    """The config's family and objective on these groups.
+
+    Args:
+        source: where weights and moments come from; None for weights drawn from `run.seed`.
+
+    Raises:
+        UserError: a disc has no room for the state.
+    """
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -30,6 +38,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
     try:
         return Engine(lambda tp: modules.layers(config.model, tp),
                       make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
-                      config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+                      config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed,
+                      source)
     except NoRoom as error:
         raise UserError(str(error)) from None
