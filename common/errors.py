@@ -95,6 +95,12 @@ class CheckpointError(TrainyardError):
     exit_code = ExitCode.DATA
 
 
+class OtherFormatError(CheckpointError):
+    """A whole checkpoint in a format that this version does not read; no older checkpoint may stand in for it."""
+
+    exit_code = ExitCode.USER
+
+
 class StorageError(TrainyardError):
     """A disk or a file system refuses what it should be able to do. What was written before is untouched."""
 

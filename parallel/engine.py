@@ -22,19 +22,22 @@ from parallel.chunked_loss import waiting
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.gradient_cache import DataRows, GradientCache, concatenated, surrogate
 from parallel.load_balance import Balances
-from parallel.parameter_plan import draw, slice_of
+from parallel.parameter_plan import InitialWeights
 from parallel.pipeline_stages import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
 from parallel.process_groups import Groups
 from parallel.random_streams import seed_step
 from parallel.recompute import recompute_selectively, recomputed
 from parallel.tensor_parallel import TensorParallel
+from parallel.tensor_slice import OwnedFragment, SliceRange, Source
 from parallel.zero.engine import init_distributed, partitioned_construction, settle_tied, start_engine
 from parallel.zero.fused_loss import chunked_cross_entropy
 from parallel.zero.host_adam import adamw
 from parallel.zero.offload import MappedFiles
-from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
+from parallel.zero.optimizer_state import KINDS, Slot, open_state, set_adam_step
 from parallel.zero.settings import deepspeed_config
+
+FILL_ELEMENTS = 1 << 22  # read from a source at once: 16 MiB
 
 
 class Objective(Protocol):
@@ -69,12 +72,14 @@ class Engine:
 
     def __init__(self, build_layers: Callable[[TensorParallel], Sequence[LayerSpec]], objective: Objective,
                  groups: Groups, parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
-                 make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int):
+                 make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int,
+                 source: Source | None = None):
         """
         Args:
             build_layers: the family's layer list, given the tensor axis.
             make_optimizer: from [(global name, parameter)] and the kind of AdamW to the one that DeepSpeed shards.
             clip_norm: largest global gradient norm, 0 for no clipping.
+            source: where weights and moments come from; None for weights drawn from `seed`.
 
         Raises:
             NoRoom: the disc of `parallel.offload_folder` is full.
@@ -108,7 +113,7 @@ class Engine:
         self._grad_norm = torch.zeros(())
         self._own_optimizer_step()
         self._hold_bounds()
-        self.fill(self._initial)
+        self.fill(source or InitialWeights({name: slot.parameter.plan for name, slot in self.slots.items()}, seed))
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -120,10 +125,6 @@ class Engine:
             names, shape = (stack.names(name), shape[1:]) if stack else ((name,), shape)
             slots.append(Slot(names, parameter, shape, parameter.plan.slice_dim))
         return slots
-
-    def _initial(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The tensor that a new run starts with; moments and buffers start at zero."""
-        return draw(name, shape, self._plan(name), self.seed) if kind == "weight" and name in self.slots else None
 
     def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
               ) -> dict[str, Callable]:
@@ -337,47 +338,45 @@ class Engine:
 
     # -- state by global name -----------------------------------------------------------------------------------------
 
-    def global_shape(self, name: str) -> tuple[int, ...]:
-        slot = self.slots[name]
-        shape = list(slot.shape)
-        if slot.slice_dim is not None:
-            shape[slot.slice_dim] *= self.layout.tensor
-        return tuple(shape)
-
     @torch.no_grad()
-    def fill(self, source: Callable[[str, str, tuple[int, ...]], Tensor | None], adam_step: int = 0) -> None:
-        """Set weights and moments from whole tensors: `source(name, kind, global shape)`, None for zeros."""
-        tp = self.groups.coordinates.tp
+    def fill(self, source: Source) -> None:
+        """Set weights, moments, buffers and the step of Adam. Only ranges that this rank keeps are read, in chunks."""
         for kind in KINDS:
-            for fragment in self.state.fragments(kind):
-                whole = source(fragment.name, kind, self.global_shape(fragment.name))
-                if whole is None:
-                    fragment.tensor.zero_()
-                    continue
-                local = slice_of(whole, self.slots[fragment.name].slice_dim, tp, self.layout.tensor)
-                flat = local.reshape(-1)[fragment.start : fragment.start + fragment.tensor.numel()]
-                fragment.tensor.copy_(flat)
+            for name, start, tensor in self.state.fragments(kind):
+                _fill(tensor, self._slice(name, kind).part(start, tensor.numel()), source)
         for name, buffer in self.stage.named_global_buffers():
-            whole = source(name, "weight", tuple(buffer.shape))
-            buffer.zero_() if whole is None else buffer.copy_(whole)
-        set_adam_step(self.state.base, adam_step)
+            _fill(buffer.view(-1), SliceRange.whole(name, tuple(buffer.shape)), source)
+        set_adam_step(self.state.base, source.adam_step)
         self.state.refresh()
 
+    def _slice(self, name: str, kind: str) -> SliceRange:
+        """This rank's slice of a global tensor, before ZeRO cuts it."""
+        slot, shape = self.slots[name], list(self.slots[name].shape)
+        if slot.slice_dim is not None:
+            shape[slot.slice_dim] *= self.layout.tensor
+        return SliceRange.slice(name, tuple(shape), slot.slice_dim, kind=kind, rank=self.groups.coordinates.tp,
+                                size=self.layout.tensor)
+
     def owned_fragments(self) -> Iterator[OwnedFragment]:
-        """What this rank must store so that all ranks together store everything exactly once."""
-        at = self.groups.coordinates
-        if self.groups.replica == at.tp == 0:
+        """The ranges that this rank must store, so that all ranks together store every element exactly once."""
+        if self.groups.replica == self.groups.coordinates.tp == 0:
             for name, buffer in self.stage.named_global_buffers():
-                yield OwnedFragment(name, "weight", tuple(buffer.shape), None, 0, 1, 0, buffer.view(-1))
+                yield OwnedFragment(SliceRange.whole(name, tuple(buffer.shape)), buffer.view(-1))
         if self.is_replicated and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
             return
         for kind in KINDS:
             for name, start, tensor in self.state.fragments(kind):
                 if self._counts(name):
-                    sliced = self.slots[name].slice_dim is not None
-                    yield OwnedFragment(name, kind, self.global_shape(name), self.slots[name].slice_dim,
-                                        at.tp if sliced else 0, self.layout.tensor if sliced else 1, start, tensor)
+                    yield OwnedFragment(self._slice(name, kind).part(start, tensor.numel()), tensor)
 
     def close(self) -> None:
         """Give back what DeepSpeed holds, so that another engine can be built in this process."""
         self.deepspeed.destroy()
+
+
+def _fill(tensor: Tensor, wanted: SliceRange, source: Source) -> None:
+    """Copy a range from a source into a flat tensor, with at most FILL_ELEMENTS of them beside it."""
+    for chunk in wanted.chunks(FILL_ELEMENTS):
+        start = chunk.start - wanted.start
+        found, target = source.read(chunk), tensor[start : start + chunk.count]
+        target.zero_() if found is None else target.copy_(found)

@@ -1,13 +1,24 @@
-"""Initial weights as a function of (seed, global parameter name), so that no layout can change them."""
+"""Initial weights as a function of (seed, global name, element), so that no layout can change them.
+
+Each element of a global tensor has a random number of its own (parallel/normal_numbers.py), so a rank draws the
+elements that it keeps and no others.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parallel.normal_numbers import inverse_normal, uniform_bits
+from parallel.tensor_slice import SliceRange
+
+CHUNK_ELEMENTS = 1 << 16  # drawn at once: the fp64 arrays of so many stay in a core's cache
 Std = float | tuple[tuple[int, float], ...]
 
 
@@ -33,12 +44,13 @@ class ParameterPlan:
     """How a parameter starts and how the tensor axis cuts it: N(mean, std^2); `slice_dim` None means held in full.
 
     A fused matrix may hold rows of several kinds: `std` is then ((rows, std), ...), repeated until the rows end. With
-    `stack` all of that is said of each tensor of the stack.
+    `stack` the plan is that of each tensor of the stack.
     """
 
     mean: float
     std: Std
     slice_dim: int | None
+    _: KW_ONLY
     max_value: float | None = None  # each element is held at or below this after every step
     stack: Stack | None = None
     keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
@@ -48,7 +60,8 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
                    no_decay: bool | None = None, max_value: float | None = None, stack: Stack | None = None,
                    keep_fp32: bool = False) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value, stack, keep_fp32)
+    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack,
+                                   keep_fp32=keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
@@ -57,21 +70,54 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
 
 
 def draw(name: str, shape: tuple[int, ...], plan: ParameterPlan, seed: int) -> Tensor:
-    """The whole initial tensor, fp32 on the CPU, from SHA-256 of (seed, name): the same bits on every layout."""
+    """The whole initial tensor, fp32 on the CPU."""
+    return draw_range(SliceRange.whole(name, shape), plan, seed).view(shape)
+
+
+def draw_range(wanted: SliceRange, plan: ParameterPlan, seed: int) -> Tensor:
+    """A part of an initial tensor: fp32 [wanted.count] on the CPU. No other element is drawn.
+
+    Element i of the flattened global tensor is mean + std * z(i), in fp64 and then rounded; z is the stream of standard
+    normal numbers whose key is SHA-256 of (seed, name).
+    """
     if plan.std == 0.0:
-        return torch.full(shape, plan.mean)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    if isinstance(plan.std, tuple):
-        cycle = torch.cat([torch.full((rows,), std) for rows, std in plan.std])
-        stds = cycle.repeat(shape[0] // len(cycle)).view(-1, *[1] * (len(shape) - 1))
-        return plan.mean + torch.empty(shape).normal_(generator=generator) * stds
-    return torch.empty(shape).normal_(plan.mean, plan.std, generator=generator)
+        return torch.full((wanted.count,), plan.mean)
+    digest = hashlib.sha256(f"{seed}:{wanted.name}".encode()).digest()
+    key = int.from_bytes(digest[:16], "little")
+    drawn = np.empty(wanted.count, dtype=np.float32)
+    done = 0
+    for chunk in wanted.chunks(CHUNK_ELEMENTS):
+        runs = list(chunk.runs())
+        numbers = inverse_normal(np.concatenate([uniform_bits(key, start, length) for start, length in runs]))
+        numbers *= _std_of(runs, wanted.shape, plan.std)
+        numbers += plan.mean
+        drawn[done : done + chunk.count] = numbers
+        done += chunk.count
+    return torch.from_numpy(drawn)
 
 
-def slice_of(whole: Tensor, slice_dim: int | None, rank: int, size: int) -> Tensor:
-    """The slice of a global tensor that one tensor rank holds."""
-    if slice_dim is None or size == 1:
-        return whole
-    length = whole.shape[slice_dim] // size
-    return whole.narrow(slice_dim, rank * length, length)
+def _std_of(runs: list[tuple[int, int]], shape: tuple[int, ...], std: Std) -> float | np.ndarray:
+    """The standard deviation of these elements: one number, or fp64, one each."""
+    if not isinstance(std, tuple):
+        return std
+    cycle = np.concatenate([np.full(rows, value) for rows, value in std])
+    rows = np.concatenate([np.arange(start, start + length) for start, length in runs]) // prod(shape[1:])
+    return cycle[rows % len(cycle)]
+
+
+class InitialWeights:
+    """The source of a new run: weights drawn by their plans, moments of zero (`parallel.tensor_slice.Source`)."""
+
+    adam_step = 0
+
+    def __init__(self, plans: Mapping[str, ParameterPlan], seed: int):
+        """
+        Args:
+            plans: by global name; a tensor without one (a buffer) starts as zeros.
+        """
+        self.plans, self.seed = plans, seed
+
+    def read(self, wanted: SliceRange) -> Tensor | None:
+        """The initial weights of a range; None for zeros."""
+        plan = self.plans.get(wanted.name)
+        return draw_range(wanted, plan, self.seed) if plan and wanted.kind == "weight" else None

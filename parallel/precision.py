@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from common.number_formats import NUMBER_FORMATS
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, number.torch) for name, number in NUMBER_FORMATS.items()}
 
 
 class CastOnUse(nn.Module):

@@ -6,9 +6,9 @@ equations 1 to 6, for activations, with the terms of our blocks. docs/memory.md 
 
 from dataclasses import dataclass
 
+from common.number_formats import NUMBER_FORMATS
 from parallel.zero.settings import BUCKET_ELEMENTS
 
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FULL_BYTES = 4  # master weights, moments and sums of gradients are fp32
 NUM_MOMENTS = 2
 
@@ -33,7 +33,7 @@ def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, n
     Gradients are summed in fp32 whatever the compute type is, where the paper has 2 bytes. Stage 0 keeps fp32 weights
     in every compute type and has no others. Stage 3 keeps `num_gathered` elements whole, those of small parameters.
     """
-    low, moments = COMPUTE_BYTES[compute], NUM_MOMENTS * FULL_BYTES
+    low, moments = NUMBER_FORMATS[compute].num_bytes, NUM_MOMENTS * FULL_BYTES
     if zero_stage == 0:
         return StateBytes(FULL_BYTES * num_parameters, FULL_BYTES * num_parameters, moments * num_parameters, 0)
     share = num_parameters / data

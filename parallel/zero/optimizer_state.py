@@ -30,20 +30,6 @@ class Fragment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class OwnedFragment:
-    """Elements [start, start + len) of a global tensor's flattened tensor-axis slice, held here and nowhere else."""
-
-    name: str
-    kind: str
-    global_shape: tuple[int, ...]
-    slice_dim: int | None
-    slice_rank: int
-    slice_size: int
-    start: int
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
 class Slot:
     """A parameter of this rank: its local shape (after the tensor axis, before ZeRO) and how it was planned.
 

@@ -1,9 +1,9 @@
 """What a checkpoint says about itself, and how to tell a whole one from a damaged one (no torch).
 
 A checkpoint is a folder `step-00000100/` with one safetensors file per rank that owned something, and `manifest.json`,
-written last. Each file's header lists its fragments: elements [start, start + n) of the flattened tensor-axis slice
-(`slice_rank` of `slice_size` along `slice_dim`) of a global tensor. Names and shapes are global, so any layout can read
-what any other wrote.
+written last. Each file's header lists its fragments, each a `parallel.tensor_slice.SliceRange`: elements
+[start, start + count) of the flattened slice `slice_rank` of `slice_size` along `slice_dim` of a global tensor. Names
+and shapes are global, so any layout can read what any other wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, OtherFormatError
 from common.files import sha256_of, write_file
 
 FORMAT = 1
@@ -39,6 +39,11 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def file_entry(path: Path, sha256: str | None = None) -> dict[str, Any]:
+    """What a manifest holds of a file. The file is read for its hash where none is given."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256 or sha256_of(path)}
+
+
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Write and flush the manifest; its own hash stands in it, so a torn one is noticed."""
     body = json.dumps(content, indent=1, sort_keys=True)
@@ -51,7 +56,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest's content.
 
     Raises:
-        CheckpointError: it is missing, torn, of another format, or not JSON.
+        CheckpointError: it is missing, torn or not JSON.
+        OtherFormatError: another version of Trainyard wrote it, in another format.
     """
     path = folder / MANIFEST
     try:
@@ -66,7 +72,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != expected:
         raise CheckpointError(f"{path}: its content does not match its hash ({expected[:12]}, found {found[:12]})")
     if body.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {body.get('format')}; this version reads format {FORMAT}")
+        writer = body.get("versions", {}).get("trainyard", "of an unknown version")
+        here = package_versions()["trainyard"]
+        raise OtherFormatError(f"{path}: Trainyard {writer} wrote this checkpoint in format {body.get('format')}, and "
+                               f"Trainyard {here} reads format {FORMAT}. Continue with Trainyard {writer}, or choose "
+                               "another run.dir")
     return body
 
 
@@ -84,11 +94,3 @@ def damaged_files(folder: Path, files: list[dict[str, Any]]) -> list[str]:
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
     return problems
-
-
-def published(checkpoints: Path) -> list[Path]:
-    """Folders under a final name, newest first; whether they are whole is another question."""
-    if not checkpoints.is_dir():
-        return []
-    found = [p for p in checkpoints.iterdir() if p.name.startswith(PREFIX) and p.name[len(PREFIX):].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(PREFIX):]), reverse=True)

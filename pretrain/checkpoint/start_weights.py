@@ -1,4 +1,4 @@
-"""Starting a run with the weights of another checkpoint: where it is, and whether its model is this one (no torch)."""
+"""Starting a run with the weights of another checkpoint: whether its model is that of the run (no torch)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, Damage, Problem
-from pretrain.checkpoint.manifest import PREFIX, published, read_manifest
+from pretrain.checkpoint.locate import checkpoints_at
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.models.family import FamilyConfig
 
 KEY = "checkpoint.start_from"
@@ -18,11 +19,8 @@ MAY_DIFFER = ("pad_vocab_to", "dropout", "attention_dropout", "init_std", "seque
 
 
 def start_folder(start_from: str | Path) -> Path | None:
-    """The checkpoint at a path: that folder, or the newest of a run folder; None where there is none."""
-    path = Path(start_from)
-    if path.name.startswith(PREFIX) and path.is_dir():
-        return path
-    return next(iter(published(path / "checkpoints" if (path / "checkpoints").is_dir() else path)), None)
+    """The newest checkpoint at a path; None where there is none."""
+    return next(iter(checkpoints_at(Path(start_from))), None)
 
 
 def start_problems(start_from: str, model: FamilyConfig) -> Iterator[Problem]:

@@ -5,8 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from common.errors import ExitCode, UserError
-from pretrain.checkpoint.manifest import PREFIX, CheckpointError, damaged_files, published, read_manifest
+from common.errors import CheckpointError, ExitCode
+from pretrain.checkpoint.locate import require_checkpoints
+from pretrain.checkpoint.manifest import damaged_files, read_manifest
 from pretrain.commands import checkpoint_hf
 
 
@@ -27,18 +28,8 @@ def run(args: argparse.Namespace) -> int:
     return verbs[args.checkpoint_verb](args)
 
 
-def folders_of(path: Path) -> list[Path]:
-    """The checkpoint at a path, or those of a run folder, newest first. Raises UserError when there is none."""
-    if path.name.startswith(PREFIX) and path.is_dir():
-        return [path]
-    found = published(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if not found:
-        raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its checkpoints/{PREFIX}NNNNNNNN")
-    return found
-
-
 def _list(args: argparse.Namespace) -> int:
-    rows = [_row(folder) for folder in folders_of(args.folder)]
+    rows = [_row(folder) for folder in require_checkpoints(args.folder)]
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return ExitCode.DONE
@@ -64,7 +55,7 @@ def _row(folder: Path) -> dict:
 
 def _verify(args: argparse.Namespace) -> int:
     damaged = False
-    for folder in folders_of(args.checkpoint):
+    for folder in require_checkpoints(args.checkpoint):
         problems = _problems(folder)
         damaged |= bool(problems)
         sys.stdout.write(f"{folder.name}  {'damaged' if problems else 'whole'}\n")
@@ -75,7 +66,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint: its manifest, its files, the tensors in them."""
-    from pretrain.checkpoint.store import Checkpoint
+    from pretrain.checkpoint.reader import Checkpoint
 
     try:
         return damaged_files(folder, read_manifest(folder)["files"]) or Checkpoint(folder).incomplete()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError, ConversionError, ExitCode, UserError
+from common.number_formats import NUMBER_FORMATS
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.config_json import choose_architecture, token_ids_of
 from pretrain.models import family_spec
@@ -23,11 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from parallel.process_groups import Groups
-    from pretrain.checkpoint.store import Checkpoint
+    from pretrain.checkpoint.reader import Checkpoint
     from pretrain.hf.export_folder import Export
     from pretrain.hf.read_folder import HFFolder
 
-DTYPES = ("fp32", "bf16", "fp16")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNMEASURED = "not measured, as asked: --no-certificate"
 
@@ -39,7 +39,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
                               "largest difference of logits between the training model and transformers.")
     export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
     export.add_argument("--to", metavar="DIR", type=Path, required=True, help="the folder to write; it must not exist")
-    export.add_argument("--dtype", choices=DTYPES, default="fp32", help="number format of the weights (fp32)")
+    export.add_argument("--dtype", choices=NUMBER_FORMATS, default="fp32", help="number format of the weights (fp32)")
     export.add_argument("--architecture", metavar="NAME", help="the model_type to write, where several fit (the first)")
     export.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
     export.add_argument("--no-certificate", action="store_true", help="do not measure: for a model that fits on no "
@@ -141,7 +141,7 @@ def _facts(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
 
 def _measured(what: Export, folder: Path, checkpoint: Checkpoint, config: RunConfig, groups: Groups) -> dict[str, Any]:
     """The certificate of a folder, from both sides."""
-    from pretrain.checkpoint.tensor_file import DTYPES as torch_dtypes
+    from parallel.precision import DTYPES
     from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 
     parallel = config.parallel
@@ -150,7 +150,7 @@ def _measured(what: Export, folder: Path, checkpoint: Checkpoint, config: RunCon
     if parallel.tensor > 1:
         ours = _outputs_of_ranks(checkpoint.folder, parallel.tensor, sample, what.dtype)
     else:
-        ours = training_outputs(what.model, groups, what.tensor, torch_dtypes[what.dtype], sample)
+        ours = training_outputs(what.model, groups, checkpoint.read, DTYPES[what.dtype], sample=sample)
     try:
         theirs = folder_outputs(folder, what.architecture, what.model, sample)
     except ImportError:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
+from parallel.tensor_slice import SliceRange
 from pretrain.checkpoint.manifest import package_versions
 from pretrain.models import family_spec
 from pretrain.models.build import filled_stage
@@ -70,18 +71,18 @@ def sample_inputs(model: FamilyConfig, architecture: Architecture, end_id: int |
 
 
 @torch.no_grad()
-def training_outputs(model: FamilyConfig, groups: Groups, tensor: Callable[[str], Tensor], dtype: torch.dtype,
+def training_outputs(model: FamilyConfig, groups: Groups, read: Callable[[SliceRange], Tensor], dtype: torch.dtype, *,
                      sample: Tensors) -> Tensors:
     """What the training model makes of a sample on the tensor axis of `groups`; the same on every rank of it.
 
     Args:
-        tensor: whole tensors by global name; `dtype`: what the weights are rounded to first, as in the folder.
+        read: gives the weights of a range; `dtype`: the type that they are rounded to first, as in the folder.
 
     Returns: `logits` [b, s, v] without padding of the vocabulary ([images, texts] for a dual encoder), and `pair` [b,
     2] where pairs of segments are judged.
     """
     device = torch.device("cpu")
-    stage = filled_stage(model, groups, device, lambda name: tensor(name).to(dtype).float())
+    stage = filled_stage(model, groups, device, lambda wanted: read(wanted).to(dtype).float())
     outputs = stage.run(_training_inputs(model, sample))
     if family_spec(model.family).form == "dual_encoder":
         image, text = outputs[:2]

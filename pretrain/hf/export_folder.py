@@ -14,7 +14,9 @@ from torch import Tensor
 
 from common.errors import ConversionError, UserError
 from common.files import flush, write_folder_aside, writing
-from pretrain.checkpoint.tensor_file import DTYPES, Planned, in_shards, write_tensors
+from common.number_formats import NUMBER_FORMATS
+from parallel.precision import DTYPES
+from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.hf.config_json import write_config
 from pretrain.hf.read_folder import CONFIG, INDEX, SINGLE
 from pretrain.hf.tensor_steps import to_theirs
@@ -33,7 +35,7 @@ class Export:
     tensor: Callable[[str], Tensor]  # whole tensors by global name
     architecture: Architecture
     token_ids: dict[str, Any]
-    dtype: str  # a key of DTYPES
+    dtype: str  # a key of NUMBER_FORMATS
     shard_bytes: int
     write_tokenizer: Callable[[Path], None] = lambda folder: None  # its files, into a folder
 
@@ -89,12 +91,11 @@ def write_folder(what: Export, folder: Path) -> None:
         here = [names[index] for index in shard]
         plans = [plan for name in here for plan in planned[name]]
         write_tensors(folder / file, plans, _parts(what, here, ways), {"format": "pt"})
-        flush(folder / file)
         places |= {plan.name: file for plan in plans}
     if len(shards) > 1:
         total = sum(plan.num_bytes for plans in planned.values() for plan in plans)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[what.dtype]
+    dtype = NUMBER_FORMATS[what.dtype].torch
     _write_json(folder / CONFIG, write_config(what.architecture, what.model, what.token_ids, dtype))
     for name, content in what.architecture.files(what.model).items():
         _write_json(folder / name, content)

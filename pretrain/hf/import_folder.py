@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from common.files import flush, sha256_of
-from pretrain.checkpoint.manifest import FORMAT, folder_name, package_versions, write_manifest
+from common.files import flush
+from parallel.tensor_slice import SliceRange
+from pretrain.checkpoint.manifest import FORMAT, file_entry, folder_name, package_versions, write_manifest
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.config.run_config import RunConfig
 from pretrain.hf.export_folder import written_aside
@@ -40,10 +41,12 @@ def write_run(source: HFFolder, config: RunConfig, to: Path, shard_bytes: int) -
     with written_aside(to) as aside:
         folder = aside / inside
         folder.mkdir(parents=True)
-        files = [_entry(path) for path in _write_weights(source, folder, shard_bytes)]
+        files = list(_write_weights(source, folder, shard_bytes))
         for name in TOKENIZER_FILES:
             if (source.folder / name).is_file():
-                files.append(_entry(Path(shutil.copyfile(source.folder / name, folder / name))))
+                copy = Path(shutil.copyfile(source.folder / name, folder / name))
+                flush(copy)
+                files.append(file_entry(copy))
         write_manifest(folder, {"format": FORMAT, "files": files, "versions": package_versions(),
                                 **_facts(source, config)})
         config.save(aside / "config.yaml")
@@ -62,24 +65,13 @@ def _facts(source: HFFolder, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _write_weights(source: HFFolder, folder: Path, shard_bytes: int) -> Iterator[Path]:
-    names = list(source.shapes)
-    planned = [Planned(f"{number:06d}", source.shapes[name], torch.float32) for number, name in enumerate(names)]
+def _write_weights(source: HFFolder, folder: Path, shard_bytes: int) -> Iterator[dict[str, Any]]:
+    """Write the safetensors files; gives the manifest's entry of each."""
+    ranges = [SliceRange.whole(name, shape) for name, shape in source.shapes.items()]
+    planned = [Planned(f"{number:06d}", (part.count,), torch.float32) for number, part in enumerate(ranges)]
     for number, shard in enumerate(in_shards([plan.num_bytes for plan in planned], shard_bytes)):
-        index = {planned[i].name: {
-            "name": names[i], "kind": "weight", "shape": source.shapes[names[i]], "slice_dim": None, "slice_rank": 0,
-            "slice_size": 1, "start": 0, "count": planned[i].num_bytes // planned[i].dtype.itemsize} for i in shard}
-        flat = [Planned(planned[i].name, (index[planned[i].name]["count"],), torch.float32) for i in shard]
+        index = {planned[i].name: asdict(ranges[i]) for i in shard}
         path = folder / f"weights-{number:05d}.safetensors"
-        write_tensors(path, flat, _flat(source, [names[i] for i in shard]), {"fragments": json.dumps(index)})
-        yield path
-
-
-def _flat(source: HFFolder, names: list[str]) -> Iterator[Tensor]:
-    for name in names:
-        yield source.tensor(name).reshape(-1)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    flush(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        digest = write_tensors(path, [planned[i] for i in shard], (source.read_range(ranges[i]) for i in shard),
+                               {"fragments": json.dumps(index)})
+        yield file_entry(path, digest)

@@ -25,10 +25,10 @@ def _measure(info: RankInfo, folder: Path, inputs: Path, outputs: Path, dtype: s
     from safetensors.torch import load_file, save_file
 
     from parallel.layout import Layout
+    from parallel.precision import DTYPES
     from parallel.process_groups import build_groups, destroy_groups
     from parallel.ranks.rendezvous import join, leave
-    from pretrain.checkpoint.store import Checkpoint
-    from pretrain.checkpoint.tensor_file import DTYPES
+    from pretrain.checkpoint.reader import Checkpoint
     from pretrain.hf.certificate import training_outputs
 
     checkpoint = Checkpoint(folder)
@@ -36,7 +36,8 @@ def _measure(info: RankInfo, folder: Path, inputs: Path, outputs: Path, dtype: s
     join(info)
     try:
         groups = build_groups(Layout(tensor=info.world_size, sequence=config.parallel.sequence))
-        found = training_outputs(config.model, groups, checkpoint.tensor, DTYPES[dtype], load_file(inputs))
+        found = training_outputs(config.model, groups, checkpoint.read, DTYPES[dtype],
+                                 sample=load_file(inputs))
         if info.rank == 0:
             save_file(found, outputs)
     finally:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import ExitCode, Problem, TrainyardError, render
+from parallel.tensor_slice import SliceRange, cut_from
 from pretrain.hf.config_json import by_model_type, read_config
 from pretrain.hf.tensor_steps import to_ours, to_theirs
 from pretrain.models import family_spec
@@ -189,6 +190,14 @@ class HFFolder:
         """
         way = self._converted[name]
         return to_ours([_read(self._places[theirs]).float() for theirs in way.theirs], way.steps).contiguous()
+
+    def read_range(self, wanted: SliceRange) -> Tensor:
+        """The elements of a range, flat; the whole tensor is read, since a conversion may take any of it to any place.
+
+        Raises:
+            HFError: the file could not be read.
+        """
+        return cut_from(self.tensor(wanted.name), wanted)
 
 
 def _modern(name: str, renamed: Iterable[tuple[str, str]]) -> str:

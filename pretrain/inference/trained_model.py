@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from common.errors import UserError
 from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
-from pretrain.checkpoint.manifest import PREFIX
-from pretrain.checkpoint.store import Checkpoint, newest_whole, open_whole
+from pretrain.checkpoint.locate import require_checkpoints
+from pretrain.checkpoint.reader import Checkpoint
+from pretrain.checkpoint.store import newest_whole
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.read_folder import HFFolder, is_hf_folder
 from pretrain.hf.tokenizer_import import HFTokenizer
@@ -57,12 +57,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UserError: there is none.
         CheckpointError: it is damaged.
     """
-    if path.name.startswith(PREFIX) and path.is_dir():
-        return open_whole(path)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    checkpoint, _ = newest_whole(folder)
-    if checkpoint is None:
-        raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its checkpoints/{PREFIX}NNNNNNNN")
+    require_checkpoints(path)
+    checkpoint, _ = newest_whole(path)
     return checkpoint
 
 
@@ -96,14 +92,14 @@ def _open_hf(path: Path, groups: Groups) -> Trained:
     special = tokenizer.special(objective, folder.model)
     folder.bind(global_shapes(folder.model, groups))
     folder.check_repeated()
-    stage = filled_stage(folder.model, groups, _device(), folder.tensor)
+    stage = filled_stage(folder.model, groups, _device(), folder.read_range)
     return Trained(path, None, folder.model, objective, stage, tokenizer, special)
 
 
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
-    return config, filled_stage(config.model, groups, _device(), checkpoint.tensor)
+    return config, filled_stage(config.model, groups, _device(), checkpoint.read)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

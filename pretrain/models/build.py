@@ -8,10 +8,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from parallel.parameter_plan import slice_of
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
+from parallel.tensor_slice import SliceRange
 from pretrain.models import FAMILIES
 from pretrain.models.family import FamilyConfig
 
@@ -24,13 +24,20 @@ def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> St
         return Stage(specs, (0, len(specs)))
 
 
-def filled_stage(model: FamilyConfig, groups: Groups, device: torch.device, tensor: Callable[[str], Tensor]) -> Stage:
-    """The same in evaluation mode with weights in fp32; `tensor` gives whole tensors by global name."""
+def filled_stage(model: FamilyConfig, groups: Groups, device: torch.device, read: Callable[[SliceRange], Tensor]
+                 ) -> Stage:
+    """The same in evaluation mode with weights in fp32; `read` gives the elements of a range, flat.
+
+    Only the slices of this tensor rank are read.
+    """
     stage = build_stage(model, groups, device)
     at, degree = groups.coordinates, groups.layout.tensor
     with torch.no_grad():
         for name, own, slice_dim in stage.named_global_tensors():
-            own.copy_(slice_of(tensor(name), slice_dim, at.tp, degree))
+            shape = list(own.shape)
+            if slice_dim is not None:
+                shape[slice_dim] *= degree
+            own.copy_(read(SliceRange.slice(name, tuple(shape), slice_dim, rank=at.tp, size=degree)).view(own.shape))
     return stage.eval()
 
 

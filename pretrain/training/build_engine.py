@@ -10,14 +10,22 @@ import torch
 from parallel.engine import Engine
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
+from parallel.tensor_slice import Source
 from pretrain.config.run_config import RunConfig
 from pretrain.models import FAMILIES
 from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
-def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups. Raises NoRoom when a disk has no room for its state."""
+def build_engine(config: RunConfig, groups: Groups, device: torch.device, source: Source | None = None) -> Engine:
+    """The config's family and objective on these groups.
+
+    Args:
+        source: where weights and moments come from; None for weights drawn from `run.seed`.
+
+    Raises:
+        NoRoom: a disk has no room for the optimizer state.
+    """
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -27,4 +35,5 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
 
     return Engine(lambda tp: modules.layers(config.model, tp),
                   make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
-                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed,
+                  source)

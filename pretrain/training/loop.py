@@ -21,9 +21,10 @@ from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from pretrain.checkpoint.manifest import published
+from pretrain.checkpoint.locate import checkpoints_at
+from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_folder
-from pretrain.checkpoint.store import Checkpoint, newest_whole, open_whole, save, starting_weights
+from pretrain.checkpoint.store import newest_whole, open_whole, save
 from pretrain.config.run_config import RunConfig
 from pretrain.objectives import HELDOUT_SEED, make_stages
 from pretrain.training.attempt import Attempt
@@ -140,13 +141,11 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     run.plan = BatchPlan(seed=config.run.seed, global_batch=config.parallel.global_batch,
                          micro_batch=config.parallel.micro_batch, data_rank=at.dp, data_ranks=run.layout.data,
                          first_position=position)
-    engine = run.engine = build_engine(config, groups, device)
-    adam_step = 0
-    if checkpoint:
-        adam_step = checkpoint.manifest["adam_step"]
-        engine.fill(lambda name, kind, shape: checkpoint.tensor(name, kind), adam_step)
-    elif config.checkpoint.start_from:
-        engine.fill(starting_weights(_start(config.checkpoint.start_from)))
+    source = checkpoint or _start_weights(config.checkpoint.start_from)
+    engine = run.engine = build_engine(config, groups, device, source)
+    adam_step = source.adam_step if source else 0
+    if source:
+        source.close()
     if quiet:
         quiet.release()
     loader = _open_loader(run, engine)
@@ -185,8 +184,8 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
     """The newest whole checkpoint of the run folder, on every rank the same."""
     if run.config.checkpoint.resume == "never":
-        if published(run.checkpoints):
-            newest = published(run.checkpoints)[0].name
+        if existing := checkpoints_at(run.checkpoints):
+            newest = existing[0].name
             raise UserError(f"checkpoint.resume=never, and {run.checkpoints} holds {newest}: "
                             "choose a new run.dir, or set checkpoint.resume=auto to continue")
         return None
@@ -197,12 +196,14 @@ def _find_checkpoint(run: Run) -> Checkpoint | None:
     return checkpoint
 
 
-def _start(path: str) -> Checkpoint:
-    """The checkpoint that a new run starts with; called by every rank together."""
+def _start_weights(path: str | None) -> StartWeights | None:
+    """The weights that a new run starts with, None where they are drawn; called by every rank together."""
+    if path is None:
+        return None
     folder = start_folder(path)
     if folder is None:
         raise UserError(f"checkpoint.start_from={path}: no checkpoint is there any more")
-    return open_whole(folder)
+    return StartWeights(open_whole(folder))
 
 
 def _open_loader(run: Run, engine: Engine) -> Loader | None:

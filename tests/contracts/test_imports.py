@@ -20,7 +20,7 @@ FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.co
                 "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
 OBJECTIVE_LIGHT = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
-CHECKPOINT_LIGHT = ("pretrain.checkpoint.manifest", "pretrain.checkpoint.start_weights")
+CHECKPOINT_LIGHT = ("pretrain.checkpoint.manifest", "pretrain.checkpoint.locate", "pretrain.checkpoint.start_weights")
 LIGHT = ("common.*", "launchers.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT, *CHECKPOINT_LIGHT,
          "pretrain.config.*", "pretrain.hf.config_json", "pretrain.training.stop_signals",
          "pretrain.training.stop_watchdog")
@@ -45,7 +45,8 @@ TABLE = {
     "parallel/single_rank.py": ("parallel.layout", "parallel.process_groups", "parallel.ranks.*"),
     "parallel/*": ("common.*", *PARALLEL_LIGHT, *(f"parallel.{name}" for name in (
         "process_groups", "tensor_parallel", "context_parallel", "expert_parallel", "load_balance", "pipeline_stages",
-        "parameter_plan", "gradient_cache", "chunked_loss", "random_streams", "recompute", "precision"))),
+        "parameter_plan", "normal_numbers", "tensor_slice", "gradient_cache", "chunked_loss", "random_streams",
+        "recompute", "precision"))),
     "data_pipeline/config.py": ("common.*", "data_pipeline.folder.manifest"),
     "data_pipeline/corruption/special_ids.py": (),
     "data_pipeline/folder/*": ("common.*", "data_pipeline.folder.*"),
@@ -77,6 +78,7 @@ TABLE = {
        for name in ("__init__", "objective", "*_spec")},
     "pretrain/objectives/*": ("common.*", "parallel.*", "data_pipeline.*", "pretrain.models*", "pretrain.objectives*"),
     "pretrain/checkpoint/manifest.py": ("common.*",),
+    "pretrain/checkpoint/locate.py": ("common.*", "pretrain.checkpoint.manifest"),
     "pretrain/checkpoint/start_weights.py": ("common.*", *PARALLEL_LIGHT, *FAMILY_LIGHT, *CHECKPOINT_LIGHT),
     "pretrain/config/*": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT, *CHECKPOINT_LIGHT,
                           "pretrain.config.*"),

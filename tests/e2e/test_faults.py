@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from launchers.run_folder.status import Status, read, write
-from pretrain.checkpoint.manifest import published
+from pretrain.checkpoint.locate import checkpoints_at
 from tests.faults.bench import Bench
 from tests.faults.rows import run_one
 from tests.helpers.ranks import run_ranks, train
@@ -38,7 +38,7 @@ def test_a_save_that_would_come_too_late_is_not_begun(recipe, tmp_path):
     status = read(tmp_path)
     assert status.reason == "SIGUSR1, and no time was left to save"
     assert (status.last_step, status.checkpoint_step) == (1, 0)
-    assert published(tmp_path / "checkpoints") == []
+    assert checkpoints_at(tmp_path) == []
 
 
 def _train_until(info, recipe, overrides):

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launchers.run_folder.status import Status, read
-from pretrain.checkpoint.manifest import damaged_files, published, read_manifest
+from pretrain.checkpoint.locate import checkpoints_at
+from pretrain.checkpoint.manifest import damaged_files, read_manifest
 from pretrain.training.metrics import read_metrics
 from tests.helpers.slurm import LocalSlurm, wait_until
 
@@ -151,7 +152,7 @@ def check_end(folder: Path, expected: list[tuple[float, float]], whole: bool = F
     ``whole``: the run went to its last step. Returns the status.
     """
     wait_until(lambda: not processes_of(folder), ORPHAN_SECONDS, f"orphans of {folder}: {processes_of(folder)}")
-    for checkpoint in published(folder / "checkpoints"):
+    for checkpoint in checkpoints_at(folder):
         assert damaged_files(checkpoint, read_manifest(checkpoint)["files"]) == []
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)

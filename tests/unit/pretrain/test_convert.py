@@ -22,6 +22,7 @@ from parallel.parameter_plan import ParameterPlan, draw
 from parallel.process_groups import build_groups
 from parallel.ranks.rendezvous import join
 from parallel.single_rank import single_rank
+from parallel.tensor_slice import cut_from
 from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 from pretrain.hf.config_json import by_model_type, choose_architecture, read_config, write_config
 from pretrain.hf.export_folder import Export, export, write_folder
@@ -149,9 +150,9 @@ def plan(model, tensors, architecture, **changes) -> Export:
     return Export(model, shapes, tensors.__getitem__, architecture, **values)
 
 
-def compared(model, architecture, groups, tensor, folder: Path, dtype=torch.float32) -> dict:
+def compared(model, architecture, groups, tensor, folder: Path, *, dtype=torch.float32) -> dict:
     sample = sample_inputs(model, architecture, END, 1)
-    found = training_outputs(model, groups, tensor, dtype, sample)
+    found = training_outputs(model, groups, lambda wanted: cut_from(tensor(wanted.name), wanted), dtype, sample=sample)
     return certificate(found, folder_outputs(folder, architecture, model, sample), sample, model, {})
 
 
@@ -190,8 +191,9 @@ def outputs_of(models: dict, groups) -> dict:
     for case, (model, arrays) in models.items():
         architecture, _ = choose_architecture(model.family, model, OURS[case][1])
         sample = sample_inputs(model, architecture, END, 2)
-        outputs = training_outputs(model, groups, lambda name, held=arrays: torch.from_numpy(held[name]),
-                                   torch.float32, sample)
+        outputs = training_outputs(
+            model, groups, lambda wanted, held=arrays: cut_from(torch.from_numpy(held[wanted.name]), wanted),
+            torch.float32, sample=sample)
         found[case] = {name: output.numpy() for name, output in outputs.items()}
     return found
 
@@ -234,7 +236,7 @@ def test_exported_and_imported_again_is_the_same_model(case, alone, tmp_path):
 def test_the_weights_of_bf16_are_the_rounded_ones(alone, tmp_path):
     model, tensors, architecture = ours("llama-grouped", alone)
     write_folder(plan(model, tensors, architecture, dtype="bf16"), tmp_path)
-    told = compared(model, architecture, alone, tensors.__getitem__, tmp_path, torch.bfloat16)
+    told = compared(model, architecture, alone, tensors.__getitem__, tmp_path, dtype=torch.bfloat16)
     assert told["within"]
     stored = {name: tensor.dtype for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert set(stored.values()) == {torch.bfloat16}

@@ -14,8 +14,10 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from common.errors import CheckpointError
+from parallel.tensor_slice import SliceRange
+from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_problems
-from pretrain.checkpoint.store import Checkpoint, starting_weights
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.cli import main
 from pretrain.config.run_config import load_config
@@ -89,13 +91,16 @@ def test_the_written_config_is_a_run_that_starts_from_the_weights(imported):
 
 def test_padding_of_the_vocabulary_may_differ_at_the_start(imported):
     checkpoint = Checkpoint(imported / "checkpoints" / "step-00000000")
-    source = starting_weights(checkpoint)
-    table = source("embedding.table.weight", "weight", (104, 32))
+    source = StartWeights(checkpoint)
+    table = source.read(SliceRange.whole("embedding.table.weight", (104, 32))).view(104, 32)
     assert torch.equal(table[:101], checkpoint.tensor("embedding.table.weight"))
     assert not table[101:].any()
-    assert source("embedding.table.weight", "exp_avg", (104, 32)) is None
-    with pytest.raises(Exception, match=r"final_norm\.weight.*\[32\].*\[31\]"):
-        source("final_norm.weight", "weight", (31,))
+    halves = [source.read(SliceRange.slice("embedding.table.weight", (104, 32), 0, rank=rank, size=2))
+              for rank in (0, 1)]
+    assert torch.equal(torch.cat(halves).view(104, 32), table)
+    assert source.read(SliceRange.whole("embedding.table.weight", (104, 32), "exp_avg")) is None
+    with pytest.raises(CheckpointError, match=r"final_norm\.weight.*\[32\].*\[31\]"):
+        source.read(SliceRange.whole("final_norm.weight", (31,)))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
