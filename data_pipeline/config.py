@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from common.errors import Damage, DataError, Problem, TrainyardError
 from data_pipeline.folder.manifest import Manifest, PairsManifest, file_sizes, shard_faults
 
-MAX_FAULTS_NAMED = 5
+MAX_FILES_NAMED = 5
 
 
 class DataConfig(BaseModel):
@@ -38,7 +38,7 @@ class DataConfig(BaseModel):
     )
 
 
-def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids: int = 0,
+def problems(data: DataConfig, window_tokens: int, vocab_size: int, *, reserved_ids: int = 0,
              reads: str = "tokens") -> Iterator[Problem]:
     """Yield what keeps `data` from feeding a model, from `dataset.json` and file sizes alone.
 
@@ -65,7 +65,8 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, reserved_ids
             continue
         tokenizers[field] = manifest.tokenizer.sha256
         yield from _file_problems(where, Path(folder), manifest, sizes)
-        yield from _fit_problems(where, folder, manifest, window_tokens, vocab_size, reserved_ids)
+        yield from _fit_problems(where, folder, manifest, window_tokens=window_tokens, vocab_size=vocab_size,
+                                 reserved_ids=reserved_ids)
     if len(set(tokenizers.values())) > 1:
         yield Problem(
             "data.heldout",
@@ -80,15 +81,16 @@ def _file_problems(where: str, folder: Path, manifest: Manifest | PairsManifest,
     tokenizer = manifest.tokenizer.file
     faults = [] if tokenizer in sizes else [f"{folder / tokenizer} is missing"]
     faults += [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
-    for fault in faults[:MAX_FAULTS_NAMED]:
+    for fault in faults[:MAX_FILES_NAMED]:
         yield Damage(where, str(folder), fault, "copy the dataset again or write it anew with `trainyard data shard`")
-    if len(faults) > MAX_FAULTS_NAMED:
-        more = f"{len(faults) - MAX_FAULTS_NAMED} further files are missing or of the wrong size"
+    if len(faults) > MAX_FILES_NAMED:
+        more = f"{len(faults) - MAX_FILES_NAMED} further files are missing or of the wrong size"
         yield Damage(where, str(folder), more, f"`trainyard data verify {folder}` lists them all")
 
 
 def _fit_problems(
-    where: str, folder: str, manifest: Manifest | PairsManifest, window_tokens: int, vocab_size: int, reserved_ids: int
+    where: str, folder: str, manifest: Manifest | PairsManifest, *, window_tokens: int, vocab_size: int,
+    reserved_ids: int
 ) -> Iterator[Problem]:
     least = manifest.vocab_size + reserved_ids
     if least > vocab_size:

@@ -128,7 +128,7 @@ def as_tensors(arrays: dict[str, np.ndarray]) -> MicroBatch:
 
 
 def leave_signals_to_the_rank(worker_id: int) -> None:
-    """A worker outlives Ctrl-C and a job's warning signal: the rank finishes its step and then stops its workers."""
+    """A worker ignores Ctrl-C and a job's warning signal: the rank finishes its step and then stops its workers."""
     for number in RANK_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

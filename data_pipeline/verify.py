@@ -4,7 +4,7 @@ image."""
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ import numpy as np
 from common.errors import DataError
 from common.files import sha256_of
 from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
-from data_pipeline.folder.shard_reader import TOKENS_SUFFIX, Shard, load_index
+from data_pipeline.folder.shard_reader import Shard
 from data_pipeline.image_text.images import BadImage, decode
 from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
 from data_pipeline.text.tokenizer import Tokenizer
+from data_pipeline.tokens.token_dataset import TOKENS_SUFFIX, load_index
 
 MAX_MEMBER_PROBLEMS = 20
 
@@ -32,6 +33,7 @@ class FileReport:
     num_samples: int
     num_tokens: int
     problems: tuple[str, ...]
+    _: KW_ONLY
     unusable: tuple[str, ...] = ()
 
 
@@ -66,7 +68,7 @@ def _pairs_reports(folder: Path, manifest: PairsManifest) -> Iterator[FileReport
                 unusable.append(str(error))
             except BadImage as error:
                 unusable.append(f"{dataset.place(number)}: {error}")
-        yield FileReport(entry.name, entry.num_pairs, 0, (), tuple(unusable))
+        yield FileReport(entry.name, entry.num_pairs, 0, (), unusable=tuple(unusable))
         first += entry.num_pairs
 
 
@@ -115,7 +117,7 @@ def _member_problems(shard: Shard, rows: np.ndarray, manifest: Manifest) -> tupl
     problems = []
     num_tokens = 0
     for number, (offset, length_bytes, count) in enumerate(rows.tolist()):
-        fault = shard.member_fault(offset, length_bytes)
+        fault = shard.member_fault(offset, length_bytes, (TOKENS_SUFFIX,))
         if fault is None:
             tokens = shard.tokens(offset, length_bytes, manifest.dtype)
             fault = _token_fault(tokens, manifest)

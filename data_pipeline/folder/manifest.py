@@ -1,4 +1,4 @@
-"""Facts: `dataset.json`, the manifest of a dataset folder. Imports neither torch nor numpy nor webdataset."""
+"""`dataset.json`, the manifest of a dataset folder. Imports neither torch nor numpy nor webdataset."""
 
 import json
 import os
@@ -22,11 +22,11 @@ FileName = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)
 Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class _Facts(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ShardFile(_Facts):
+class ShardFile(_Record):
     """One tar file and the index beside it."""
 
     name: str = FileName
@@ -50,15 +50,15 @@ class PairsEntry(ShardFile):
     num_pairs: int = Field(ge=1)
 
 
-class TokenizerEntry(_Facts):
+class TokenizerEntry(_Record):
     """The tokenizer's model, copied into the dataset folder."""
 
     file: str = FileName
     sha256: str = Sha256
 
 
-class _Manifest(_Facts):
-    """What every kind of dataset folder says of itself; shards are in reading order."""
+class _Manifest(_Record):
+    """The fields of every kind of dataset folder; shards are in reading order."""
 
     format_version: Literal[1] = FORMAT_VERSION
     split: str

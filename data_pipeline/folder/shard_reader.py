@@ -3,18 +3,19 @@
 import mmap
 import os
 import tarfile
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError
-from data_pipeline.folder.manifest import ShardEntry
+from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardFile, file_sizes, shard_faults
 
 TAR_BLOCK_BYTES = 512
-TOKENS_SUFFIX = ".tokens"
 # Each mapped shard holds a file descriptor, and a process has about a thousand.
 MAX_MAPPED_SHARDS = 128
-MAX_FAULTS_NAMED = 10
+MAX_FILES_NAMED = 10
 
 
 class Shard:
@@ -45,8 +46,8 @@ class Shard:
         self._require_whole()
         return self._map[offset : offset + length_bytes]
 
-    def member_fault(self, offset: int, length_bytes: int, suffixes: tuple[str, ...] = (TOKENS_SUFFIX,)) -> str | None:
-        """What is wrong with the tar header before `offset`: None when it is of a file as expected."""
+    def member_fault(self, offset: int, length_bytes: int, suffixes: tuple[str, ...]) -> str | None:
+        """What is wrong with the member at `offset`; None when its tar header has that length and a suffix of those."""
         if offset < TAR_BLOCK_BYTES or offset % TAR_BLOCK_BYTES or offset + length_bytes > self.size_bytes:
             return "the index points outside the shard"
         self._require_whole()
@@ -69,7 +70,7 @@ class Shard:
 
     def key(self, offset: int) -> str:
         """The member's name without its suffix."""
-        return self.name(offset).removesuffix(TOKENS_SUFFIX)
+        return self.name(offset).partition(".")[0]
 
     def _require_whole(self) -> None:
         """Touching a mapped page behind the end of its file kills the process, so ask for the size before."""
@@ -78,19 +79,48 @@ class Shard:
             raise DataError(f"shard {self.path} shrank to {found:,} bytes while it was being read")
 
 
-def load_index(folder: Path, entry: ShardEntry, bytes_per_token: int) -> np.ndarray:
-    """int64 [num_documents, 3]: payload offset, length in bytes, number of tokens of each member of a shard.
+class MappedShards:
+    """The shards of a dataset folder, mapped when they are first read. Samples are numbered through all of them.
 
-    Raises DataError when the index cannot be read or does not belong to the shard.
+    Args:
+        folder: of the dataset.
+        entries: the shards in manifest order.
+        counts: the number of samples in each.
     """
+
+    def __init__(self, folder: Path, entries: Sequence[ShardFile], counts: Sequence[int]) -> None:
+        self.folder, self.entries = folder, entries
+        self._first = np.cumsum([0, *counts])
+        self._mapped: OrderedDict[int, Shard] = OrderedDict()
+
+    def shard_of(self, sample: int) -> tuple[Shard, int]:
+        """(the shard that holds a sample, the number of its first sample). Raises DataError as Shard does."""
+        index = int(np.searchsorted(self._first, sample, side="right")) - 1
+        if index not in self._mapped:
+            entry = self.entries[index]
+            self._mapped[index] = Shard(self.folder / entry.name, entry.size_bytes)
+            if len(self._mapped) > MAX_MAPPED_SHARDS:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(index)
+        return self._mapped[index], int(self._first[index])
+
+
+def require_files(folder: Path, manifest: Manifest | PairsManifest) -> None:
+    """Raises DataError naming shards and indexes that are missing or of another size than the manifest's."""
+    sizes = file_sizes(folder)
+    faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
+    if faults:
+        more = f" and {len(faults) - MAX_FILES_NAMED} more" if len(faults) > MAX_FILES_NAMED else ""
+        raise DataError("; ".join(faults[:MAX_FILES_NAMED]) + more)
+
+
+def read_index(folder: Path, entry: ShardFile, num_rows: int, num_columns: int) -> np.ndarray:
+    """int64 [num_rows, num_columns] of a shard's index. Raises DataError when it is unreadable or of another shape."""
     path = folder / entry.index
     try:
         rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read index {path}: {error}") from None
-    if rows.shape != (entry.num_documents, 3) or rows.dtype != np.dtype("<i8"):
-        raise DataError(f"index {path} does not have {entry.num_documents} rows of 3 numbers as the manifest says")
-    fits = (rows >= 0).all() and (rows[:, 0] + rows[:, 1] <= entry.size_bytes).all()
-    if not fits or (rows[:, 1] != rows[:, 2] * bytes_per_token).any() or rows[:, 2].sum() != entry.num_tokens:
-        raise DataError(f"index {path} does not belong to shard {entry.name}: offsets or token counts disagree")
+    if rows.shape != (num_rows, num_columns) or rows.dtype != np.dtype("<i8"):
+        raise DataError(f"index {path} does not have {num_rows} rows of {num_columns} numbers as the manifest says")
     return rows

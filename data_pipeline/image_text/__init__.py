@@ -1,1 +1,1 @@
-"""Datasets of images with captions."""
+"""Datasets of images with captions: reading, writing, and drawn scenes."""

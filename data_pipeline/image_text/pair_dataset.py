@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import DataError
-from data_pipeline.folder.manifest import PairsEntry, PairsManifest, file_sizes, shard_faults
-from data_pipeline.folder.shard_reader import MAX_FAULTS_NAMED, MAX_MAPPED_SHARDS, Shard
+from data_pipeline.folder.manifest import PairsEntry, PairsManifest
+from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.order import MAX_CACHED_EPOCHS, permutation
 from data_pipeline.text.tokenizer import Tokenizer
@@ -46,19 +46,14 @@ class PairsDataset:
         self.folder, self.manifest, self.image_size = folder, manifest, image_size
         self.tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
         self._rows = rows
-        self._first_pairs = np.cumsum([0, *(entry.num_pairs for entry in manifest.shards)])
-        self._mapped: OrderedDict[int, Shard] = OrderedDict()
+        self._shards = MappedShards(folder, manifest.shards, [entry.num_pairs for entry in manifest.shards])
 
     @classmethod
     def open(cls, folder: str | os.PathLike, image_size: int = 224) -> "PairsDataset":
-        """Raises DataError naming every shard or index that is missing, short or does not belong."""
+        """Open a folder. Raises DataError naming every shard or index that is missing, short or does not belong."""
         folder = Path(folder)
         manifest = PairsManifest.load(folder)
-        sizes = file_sizes(folder)
-        faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
-        if faults:
-            more = f" and {len(faults) - MAX_FAULTS_NAMED} more" if len(faults) > MAX_FAULTS_NAMED else ""
-            raise DataError("; ".join(faults[:MAX_FAULTS_NAMED]) + more)
+        require_files(folder, manifest)
         rows = np.concatenate([_load_index(folder, entry) for entry in manifest.shards])
         return cls(folder, manifest, rows, image_size)
 
@@ -74,8 +69,11 @@ class PairsDataset:
         return PairSamples(self, sequence_length, seed)
 
     def pair(self, number: int) -> Pair:
-        """Raises BadPair when the tar members are not what the index says, or the caption holds no text."""
-        shard, first = self._shard_of(number)
+        """The stored image and its caption.
+
+        Raises BadPair when the tar members are not what the index says, or the caption holds no text.
+        """
+        shard, first = self._shards.shard_of(number)
         parts = []
         row = self._rows[number].tolist()
         for offset, length_bytes, suffixes in ((*row[:2], IMAGE_SUFFIXES), (*row[2:], CAPTION_SUFFIXES)):
@@ -90,19 +88,8 @@ class PairsDataset:
 
     def place(self, number: int) -> str:
         """Shard and member name of a pair's image, for messages."""
-        shard, _ = self._shard_of(number)
+        shard, _ = self._shards.shard_of(number)
         return f"{shard.path}:{shard.name(int(self._rows[number, 0]))}"
-
-    def _shard_of(self, number: int) -> tuple[Shard, int]:
-        """The shard that holds a pair, and the number of its first pair."""
-        index = int(np.searchsorted(self._first_pairs, number, side="right")) - 1
-        if index not in self._mapped:
-            entry = self.manifest.shards[index]
-            self._mapped[index] = Shard(self.folder / entry.name, entry.size_bytes)
-            if len(self._mapped) > MAX_MAPPED_SHARDS:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(index)
-        return self._mapped[index], int(self._first_pairs[index])
 
 
 class PairSamples:
@@ -167,7 +154,7 @@ def caption_of(content: bytes, is_json: bool) -> str:
 
 
 def caption_tokens(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
-    """int64 [length]: the caption, cut so that end-of-text is kept, filled up with it; where the first one stands."""
+    """int64 [length]: the caption, cut so that end-of-text is kept, padded with it; the place of the first one."""
     ids = tokenizer.encode(caption)[: length - 1]
     tokens = np.full(length, tokenizer.end_of_text, dtype=np.int64)
     tokens[: len(ids)] = ids
@@ -176,14 +163,8 @@ def caption_tokens(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.
 
 def _load_index(folder: Path, entry: PairsEntry) -> np.ndarray:
     """int64 [num_pairs, 4]: offset and length of image and caption. Raises DataError when it does not belong."""
-    path = folder / entry.index
-    try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read index {path}: {error}") from None
-    if rows.shape != (entry.num_pairs, COLUMNS) or rows.dtype != np.dtype("<i8"):
-        raise DataError(f"index {path} does not have {entry.num_pairs} rows of {COLUMNS} numbers as the manifest says")
+    rows = read_index(folder, entry, entry.num_pairs, COLUMNS)
     if (rows < 0).any() or (rows[:, 0] + rows[:, 1]).max() > entry.size_bytes \
             or (rows[:, 2] + rows[:, 3]).max() > entry.size_bytes:
-        raise DataError(f"index {path} does not belong to shard {entry.name}: offsets lie outside it")
+        raise DataError(f"index {folder / entry.index} does not belong to shard {entry.name}: offsets lie outside it")
     return rows

@@ -41,11 +41,18 @@ class RawPair(NamedTuple):
     caption: str
 
 
-def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os.PathLike, split: str,
+def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os.PathLike, *, split: str,
                 inputs: str, shard_bytes: int = DEFAULT_SHARD_BYTES) -> tuple[PairsManifest, bool]:
     """Write pairs into `folder`, or reuse it when its manifest names the same `inputs`. Returns (manifest, is reused).
 
-    inputs: what decides the content, in words; its hash stands in the manifest.
+    Args:
+        pairs: what to write, in order.
+        tokenizer: its model is copied into the folder.
+        folder: made by this call; its parent too.
+        split: name recorded in the manifest.
+        inputs: text that identifies the content; its hash is recorded in the manifest.
+        shard_bytes: bytes of images and captions after which a new shard is begun.
+
     Raises UserError when there is nothing to write or the folder holds something else, StorageError when the disk
     refuses.
     """
@@ -90,10 +97,11 @@ def _shards(pairs: Iterable[RawPair], folder: Path, shard_bytes: int) -> Iterato
         yield PairsEntry(**shard.finish(), num_pairs=len(shard.rows))
 
 
-def raw_pairs(inputs: Sequence[Path], on_lonely: Callable[[str], None] = lambda name: None) -> Iterator[RawPair]:
+def raw_pairs(inputs: Sequence[Path], on_uncaptioned: Callable[[str], None] = lambda name: None) -> Iterator[RawPair]:
     """Pairs of webdataset tars, and of folders in which an image has its caption beside it, in order of name.
 
-    on_lonely: told of every image without a caption. Raises UserError and DataError for what cannot be read.
+    on_uncaptioned: called with the name of every image without a caption. Raises UserError for a path without images or
+    that cannot be opened, DataError for a damaged tar file.
     """
     for path in inputs:
         if path.is_dir():
@@ -102,10 +110,10 @@ def raw_pairs(inputs: Sequence[Path], on_lonely: Callable[[str], None] = lambda 
                 tars = sorted(path.glob("*.tar"))
                 if not tars:
                     raise UserError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar files")
-                yield from raw_pairs(tars, on_lonely)
-            yield from _joined(((str(file), file.stat().st_size, file.read_bytes) for file in files), on_lonely)
+                yield from raw_pairs(tars, on_uncaptioned)
+            yield from _joined(((str(file), file.stat().st_size, file.read_bytes) for file in files), on_uncaptioned)
         else:
-            yield from _joined(_tar_members(path), on_lonely)
+            yield from _joined(_tar_members(path), on_uncaptioned)
 
 
 def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
@@ -120,7 +128,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
         raise DataError(f"cannot read {path} as a tar file: {error}") from None
 
 
-def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: Callable[[str], None]
+def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_uncaptioned: Callable[[str], None]
             ) -> Iterator[RawPair]:
     """Neighbours with the same name up to the suffix are one sample, as webdataset has it."""
     key, image, caption = None, None, None
@@ -130,7 +138,7 @@ def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_lonely: 
             if image and caption is not None:
                 yield RawPair(key, image[0], image[1], caption)
             elif image:
-                on_lonely(key)
+                on_uncaptioned(key)
             key, image, caption = stem, None, None
         suffix = suffix.lower()
         if size_bytes > MAX_MEMBER_BYTES:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import cos, pi, sin
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +45,8 @@ ZERO_SHOT = "zero-shot"
 TEMPLATES_FILE = "templates.json"
 
 
-class Thing(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Thing:
     """One drawn thing; place and radius as parts of the image."""
 
     colour: str
@@ -72,7 +74,7 @@ def single(chance: random.Random, combinations: tuple[tuple[str, str], ...]) -> 
     colour, shape = chance.choice(combinations)
     size, place = chance.choice(list(SIZES)), chance.choice(list(PLACES))
     x, y = (centre + chance.uniform(-0.06, 0.06) for centre in PLACES[place])
-    thing = Thing(colour, shape, x, y, chance.uniform(*SIZES[size]))
+    thing = Thing(colour=colour, shape=shape, x=x, y=y, radius=chance.uniform(*SIZES[size]))
     name = f"{colour} {shape}"
     caption = chance.choice((f"{_a(name)}", f"a picture of {_a(name)}", f"one {name} on a dark ground",
                              f"a {size} {name}", f"{_a(name)} {place}", f"a {size} {name} {place}"))
@@ -84,8 +86,9 @@ def several(chance: random.Random, combinations: tuple[tuple[str, str], ...]) ->
     colour, shape = chance.choice(combinations)
     count = chance.choice(list(COUNTS))
     corners = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
-    things = tuple(Thing(colour, shape, x + chance.uniform(-0.06, 0.06), y + chance.uniform(-0.06, 0.06),
-                         chance.uniform(0.11, 0.16)) for x, y in chance.sample(corners, count))
+    things = tuple(Thing(colour=colour, shape=shape, x=x + chance.uniform(-0.06, 0.06),
+                         y=y + chance.uniform(-0.06, 0.06), radius=chance.uniform(0.11, 0.16))
+                   for x, y in chance.sample(corners, count))
     plural = f"{shape}es" if shape == "cross" else f"{shape}s"
     return Scene(things, f"{COUNTS[count]} {colour} {plural}")
 
@@ -96,8 +99,8 @@ def related(chance: random.Random, combinations: tuple[tuple[str, str], ...]) ->
     relation = chance.choice(list(RELATIONS))
     dx, dy = (0.24 * part for part in RELATIONS[relation])
     x, y = 0.5 + chance.uniform(-0.05, 0.05), 0.5 + chance.uniform(-0.05, 0.05)
-    things = (Thing(colour, shape, x + dx, y + dy, chance.uniform(0.13, 0.18)),
-              Thing(other_colour, other_shape, x - dx, y - dy, chance.uniform(0.13, 0.18)))
+    things = (Thing(colour=colour, shape=shape, x=x + dx, y=y + dy, radius=chance.uniform(0.13, 0.18)),
+              Thing(colour=other_colour, shape=other_shape, x=x - dx, y=y - dy, radius=chance.uniform(0.13, 0.18)))
     return Scene(things, f"{_a(f'{colour} {shape}')} {relation} {_a(f'{other_colour} {other_shape}')}")
 
 
@@ -112,13 +115,13 @@ def draw(drawn: Scene, size: int, chance: random.Random) -> bytes:
     pen = ImageDraw.Draw(image)
     for thing in drawn.things:
         colour = tuple(max(0, min(255, value + chance.randint(-12, 12))) for value in COLOURS[thing.colour])
-        _draw_thing(pen, thing, size * FINER, colour, ground)
+        _draw_thing(pen, thing, size * FINER, colour=colour, ground=ground)
     written = io.BytesIO()
     image.reduce(FINER).save(written, "PNG")
     return written.getvalue()
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, size: int, colour: tuple, ground: tuple) -> None:
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, size: int, *, colour: tuple, ground: tuple) -> None:
     x, y, r = thing.x * size, thing.y * size, thing.radius * size
     if thing.shape in ("circle", "ring"):
         pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
@@ -143,7 +146,7 @@ def scenes(count: int, split: str, seed: int, size: int) -> Iterator[RawPair]:
         yield RawPair(f"{split}-{number}", ".png", draw(made, size, chance), made.caption)
 
 
-def write_shapes(folder: str | os.PathLike, num_train: int, num_test: int, seed: int, size: int = 64) -> list[Path]:
+def write_shapes(folder: str | os.PathLike, *, num_train: int, num_test: int, seed: int, size: int = 64) -> list[Path]:
     """Write `train`, `heldout` (dataset folders) and `zero-shot` (a folder per held-out combination) into `folder`.
 
     `num_test` scenes are held out, and as many images of a single thing are divided among the combinations. Folders
@@ -157,7 +160,8 @@ def write_shapes(folder: str | os.PathLike, num_train: int, num_test: int, seed:
     words = [scene(random.Random(f"{seed}/words/{number}"), SEEN).caption for number in range(4000)]
     tokenizer = train_tokenizer(words, TokenizerOptions(vocab_size=TOKENIZER_VOCAB_SIZE))
     for split, count in (("train", num_train), ("heldout", num_test)):
-        write_pairs(scenes(count, split, seed, size), tokenizer, folder / split, split, f"shapes/{count}/{seed}/{size}")
+        write_pairs(scenes(count, split, seed, size), tokenizer, folder / split, split=split,
+                    inputs=f"shapes/{count}/{seed}/{size}")
     if not (folder / ZERO_SHOT).exists():
         _write_zero_shot(folder / ZERO_SHOT, num_test, seed, size)
     return [folder / "train", folder / "heldout", folder / ZERO_SHOT]

@@ -32,7 +32,7 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
+class CorpusLimits:
     """What is left out, and how documents are divided.
 
     `max_file_bytes` and `max_line_characters` apply to code files. Prose files are cut at blank lines into documents of
@@ -65,7 +65,7 @@ class Corpus:
 
     name: str
     files: tuple[tuple[str, Path], ...]
-    limits: Limits = field(default_factory=Limits)
+    limits: CorpusLimits = field(default_factory=CorpusLimits)
     part: Part = "all"
     report: Report = field(default_factory=Report)
 
@@ -94,16 +94,16 @@ class Corpus:
                 yield document
 
 
-def standard_library_documents(limits: Limits | None = None) -> Corpus:
+def standard_library_documents(limits: CorpusLimits | None = None) -> Corpus:
     """The Python standard library's own `.py` source (with its tests, without site-packages), by relative path."""
     root = Path(sysconfig.get_path("stdlib"))
     files = tuple((key, path) for key, path in _walk(root, CODE_SUFFIXES))
     if not files:
         raise UserError(f"{root} holds no .py files; this Python comes without its source, name --input PATH instead")
-    return Corpus("stdlib", files, limits or Limits())
+    return Corpus("stdlib", files, limits or CorpusLimits())
 
 
-def documents(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> Corpus:
+def documents(paths: Sequence[str | os.PathLike], limits: CorpusLimits | None = None) -> Corpus:
     """Documents of files and folders: .txt and .md (cut at blank lines), .py, .jsonl (one document per "text").
 
     Raises UserError naming every path that does not exist, is of another kind, or holds nothing to read.
@@ -124,7 +124,7 @@ def documents(paths: Sequence[str | os.PathLike], limits: Limits | None = None) 
             files.append((path.name, path))
     if faults or not files:
         raise UserError("; ".join(faults) or "no input was named")
-    return Corpus(" ".join(map(str, paths)), tuple(files), limits or Limits())
+    return Corpus(" ".join(map(str, paths)), tuple(files), limits or CorpusLimits())
 
 
 def _walk(root: Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
@@ -139,7 +139,7 @@ def _walk(root: Path, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
-def _read(key: str, path: Path, limits: Limits, skipped: Counter) -> Iterator[Document]:
+def _read(key: str, path: Path, limits: CorpusLimits, skipped: Counter) -> Iterator[Document]:
     try:
         is_code = path.suffix in CODE_SUFFIXES
         if is_code and path.stat().st_size > limits.max_file_bytes:
@@ -200,5 +200,5 @@ def _records(key: str, content: bytes, skipped: Counter) -> Iterator[Document]:
                 skipped["empty"] += 1
 
 
-def _is_heldout(digest: bytes, limits: Limits) -> bool:
+def _is_heldout(digest: bytes, limits: CorpusLimits) -> bool:
     return int.from_bytes(digest[16:24], "big") < limits.heldout_fraction * 2**64

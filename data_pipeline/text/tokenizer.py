@@ -71,15 +71,15 @@ class Tokenizer:
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.model,)
 
-    def save(self, path: str | os.PathLike, facts: dict) -> None:
-        """Write the model, and `facts` about it to `<path>.json`, each aside and then renamed; facts come first.
+    def save(self, path: str | os.PathLike, report: dict) -> None:
+        """Write `report`, how the tokenizer was made and measured, to `<path>.json`, and then the model to `path`.
 
         Raises UserError for a place that cannot be written, StorageError when the disk refuses.
         """
         path = Path(path)
-        content = json.dumps({**facts, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
+        content = json.dumps({**report, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
         with writing(path):
-            write_file(facts_path(path), content)
+            write_file(report_path(path), content)
             write_file(path, self.model)
 
     def encode(self, text: str) -> list[int]:
@@ -125,9 +125,9 @@ class TokenizerOptions:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fertility:
-    """How a tokenizer does on some documents."""
+    """Tokens per word and bytes per token of a tokenizer, counted on some documents."""
 
     num_documents: int
     text_bytes: int
@@ -146,18 +146,18 @@ class Fertility:
         return self.num_tokens / max(1, self.num_words)
 
 
-def facts_path(path: str | os.PathLike) -> Path:
-    """Where the facts of a saved tokenizer stand."""
+def report_path(path: str | os.PathLike) -> Path:
+    """The file beside a saved tokenizer that holds its report."""
     return Path(f"{os.fspath(path)}.json")
 
 
-def load_facts(path: str | os.PathLike) -> dict:
-    """The facts that were saved beside the tokenizer `path`; empty when there are none that can be read."""
+def load_report(path: str | os.PathLike) -> dict:
+    """The report that was saved beside the tokenizer `path`; empty when there is none that can be read."""
     try:
-        facts = json.loads(facts_path(path).read_text(encoding="utf-8"))
+        report = json.loads(report_path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return report if isinstance(report, dict) else {}
 
 
 def sample_text(documents: Iterable[Document], total_bytes: int, options: TokenizerOptions) -> list[str]:
@@ -231,7 +231,8 @@ def measure(tokenizer: Tokenizer, documents: Iterable[Document]) -> Fertility:
         num_words += len(document.text.split())
         num_tokens += len(ids)
         num_errors += tokenizer.decode(ids) != document.text
-    return Fertility(num_documents, text_bytes, num_words, num_tokens, num_errors)
+    return Fertility(num_documents=num_documents, text_bytes=text_bytes, num_words=num_words, num_tokens=num_tokens,
+                     num_round_trip_errors=num_errors)
 
 
 def _blocks(text: str) -> Iterator[str]:
@@ -249,7 +250,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer of ours, or another project's that was made to look like one."""
+    """The interface of every tokenizer: one trained here, or one of another project behind an adapter."""
 
     vocab_size: int
     end_of_text: int

@@ -1,1 +1,1 @@
-"""Datasets of tokens."""
+"""Datasets of tokenized documents: folders, and documents in memory."""

@@ -1,4 +1,4 @@
-"""Texts as a dataset in memory: what a dataset folder gives, for documents that have none."""
+"""Documents tokenized in memory, with the interface of a dataset folder."""
 
 from collections.abc import Iterable, Sequence
 

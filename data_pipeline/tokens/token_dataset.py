@@ -1,17 +1,18 @@
 """Reading a dataset folder: shards are memory-mapped, members found through the index, nothing is extracted."""
 
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError
-from data_pipeline.folder.manifest import Manifest, ShardEntry, file_sizes, shard_faults
-from data_pipeline.folder.shard_reader import MAX_FAULTS_NAMED, MAX_MAPPED_SHARDS, Shard, load_index
+from data_pipeline.folder.manifest import Manifest, ShardEntry
+from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
 from data_pipeline.order import DocumentSpan, TokenSamples
 from data_pipeline.text.tokenizer import Tokenizer
+
+TOKENS_SUFFIX = ".tokens"
 
 
 class TokenDataset:
@@ -20,28 +21,22 @@ class TokenDataset:
     Pickles as its folder name: a loader process opens it again by itself.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, rows: np.ndarray, first_documents: np.ndarray) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, rows: np.ndarray) -> None:
         self.folder = folder
         self.manifest = manifest
         self.token_counts = rows[:, 2]
         self._rows = rows
-        self._first_documents = first_documents
         self._is_checked = np.zeros(len(rows), dtype=bool)
-        self._mapped: OrderedDict[int, Shard] = OrderedDict()
+        self._shards = MappedShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards])
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "TokenDataset":
         """Open a folder. Raises DataError naming every shard or index that is missing, short or does not belong."""
         folder = Path(folder)
         manifest = Manifest.load(folder)
-        sizes = file_sizes(folder)
-        faults = [fault for entry in manifest.shards for fault in shard_faults(folder, entry, sizes)]
-        if faults:
-            more = f" and {len(faults) - MAX_FAULTS_NAMED} more" if len(faults) > MAX_FAULTS_NAMED else ""
-            raise DataError("; ".join(faults[:MAX_FAULTS_NAMED]) + more)
+        require_files(folder, manifest)
         rows = np.concatenate([load_index(folder, entry, manifest.bytes_per_token) for entry in manifest.shards])
-        counts = [entry.num_documents for entry in manifest.shards]
-        return cls(folder, manifest, rows, np.cumsum([0, *counts]))
+        return cls(folder, manifest, rows)
 
     def __reduce__(self) -> tuple:
         return TokenDataset.open, (str(self.folder),)
@@ -86,10 +81,10 @@ class TokenDataset:
 
         Raises DataError naming shard and document when the tar member is not what the index says.
         """
-        shard, entry = self._shard_of(document)
+        shard, _ = self._shards.shard_of(document)
         offset, length_bytes, _ = (int(value) for value in self._rows[document])
         if not self._is_checked[document]:
-            fault = shard.member_fault(offset, length_bytes)
+            fault = shard.member_fault(offset, length_bytes, (TOKENS_SUFFIX,))
             if fault:
                 raise DataError(f"document {document} at byte {offset:,} of {shard.path}: {fault}")
             self._is_checked[document] = True
@@ -104,19 +99,9 @@ class TokenDataset:
 
     def place(self, document: int) -> tuple[str, str, int]:
         """(shard name, key, byte offset) of a document, for messages and accounting."""
-        shard, entry = self._shard_of(document)
+        shard, _ = self._shards.shard_of(document)
         offset = int(self._rows[document, 0])
-        return entry.name, shard.key(offset), offset
-
-    def _shard_of(self, document: int) -> tuple[Shard, ShardEntry]:
-        number = int(np.searchsorted(self._first_documents, document, side="right")) - 1
-        entry = self.manifest.shards[number]
-        if number not in self._mapped:
-            self._mapped[number] = Shard(self.folder / entry.name, entry.size_bytes)
-            if len(self._mapped) > MAX_MAPPED_SHARDS:
-                self._mapped.popitem(last=False)
-        self._mapped.move_to_end(number)
-        return self._mapped[number], entry
+        return shard.path.name, shard.key(offset), offset
 
     def _name_bad_token(self, pieces: Sequence[DocumentSpan]) -> str:
         for document in (piece.document for piece in pieces):
@@ -130,3 +115,14 @@ class TokenDataset:
         raise AssertionError("no piece holds a token id outside the vocabulary")
 
 
+def load_index(folder: Path, entry: ShardEntry, bytes_per_token: int) -> np.ndarray:
+    """int64 [num_documents, 3]: payload offset, length in bytes, number of tokens of each document of a shard.
+
+    Raises DataError when the index cannot be read or does not belong to the shard.
+    """
+    rows = read_index(folder, entry, entry.num_documents, 3)
+    fits = (rows >= 0).all() and (rows[:, 0] + rows[:, 1] <= entry.size_bytes).all()
+    if not fits or (rows[:, 1] != rows[:, 2] * bytes_per_token).any() or rows[:, 2].sum() != entry.num_tokens:
+        path = folder / entry.index
+        raise DataError(f"index {path} does not belong to shard {entry.name}: offsets or token counts disagree")
+    return rows

@@ -22,7 +22,6 @@ from data_pipeline.folder.manifest import (
     ShardEntry,
     TokenizerEntry,
 )
-from data_pipeline.folder.shard_reader import TOKENS_SUFFIX
 from data_pipeline.folder.shard_writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -31,14 +30,14 @@ from data_pipeline.folder.shard_writer import (
 )
 from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import Tokenizer
-from data_pipeline.tokens.token_dataset import TokenDataset
+from data_pipeline.tokens.token_dataset import TOKENS_SUFFIX, TokenDataset
 
 DOCUMENTS_PER_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a writer is."""
+class WriteProgress:
+    """What a writer has written so far."""
 
     num_documents: int
     text_bytes: int
@@ -57,10 +56,11 @@ def write_dataset(
     documents: Iterable[Document],
     tokenizer: Tokenizer,
     folder: str | os.PathLike,
+    *,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     split: str = "train",
     num_threads: int = 1,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[WriteProgress], None] | None = None,
 ) -> Written:
     """Tokenize documents into `folder`, or reuse it when it was made from the same inputs.
 
@@ -100,7 +100,7 @@ class _DatasetWriter:
         self.tokenizer = tokenizer
         self.shard_bytes = shard_bytes
         self.dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-        self.progress = Progress(0, 0, 0)
+        self.progress = WriteProgress(0, 0, 0)
         self.entries: list[ShardEntry] = []
         self.shard: ShardWriter | None = None
         self.inputs = _InputsDigest()
@@ -113,7 +113,7 @@ class _DatasetWriter:
             key = member_key(self.progress.num_documents, document.key)
             self.shard.write(key, {TOKENS_SUFFIX.removeprefix("."): tokens.tobytes()}, len(tokens))
             before = self.progress
-            self.progress = Progress(
+            self.progress = WriteProgress(
                 before.num_documents + 1, before.text_bytes + self.inputs.add(document), before.num_tokens + len(tokens)
             )
             if self.shard.payload_bytes >= self.shard_bytes:

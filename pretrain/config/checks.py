@@ -65,7 +65,7 @@ def _data_problems(data: DataConfig, objective: ObjectiveConfig, model: FamilyCo
     family, spec = family_spec(model.family), OBJECTIVES[objective.name]
     if objective.name in family.objectives:
         yield from data_problems(data, spec.window_tokens(objective, model), model.vocab_size,
-                                 spec.reserved_ids(objective, model), reads=family.reads)
+                                 reserved_ids=spec.reserved_ids(objective, model), reads=family.reads)
 
 
 def _start_problems(run: RunSection, checkpoint: CheckpointSection, model: FamilyConfig) -> Iterator[Problem]:

@@ -19,7 +19,8 @@ MAY_PRINT = ("pretrain/training/hooks/console.py", "pretrain/commands/")
 MAX_POSITIONAL = 4
 # Rooms whose functions and dataclasses take every argument from the fifth on by keyword.
 ROOMS_DONE = ("common/", "launchers/", "parallel/rules/", "parallel/ranks/", "pretrain/cli.py", "pretrain/config/",
-              "pretrain/selfcheck/", *(f"pretrain/commands/{verb}.py" for verb in (
+              "pretrain/selfcheck/", "data_pipeline/", "pretrain/commands/data/",
+              *(f"pretrain/commands/{verb}.py" for verb in (
                   "submit", "status", "cancel", "selfcheck", "train", "checkpoint", "demo", "generate")))
 MAY_BE_POSITIONAL = {"forward"}  # of modules and autograd functions, which torch calls
 ERROR_BASE = "TrainyardError"

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 
 from common.errors import UserError
-from data_pipeline.text.corpus import Limits, documents, standard_library_documents
+from data_pipeline.text.corpus import CorpusLimits, documents, standard_library_documents
 
 
 def test_standard_library_is_sorted_and_without_third_parties():
@@ -21,7 +21,7 @@ def test_standard_library_is_sorted_and_without_third_parties():
 def test_parts_are_disjoint_and_complete(tmp_path):
     for number in range(200):
         (tmp_path / f"{number}.py").write_text(f"x = {number}\n")
-    corpus = documents([tmp_path], Limits(heldout_fraction=0.2))
+    corpus = documents([tmp_path], CorpusLimits(heldout_fraction=0.2))
     train, heldout = (set(corpus.select(part)) for part in ("train", "heldout"))
     assert train.isdisjoint(heldout)
     assert train | heldout == set(corpus)
@@ -47,7 +47,7 @@ def test_what_is_left_out_is_counted(tmp_path):
 def test_prose_is_cut_at_blank_lines_and_keeps_every_byte(tmp_path):
     text = "".join(f"line {number}\r\n" + "\n" * (number % 7 == 0) for number in range(3_000))
     (tmp_path / "play.txt").write_bytes(text.encode())
-    found = list(documents([tmp_path / "play.txt"], Limits(text_document_bytes=1_000)))
+    found = list(documents([tmp_path / "play.txt"], CorpusLimits(text_document_bytes=1_000)))
     assert len(found) > 20
     assert "".join(document.text for document in found) == text
     assert all(document.text.endswith("\n\n") for document in found[:-1])
@@ -71,4 +71,4 @@ def test_every_wrong_path_is_named(tmp_path):
 
 def test_impossible_share():
     with pytest.raises(UserError, match="heldout_fraction=1.5"):
-        Limits(heldout_fraction=1.5)
+        CorpusLimits(heldout_fraction=1.5)

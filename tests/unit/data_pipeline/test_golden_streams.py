@@ -123,5 +123,5 @@ def written_pairs(tokenizer, folder):
         return written.getvalue()
 
     pairs = [RawPair(str(number), ".png", content(number), f"caption {number}") for number in range(40)]
-    write_pairs(pairs, tokenizer, folder, "train", "golden")
+    write_pairs(pairs, tokenizer, folder, split="train", inputs="golden")
     return folder

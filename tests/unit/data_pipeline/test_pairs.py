@@ -39,7 +39,8 @@ def pair(number: int) -> RawPair:
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "train"
-    manifest, is_reused = write_pairs(map(pair, range(40)), tokenizer, folder, "train", "40 pairs", shard_bytes=3000)
+    manifest, is_reused = write_pairs(map(pair, range(40)), tokenizer, folder, split="train", inputs="40 pairs",
+                                      shard_bytes=3000)
     assert len(manifest.shards) > 2
     assert (manifest.num_pairs, is_reused) == (40, False)
     return folder
@@ -119,7 +120,7 @@ def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
 
 def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
     pairs = [RawPair(str(n), ".png", good(n).image if n % 3 else b"broken", "some words") for n in range(90)]
-    write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
+    write_pairs(pairs, tokenizer, tmp_path / "bad", split="train", inputs="x")
     plan = BatchPlan(seed=5, global_batch=8, micro_batch=8)
     with Loader(PairsDataset.open(tmp_path / "bad", SIZE), plan, ReadOptions(LENGTH)) as loader, \
             pytest.raises(DataError, match="max_bad_fraction"):
@@ -129,7 +130,7 @@ def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
 
 def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
     pairs = [RawPair(str(n), ".png", b"broken", "words") for n in range(6)]
-    write_pairs(pairs, tokenizer, tmp_path / "bad", "train", "x")
+    write_pairs(pairs, tokenizer, tmp_path / "bad", split="train", inputs="x")
     with pytest.raises(DataError, match="6 pairs in a row"):
         PairsDataset.open(tmp_path / "bad", SIZE).samples(LENGTH, 5).sample(0)
 
@@ -159,9 +160,9 @@ def test_captions(content, is_json, expected):
 
 
 def test_reused_or_in_the_way(folder, tokenizer, dataset_folder):
-    assert write_pairs([], tokenizer, folder, "train", "40 pairs", shard_bytes=3000)[1]
+    assert write_pairs([], tokenizer, folder, split="train", inputs="40 pairs", shard_bytes=3000)[1]
     with pytest.raises(UserError, match="other input"):
-        write_pairs([], tokenizer, folder, "train", "41 pairs")
+        write_pairs([], tokenizer, folder, split="train", inputs="41 pairs")
     with pytest.raises(UserError, match="images with captions"):
         TokenDataset.open(folder)
     with pytest.raises(UserError, match="tokenized documents"):
@@ -170,7 +171,7 @@ def test_reused_or_in_the_way(folder, tokenizer, dataset_folder):
 
 def test_nothing_to_write(tokenizer, tmp_path):
     with pytest.raises(UserError, match="no pair"):
-        write_pairs([], tokenizer, tmp_path / "none", "train", "x")
+        write_pairs([], tokenizer, tmp_path / "none", split="train", inputs="x")
     assert not (tmp_path / "none").exists()
 
 
@@ -218,11 +219,11 @@ def test_pairs_from_folders_and_tars(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-    lonely: list[str] = []
-    found = list(raw_pairs([tmp_path / "photos", tmp_path / "x.tar"], lonely.append))
+    uncaptioned: list[str] = []
+    found = list(raw_pairs([tmp_path / "photos", tmp_path / "x.tar"], uncaptioned.append))
     assert [(pair.suffix, pair.caption) for pair in found] == [
         (".png", "first"), (".png", "third"), (".jpg", "from a tar")]
     assert found[2].image == good(1).image
-    assert [name.rpartition("/")[2] for name in lonely] == ["b"]
+    assert [name.rpartition("/")[2] for name in uncaptioned] == ["b"]
     with pytest.raises(DataError, match="tar file"):
         list(raw_pairs([tmp_path / "photos" / "a.png"]))

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, UserError
-from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, load_facts, measure, sample_text, train_tokenizer
+from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, load_report, measure, sample_text, train_tokenizer
 
 # Characters that tokenizers like to lose, mixed into arbitrary text.
 awkward = st.sampled_from(
@@ -49,7 +49,7 @@ def test_save_load_pickle(tokenizer, tmp_path):
     path = tmp_path / "new" / "t.model"
     tokenizer.save(path, {"note": 1})
     loaded = Tokenizer.load(path)
-    assert loaded.sha256 == tokenizer.sha256 == load_facts(path)["sha256"]
+    assert loaded.sha256 == tokenizer.sha256 == load_report(path)["sha256"]
     assert pickle.loads(pickle.dumps(loaded)).encode("self") == tokenizer.encode("self")
     assert sorted(file.name for file in path.parent.iterdir()) == ["t.model", "t.model.json"]
 

@@ -173,7 +173,7 @@ def damaged(shapes, tmp_path_factory):
         content = {7: b"not an image", 21: image[:90]}.get(number, image)
         pairs.append(RawPair(f"pair {number}", ".png", content, {33: " ", 50: ""}.get(number, caption)))
     folder = tmp_path_factory.mktemp("damaged")
-    write_pairs(pairs, good.tokenizer, folder / "train", "train", "four of 60 damaged")
+    write_pairs(pairs, good.tokenizer, folder / "train", split="train", inputs="four of 60 damaged")
     return folder
 
 

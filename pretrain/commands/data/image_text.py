@@ -1,16 +1,12 @@
-"""The verbs of `trainyard data` on pairs of image and caption: `shapes` draws them, `images` takes what is there, and
-`stats` describes a folder of them."""
+"""The verbs of `trainyard data` that write pairs of image and caption: `shapes` draws them, `images` reads files."""
 
 import argparse
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from common.errors import ExitCode
-
-MEGABYTE = 1e6
-MAX_LOOKED_AT = 1000
+from pretrain.commands.data.describe import MEGABYTE
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
@@ -38,7 +34,8 @@ def shapes(args: argparse.Namespace, console: Console) -> int:
     from data_pipeline.image_text.synthetic_shapes import HELD_OUT, SEEN, write_shapes
 
     with console.status("drawing"):
-        folders = write_shapes(args.to, args.num_train, args.num_test, args.seed, args.size)
+        folders = write_shapes(args.to, num_train=args.num_train, num_test=args.num_test, seed=args.seed,
+                               size=args.size)
     console.print(f"{len(SEEN)} combinations of colour and shape to train on, {len(HELD_OUT)} held out: "
                   f"{args.num_train:,} scenes to train on, {args.num_test:,} and as many zero-shot images to test")
     for folder in folders:
@@ -47,51 +44,21 @@ def shapes(args: argparse.Namespace, console: Console) -> int:
 
 
 def images(args: argparse.Namespace, console: Console) -> int:
-    """Write what has an image and a caption; whether an image can be decoded is found out when it is read."""
+    """Write the images that have a caption; an image that cannot be decoded is noticed when it is read."""
     from data_pipeline.image_text.pair_writer import inputs_of, raw_pairs, write_pairs
     from data_pipeline.text.tokenizer import Tokenizer
 
-    lonely: list[str] = []
+    uncaptioned: list[str] = []
     with console.status(f"writing {args.to}"):
-        manifest, is_reused = write_pairs(raw_pairs(args.input, lonely.append), Tokenizer.load(args.tokenizer), args.to,
-                                          args.split, inputs_of(args.input), round(args.shard_mb * MEGABYTE))
+        pairs = raw_pairs(args.input, on_uncaptioned=uncaptioned.append)
+        manifest, is_reused = write_pairs(pairs, Tokenizer.load(args.tokenizer), args.to, split=args.split,
+                                          inputs=inputs_of(args.input), shard_bytes=round(args.shard_mb * MEGABYTE))
     console.print(f"{args.to} is there already, made from the same input: reused" if is_reused else f"wrote {args.to}")
     console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB "
                   f"in {len(manifest.shards)} shards")
-    if lonely:
-        console.print(f"  left out {len(lonely):,} images without a caption, first: {lonely[0]}")
+    if uncaptioned:
+        console.print(f"  left out {len(uncaptioned):,} images without a caption, first: {uncaptioned[0]}")
     return ExitCode.DONE
 
 
-def stats(args: argparse.Namespace, console: Console) -> int:
-    """Describe a folder of pairs; sizes of images and captions are those of its first pairs."""
-    import numpy as np
-
-    from data_pipeline.image_text.images import BadImage, decode
-    from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
-
-    dataset = PairsDataset.open(args.folder)
-    manifest = dataset.manifest
-    looked_at = min(len(dataset), MAX_LOOKED_AT)
-    sides, lengths = [], []
-    for number in range(looked_at):
-        try:
-            pair = dataset.pair(number)
-            sides.append(min(decode(pair.image).size))
-            lengths.append(len(dataset.tokenizer.encode(pair.caption)))
-        except (BadPair, BadImage):
-            continue
-    table = Table(show_header=False)
-    rows = [("folder", str(args.folder)), ("split", manifest.split), ("pairs", f"{manifest.num_pairs:,}"),
-            ("shards", f"{len(manifest.shards)}, {manifest.size_bytes / MEGABYTE:.1f} MB"),
-            ("vocabulary", f"{manifest.vocab_size:,}, end-of-text is {manifest.end_of_text}"),
-            ("tokenizer", f"{manifest.tokenizer.file}, SHA-256 {manifest.tokenizer.sha256[:16]}...")]
-    for name, found in (("shorter side of images", sides), ("tokens of captions", lengths)):
-        if found:
-            least, median, most = np.percentile(found, (0, 50, 100))
-            rows.append((name, f"{least:,.0f} least, {median:,.0f} median, {most:,.0f} most"))
-    rows.append(("usable", f"{len(sides):,} of the first {looked_at:,}"))
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    return ExitCode.DONE
+VERBS = {"shapes": shapes, "images": images}

@@ -1,4 +1,4 @@
-"""`trainyard data ...`: looks at a corpus, trains a tokenizer, writes, verifies and describes dataset folders."""
+"""The verbs of `trainyard data` on text: `corpus` counts documents, `tokenizer` trains one, `shard` writes datasets."""
 
 import argparse
 import filecmp
@@ -12,27 +12,21 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from common.errors import ExitCode, UserError
 from common.files import write_aside, writing
-from pretrain.commands import data_pairs
+from pretrain.commands.data.describe import MEGABYTE
 
 if TYPE_CHECKING:
     from data_pipeline.text.corpus import Corpus
     from data_pipeline.text.tokenizer import Tokenizer
-    from data_pipeline.tokens.token_writer import Progress as Written
+    from data_pipeline.tokens.token_writer import WriteProgress
 
 SECONDS_BETWEEN_LINES = 5.0
-MEGABYTE = 1e6
-MAX_UNUSABLE_NAMED = 10
 
 
-def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Add the verb `data` and its own verbs."""
-    parser = subparsers.add_parser("data", help="prepare and check data", description=__doc__)
-    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
-
+def add_verbs(verbs: argparse._SubParsersAction) -> None:
+    """Add `corpus`, `tokenizer` and `shard`."""
     corpus = verbs.add_parser("corpus", help="count the documents of an input, and what is left out and why")
     _add_input(corpus)
     corpus.add_argument("--split", choices=("train", "heldout", "all"), default="all", help="which part (all)")
@@ -52,22 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
     shard.add_argument("--shard-mb", type=float, default=64.0, help="token megabytes per shard (64)")
     shard.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads (one per core)")
 
-    verify = verbs.add_parser("verify", help="recompute the checksums and counts of a dataset")
-    verify.add_argument("folder", type=Path, metavar="DIR")
-
-    stats = verbs.add_parser("stats", help="what a dataset holds")
-    stats.add_argument("folder", type=Path, metavar="DIR")
-    stats.add_argument("--sequence-length", type=int, default=1024, help="tokens per sample to count with (1024)")
-    data_pairs.add_verbs(verbs)
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Carry out the verb that was parsed; returns the exit code. Raises TrainyardError."""
-    verbs = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard, "verify": _verify, "stats": _stats,
-             "shapes": data_pairs.shapes, "images": data_pairs.images}
-    return verbs[args.data_verb](args, Console(soft_wrap=True, highlight=False))
-
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -83,9 +61,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _open_corpus(args: argparse.Namespace, part: str) -> "Corpus":
-    from data_pipeline.text.corpus import Limits, documents, standard_library_documents
+    from data_pipeline.text.corpus import CorpusLimits, documents, standard_library_documents
 
-    limits = Limits(heldout_fraction=args.heldout_fraction)
+    limits = CorpusLimits(heldout_fraction=args.heldout_fraction)
     if args.input == ["stdlib"]:
         return standard_library_documents(limits).select(part)
     return documents(args.input, limits).select(part)
@@ -99,7 +77,7 @@ def _corpus(args: argparse.Namespace, console: Console) -> int:
     else:
         is_reused = _write_records(corpus, args.to)
         console.print(f"{args.to} is there already, with the same content: reused" if is_reused else f"wrote {args.to}")
-    _print_report(corpus, console)
+    _print_corpus(corpus, console)
     return ExitCode.DONE
 
 
@@ -115,7 +93,7 @@ def _write_records(corpus: "Corpus", path: Path) -> bool:
     return is_there
 
 
-def _print_report(corpus: "Corpus", console: Console) -> None:
+def _print_corpus(corpus: "Corpus", console: Console) -> None:
     report = corpus.report
     console.print(
         f"{corpus.name} ({corpus.part}): {report.num_documents:,} documents, "
@@ -126,38 +104,38 @@ def _print_report(corpus: "Corpus", console: Console) -> None:
 
 
 def _tokenizer(args: argparse.Namespace, console: Console) -> int:
-    from data_pipeline.text.tokenizer import TokenizerOptions, inputs_sha256, load_facts, sample_text, train_tokenizer
+    from data_pipeline.text.tokenizer import TokenizerOptions, inputs_sha256, load_report, sample_text, train_tokenizer
 
     options = TokenizerOptions(vocab_size=args.vocab_size, algorithm=args.algorithm)
     corpus = _open_corpus(args, "train")
     for _ in corpus:
         pass
-    _print_report(corpus, console)
+    _print_corpus(corpus, console)
     sample = sample_text(corpus, corpus.report.text_bytes, options)
     fingerprint = inputs_sha256(sample, options)
     if args.to.exists():
-        return _reuse_tokenizer(args.to, fingerprint, load_facts(args.to), console)
+        return _reuse_tokenizer(args.to, fingerprint, load_report(args.to), console)
     started = time.monotonic()
     with console.status("training"):
         tokenizer = train_tokenizer(sample, options)
     console.print(f"trained {args.algorithm} on {len(sample):,} blocks in {time.monotonic() - started:.1f} s")
-    facts = {"inputs_sha256": fingerprint, "algorithm": args.algorithm, "vocab_size": tokenizer.vocab_size}
-    facts |= _fertility(tokenizer, _open_corpus(args, "heldout"), _open_corpus(args, "train"))
-    tokenizer.save(args.to, facts)
+    report = {"inputs_sha256": fingerprint, "algorithm": args.algorithm, "vocab_size": tokenizer.vocab_size}
+    report |= _fertility(tokenizer, _open_corpus(args, "heldout"), _open_corpus(args, "train"))
+    tokenizer.save(args.to, report)
     console.print(f"wrote {args.to}")
-    _print_facts(facts, console)
+    _print_tokenizer(report, console)
     return ExitCode.DONE
 
 
-def _reuse_tokenizer(path: Path, fingerprint: str, facts: dict, console: Console) -> int:
+def _reuse_tokenizer(path: Path, fingerprint: str, report: dict, console: Console) -> int:
     from data_pipeline.text.tokenizer import Tokenizer
 
-    if facts.get("inputs_sha256") != fingerprint or Tokenizer.load(path).sha256 != facts.get("sha256"):
+    if report.get("inputs_sha256") != fingerprint or Tokenizer.load(path).sha256 != report.get("sha256"):
         raise UserError(
             f"{path} exists and was made from other input or options; choose another --to or remove that file first"
         )
     console.print(f"{path} is there already, made from the same input: reused")
-    _print_facts(facts, console)
+    _print_tokenizer(report, console)
     return ExitCode.DONE
 
 
@@ -178,10 +156,11 @@ def _fertility(tokenizer: "Tokenizer", heldout: "Corpus", train: "Corpus") -> di
     }
 
 
-def _print_facts(facts: dict, console: Console) -> None:
+def _print_tokenizer(report: dict, console: Console) -> None:
     console.print(
-        f"{facts['vocab_size']} token ids; on {facts['measured_on']}: {facts['bytes_per_token']:.3f} bytes per token, "
-        f"{facts['tokens_per_word']:.3f} tokens per word, {facts['num_round_trip_errors']} round-trip errors"
+        f"{report['vocab_size']} token ids; on {report['measured_on']}: "
+        f"{report['bytes_per_token']:.3f} bytes per token, "
+        f"{report['tokens_per_word']:.3f} tokens per word, {report['num_round_trip_errors']} round-trip errors"
     )
 
 
@@ -201,7 +180,7 @@ def _shard(args: argparse.Namespace, console: Console) -> int:
             num_threads=max(1, args.threads),
             progress=show,
         )
-    _print_report(corpus, console)
+    _print_corpus(corpus, console)
     manifest = written.manifest
     if written.is_reused:
         console.print(f"{args.to} is there already, made from the same input: reused")
@@ -236,14 +215,14 @@ class _PlainLines:
         self.started = started
         self.printed = started
 
-    def __call__(self, written: "Written") -> None:
+    def __call__(self, written: "WriteProgress") -> None:
         now = time.monotonic()
         if now - self.printed >= SECONDS_BETWEEN_LINES:
             self.printed = now
             self.console.print(_progress_line(written, self.started))
 
 
-def _progress_line(written: "Written", started: float) -> str:
+def _progress_line(written: "WriteProgress", started: float) -> str:
     seconds = max(1e-9, time.monotonic() - started)
     return (
         f"{written.num_documents:,} documents, {written.num_tokens:,} tokens, "
@@ -251,62 +230,4 @@ def _progress_line(written: "Written", started: float) -> str:
     )
 
 
-def _verify(args: argparse.Namespace, console: Console) -> int:
-    from data_pipeline.verify import verify
-
-    table = Table("file", "samples", "tokens", "problem")
-    num_files = num_samples = num_problems = 0
-    unusable: list[str] = []
-    with console.status(f"verifying {args.folder}"):
-        for report in verify(args.folder):
-            num_files += 1
-            num_samples += report.num_samples
-            num_problems += len(report.problems)
-            unusable += report.unusable
-            for problem in report.problems or ("none",):
-                table.add_row(report.name, f"{report.num_samples:,}", f"{report.num_tokens:,}", problem)
-    console.print(table)
-    if unusable:
-        console.print(f"{len(unusable):,} of {num_samples:,} pairs cannot be used and are passed over in training:")
-        for fault in unusable[:MAX_UNUSABLE_NAMED]:
-            console.print(f"  {fault}")
-    if num_problems:
-        console.print(f"{args.folder}: {num_problems} problems in {num_files} files; do not train on it")
-        return ExitCode.DATA
-    console.print(f"{args.folder}: {num_files} files, all as the manifest says")
-    return ExitCode.DONE
-
-
-def _stats(args: argparse.Namespace, console: Console) -> int:
-    import numpy as np
-
-    from data_pipeline.folder.manifest import PairsManifest, load_manifest
-    from data_pipeline.order import num_windows
-    from data_pipeline.tokens.token_dataset import TokenDataset
-
-    if args.sequence_length < 1:
-        raise UserError(f"--sequence-length {args.sequence_length} must be at least 1")
-    if isinstance(load_manifest(args.folder), PairsManifest):
-        return data_pairs.stats(args, console)
-    dataset = TokenDataset.open(args.folder)
-    manifest = dataset.manifest
-    least, median, most = np.percentile(dataset.token_counts, (0, 50, 100))
-    table = Table(show_header=False)
-    for name, value in (
-        ("folder", str(args.folder)),
-        ("split", manifest.split),
-        ("documents", f"{manifest.num_documents:,}"),
-        ("tokens", f"{manifest.num_tokens:,}"),
-        ("text", f"{manifest.text_bytes / MEGABYTE:.1f} MB, {manifest.text_bytes / manifest.num_tokens:.3f} per token"),
-        ("tokens per document", f"{least:,.0f} least, {median:,.0f} median, {most:,.0f} most"),
-        ("shards", f"{len(manifest.shards)}, {manifest.size_bytes / MEGABYTE:.1f} MB, {manifest.dtype} ids"),
-        ("vocabulary", f"{manifest.vocab_size:,}, end-of-text is {manifest.end_of_text}"),
-        ("tokenizer", f"{manifest.tokenizer.file}, SHA-256 {manifest.tokenizer.sha256[:16]}..."),
-        (
-            f"samples of {args.sequence_length} tokens",
-            f"{num_windows(manifest.num_tokens, args.sequence_length):,} an epoch",
-        ),
-    ):
-        table.add_row(name, value)
-    console.print(table)
-    return ExitCode.DONE
+VERBS = {"corpus": _corpus, "tokenizer": _tokenizer, "shard": _shard}
