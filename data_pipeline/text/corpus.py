@@ -10,7 +10,7 @@ import os
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -67,6 +67,7 @@ class Corpus:
     files: tuple[tuple[str, Path], ...]
     limits: CorpusLimits = field(default_factory=CorpusLimits)
     part: Part = "all"
+    _: KW_ONLY
     report: Report = field(default_factory=Report)
 
     def select(self, part: Part) -> "Corpus":
