@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from common.errors import ExitCode, UserError
-from pretrain.checkpoint.manifest import PREFIX, CheckpointError, damaged_files, published, read_manifest
+from common.errors import CheckpointError, ExitCode, UserError
+from pretrain.checkpoint.manifest import PREFIX, damaged_files, published, read_manifest
 from pretrain.commands import checkpoint_hf
 
 
@@ -39,9 +39,10 @@ def folders_of(path: Path) -> list[Path]:
 
 def _list(args: argparse.Namespace) -> int:
     rows = [_row(folder) for folder in folders_of(args.folder)]
+    code = ExitCode.DATA if any("damage" in row for row in rows) else ExitCode.DONE
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-        return ExitCode.DONE
+        return code
     for row in rows:
         if "damage" in row:
             sys.stdout.write(f"{row['checkpoint']}  {row['damage']}\n")
@@ -49,7 +50,7 @@ def _list(args: argparse.Namespace) -> int:
             holds = "weights" if row["weights_only"] else "weights and moments"
             sys.stdout.write(f"{row['checkpoint']}  {row['bytes'] / 1e6:>10,.1f} MB  {row['parameters']:>15,} "
                              f"parameters  {holds}, written by {row['world_size']} ranks\n")
-    return ExitCode.DONE
+    return code
 
 
 def _row(folder: Path) -> dict:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.errors import NodeSuspected, UserError
+from common.files import writing
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.loader import Loader, heldout_batches
 from parallel.engine import Engine, NotFinite
@@ -125,8 +126,9 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         check_same_run(config, checkpoint.manifest, checkpoint.folder)
         run.start_step = checkpoint.manifest["step"]
     if run.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        config.save(run.folder / "config.yaml")
+        with writing(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            config.save(run.folder / "config.yaml")
     engine = run.engine = build_engine(config, groups, device)
     adam_step = 0
     if checkpoint:
