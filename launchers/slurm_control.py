@@ -72,22 +72,14 @@ def cancel(job_id: str) -> None:
 
 def queue_entries(job_id: str) -> list[QueueEntry] | None:
     """The entries of a job and its array elements; none when Slurm has forgotten it, None when it cannot be asked."""
-    try:
-        done = _run(["squeue", "--noheader", "--states=all", "--jobs", job_id, "--format", "%i|%T|%r|%L|%N"],
-                    seconds=QUEUE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return [] if "Invalid job id" in done.stderr else None
-    return [QueueEntry(*line.split("|", 4)) for line in done.stdout.splitlines() if "|" in line]
+    lines = _squeue(job_id, "--states=all", "--format", "%i|%T|%r|%L|%N")
+    return None if lines is None else [QueueEntry(*line.split("|", 4)) for line in lines if "|" in line]
 
 
 def has_ended(job_id: str) -> bool | None:
     """Whether no part of the job runs any more; None when Slurm cannot be asked."""
-    if not is_job_id(job_id):
-        return None
-    entries = queue_entries(job_id)
-    return None if entries is None else not any(entry.state in RUNNING for entry in entries)
+    states = _squeue(job_id, "--format", "%T") if is_job_id(job_id) else None
+    return None if states is None else not any(state.strip() in RUNNING for state in states)
 
 
 def is_job_id(text: str) -> bool:
@@ -133,6 +125,17 @@ def run_on_every_node(num_nodes: int, module: Sequence[str], variables: Mapping[
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
                           env=process_environment() | dict(variables))
     return done.returncode, done.stdout
+
+
+def _squeue(job_id: str, *options: str) -> list[str] | None:
+    """What squeue prints of a job; nothing when Slurm has forgotten it, None when it cannot be asked."""
+    try:
+        done = _run(["squeue", "--noheader", "--jobs", job_id, *options], seconds=QUEUE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
+        return [] if "Invalid job id" in done.stderr else None
+    return done.stdout.splitlines()
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str] | None = None, seconds: float | None = None
