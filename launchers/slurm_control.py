@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,19 +86,18 @@ def is_job_id(text: str) -> bool:
     return all(part.isdigit() for part in text.split("_")) and text.isascii()
 
 
-def requeue(job_id: str, hold: bool) -> list[str]:
-    """Asks Slurm to start the job again, or to hold it in the queue. Returns what Slurm answered to failed attempts."""
-    answers = []
+def requeue(job_id: str, hold: bool, say: Callable[[str], None]) -> None:
+    """Asks Slurm to start the job again, or to hold it in the queue; `say` is given the answer to a failed attempt."""
+    verb = "requeuehold" if hold else "requeue"
     for pause in RETRY_SECONDS:
-        done = _run(["scontrol", "requeuehold" if hold else "requeue", job_id], seconds=CONTROL_SECONDS)
+        done = _run(["scontrol", verb, job_id], seconds=CONTROL_SECONDS)
         if done.returncode == 0:
-            break
+            return
         if done.stderr.strip():  # empty where Slurm, which ends this job for the requeue, has ended scontrol too
-            answers.append(done.stderr.strip())
+            say(f"scontrol {verb}: {done.stderr.strip()}")
         if any(text in done.stderr for text in FINAL_ANSWERS):
-            break
+            return
         time.sleep(pause)
-    return answers
 
 
 def exclude_nodes(job_id: str, nodes: Sequence[str]) -> tuple[bool, str]:

@@ -148,8 +148,7 @@ def _act(status: Status, may_requeue: bool) -> None:
     if decision.action == "end":
         return
     job = process_environment().get("SLURM_JOB_ID", "")
-    for answer in slurm_control.requeue(job, hold=decision.action == "hold"):
-        _say(f"scontrol requeue: {answer}")
+    slurm_control.requeue(job, decision.action == "hold", _say)
     if decision.bad_nodes:
         # Slurm takes this of a pending job only, and ends us for the requeue. It is polite about that for KillWait.
         agreed, names = slurm_control.exclude_nodes(job, decision.bad_nodes)
