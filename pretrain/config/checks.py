@@ -74,7 +74,7 @@ def _start_problems(run: RunSection, checkpoint: CheckpointSection, model: Famil
         yield from start_problems(checkpoint.start_from, model)
 
 
-def folder_problems(run: RunSection) -> Iterator[Problem]:
+def _folder_problems(run: RunSection) -> Iterator[Problem]:
     """The run folder must be writable, or its nearest existing parent must let it be made."""
     folder = Path(run.dir).absolute()
     try:
@@ -102,7 +102,7 @@ _CHECKS: Checks = (
     (("log", "data"), _evaluation_problems),
 )
 _MACHINE_CHECKS: Checks = (
-    (("run",), folder_problems),
+    (("run",), _folder_problems),
     (("data", "objective", "model"), _data_problems),
     (("run", "checkpoint", "model"), _start_problems),
 )
