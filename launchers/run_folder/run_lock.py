@@ -29,8 +29,8 @@ class RunLock:
     def __init__(self, folder: Path, info: RankInfo):
         self.path = Path(folder) / LOCK_FILE
         self._own = {"token": uuid.uuid4().hex, "job_id": info.job_id, "host": socket.gethostname(),
-                       "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
-                       "attempt_token": info.attempt_token}
+                     "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
+                     "attempt_token": info.attempt_token}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
