@@ -22,7 +22,7 @@ _OF_THE_PATH = {
     errno.ENOTDIR: f"a file stands where a folder is needed; {CHOOSE}",
     errno.ENOTEMPTY: f"something is there already; {CHOOSE}",
     errno.EISDIR: f"a folder stands where a file is needed; {CHOOSE}",
-    errno.ENOENT: f"no such folder; {CHOOSE}",
+    errno.ENOENT: f"No such file or directory; {CHOOSE}",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.ELOOP: f"its symbolic links go round in a circle; {CHOOSE}",
     errno.EINVAL: f"no such name is possible there; {CHOOSE}",

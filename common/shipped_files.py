@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package but are no code: recipes and job templates (facts: no torch)."""
+"""Where files lie that are installed with the package and are no code: recipes and job templates."""
 
 import sysconfig
 from pathlib import Path

@@ -60,8 +60,8 @@ def problems(data: DataConfig, window_tokens: int, vocab_size: int, *, reserved_
             manifest = kind.load(folder)
             sizes = file_sizes(Path(folder))
         except (TrainyardError, OSError) as error:
-            kind = Damage if isinstance(error, DataError) else Problem
-            yield kind(where, folder, str(error), f"point {where} at a finished dataset folder")
+            found = Damage if isinstance(error, DataError) else Problem
+            yield found(where, folder, str(error), f"point {where} at a finished dataset folder")
             continue
         tokenizers[field] = manifest.tokenizer.sha256
         yield from _file_problems(where, Path(folder), manifest, sizes)

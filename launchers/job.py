@@ -1,4 +1,4 @@
-"""What is to be started, for every launcher alike: a Job, its checks, and the words of its command."""
+"""A Job, the same for every launcher: its fields, its checks, and the command of one rank."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 
 @dataclass(frozen=True)
 class Slurm:
-    """What only Slurm is told; None leaves it to the cluster's default."""
+    """Options of Slurm alone; None leaves one to the cluster's default."""
 
     _: KW_ONLY
     partition: str | None = None
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def token(self) -> str | None:
-        """Name of the attempt where a person starts the job on every node, each with a supervisor; else None."""
+        """Name of the attempt where the job is started on every node, each with its own supervisor; else None."""
         is_per_node = self.no_ssh or self.node_rank is not None or self.elastic is not None
         return f"{self.name}@{self.master_address}:{self.master_port}" if is_per_node else None
 
@@ -100,7 +100,7 @@ class Job:
         return ("-m", "launchers.supervise.rank_wrapper", str(self.folder), *self.train)
 
     def problems(self) -> Iterator[Problem]:
-        """What keeps the job from being written down safely, whatever the launcher."""
+        """Values that could not be written safely into a command or a script, whatever the launcher."""
         yield from self._problems_of_words()
         for number, where in ((self.nodes, "--nodes"), (self.ranks_per_node, "--ranks-per-node")):
             if not 1 <= number <= 100_000:
@@ -137,7 +137,7 @@ class Job:
 
 
 def slurm_problems(job: Job) -> Iterator[Problem]:
-    """What sbatch must not be given."""
+    """Values that sbatch would refuse, or misread."""
     slurm = job.slurm
     for where, value, pattern, possible in (
         ("--partition", slurm.partition, LIST, "a partition's name, or several with commas"),

@@ -1,4 +1,4 @@
-"""What this machine says to a job before it is started: run folders, ports, names, devices."""
+"""Checks on this machine before a job is started: run folders, ports, host names, devices."""
 
 import socket
 from collections.abc import Iterable, Iterator

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,41 +72,32 @@ def cancel(job_id: str) -> None:
 
 def queue_entries(job_id: str) -> list[QueueEntry] | None:
     """The entries of a job and its array elements; none when Slurm has forgotten it, None when it cannot be asked."""
-    try:
-        done = _run(["squeue", "--noheader", "--states=all", "--jobs", job_id, "--format", "%i|%T|%r|%L|%N"],
-                    seconds=QUEUE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode != 0:
-        return [] if "Invalid job id" in done.stderr else None
-    return [QueueEntry(*line.split("|", 4)) for line in done.stdout.splitlines() if "|" in line]
+    lines = _squeue(job_id, "--states=all", "--format", "%i|%T|%r|%L|%N")
+    return None if lines is None else [QueueEntry(*line.split("|", 4)) for line in lines if "|" in line]
 
 
 def has_ended(job_id: str) -> bool | None:
     """Whether no part of the job runs any more; None when Slurm cannot be asked."""
-    if not is_job_id(job_id):
-        return None
-    entries = queue_entries(job_id)
-    return None if entries is None else not any(entry.state in RUNNING for entry in entries)
+    states = _squeue(job_id, "--format", "%T") if is_job_id(job_id) else None
+    return None if states is None else not any(state.strip() in RUNNING for state in states)
 
 
 def is_job_id(text: str) -> bool:
     return all(part.isdigit() for part in text.split("_")) and text.isascii()
 
 
-def requeue(job_id: str, hold: bool) -> list[str]:
-    """Asks Slurm to start the job again, or to hold it in the queue. Returns what Slurm answered to failed attempts."""
-    answers = []
+def requeue(job_id: str, hold: bool, say: Callable[[str], None]) -> None:
+    """Asks Slurm to start the job again, or to hold it in the queue; `say` is given the answer to a failed attempt."""
+    verb = "requeuehold" if hold else "requeue"
     for pause in RETRY_SECONDS:
-        done = _run(["scontrol", "requeuehold" if hold else "requeue", job_id], seconds=CONTROL_SECONDS)
+        done = _run(["scontrol", verb, job_id], seconds=CONTROL_SECONDS)
         if done.returncode == 0:
-            break
+            return
         if done.stderr.strip():  # empty where Slurm, which ends this job for the requeue, has ended scontrol too
-            answers.append(done.stderr.strip())
+            say(f"scontrol {verb}: {done.stderr.strip()}")
         if any(text in done.stderr for text in FINAL_ANSWERS):
-            break
+            return
         time.sleep(pause)
-    return answers
 
 
 def exclude_nodes(job_id: str, nodes: Sequence[str]) -> tuple[bool, str]:
@@ -133,6 +124,17 @@ def run_on_every_node(num_nodes: int, module: Sequence[str], variables: Mapping[
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
                           env=process_environment() | dict(variables))
     return done.returncode, done.stdout
+
+
+def _squeue(job_id: str, *options: str) -> list[str] | None:
+    """What squeue prints of a job; nothing when Slurm has forgotten it, None when it cannot be asked."""
+    try:
+        done = _run(["squeue", "--noheader", "--jobs", job_id, *options], seconds=QUEUE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode != 0:
+        return [] if "Invalid job id" in done.stderr else None
+    return done.stdout.splitlines()
 
 
 def _run(command: Sequence[str], environ: Mapping[str, str] | None = None, seconds: float | None = None

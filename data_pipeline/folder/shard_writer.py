@@ -22,10 +22,17 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.has_failed = False
 
     def write(self, content: bytes) -> int:
+        if self.has_failed:  # tarfile writes its end once more when it is collected, and would show a traceback
+            return len(content)
         self.sha256.update(content)
-        return self.file.write(content)
+        try:
+            return self.file.write(content)
+        except OSError:
+            self.has_failed = True
+            raise
 
 
 class ShardWriter:

@@ -63,7 +63,7 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
         try:
             manifest = PairsManifest.load(folder)
         except TrainyardError as error:
-            raise UserError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
+            raise type(error)(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
         if manifest.inputs_sha256 != fingerprint:
             raise UserError(f"{folder} holds pairs made from other input or settings; choose another folder or "
                             "remove that one")

@@ -17,7 +17,7 @@ from typing import Protocol
 import sentencepiece
 
 from common.errors import DataError, UserError
-from common.files import write_file, writing
+from common.files import write_aside, writing
 from data_pipeline.text.corpus import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -78,9 +78,9 @@ class Tokenizer:
         """
         path = Path(path)
         content = json.dumps({**report, "sha256": self.sha256}, indent=1, sort_keys=True) + "\n"
-        with writing(path):
-            write_file(report_path(path), content)
-            write_file(path, self.model)
+        with writing(path), write_aside(path) as model, write_aside(report_path(path)) as description:
+            description.write_text(content, encoding="utf-8")
+            model.write_bytes(self.model)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without end-of-text."""

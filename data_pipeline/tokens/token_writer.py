@@ -170,7 +170,7 @@ def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Man
     try:
         manifest = TokenDataset.open(folder).manifest
     except TrainyardError as error:
-        raise UserError(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
+        raise type(error)(f"{folder} is in the way: {error}; choose another folder or remove that one") from None
     inputs = _InputsDigest()
     for document in documents:
         inputs.add(document)

@@ -12,8 +12,8 @@ from typing import BinaryIO
 from parallel.ranks.rank_info import LAUNCHER, LOOPBACK, STORE_FD, RankInfo
 
 _PR_SET_PDEATHSIG = 1
-# Held back from birth until the rank has installed its handlers (hooks/signals.py releases them): a request to save
-# that arrives while Python still imports is then kept instead of killing the rank.
+# Blocked until the rank has installed its handlers (pretrain/training/stop_signals.py unblocks them): a request to save
+# that arrives during imports is then kept instead of killing the rank.
 HELD_BACK = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -68,7 +68,7 @@ def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
 
 
 def dying_with_parent(held_back: Collection[int] = HELD_BACK) -> Callable[[], None]:
-    """For a child between fork and exec: it dies with this process, and a rank keeps requests until it is ready."""
+    """For a child between fork and exec: it dies with this process, and `held_back` signals wait until it is ready."""
     parent = os.getpid()
     # Loaded before the fork: between fork and exec only simple calls are safe.
     libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None

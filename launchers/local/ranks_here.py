@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import ExitCode
+from common.files import writing
 from launchers.local.child_process import loopback_listener, rank_environment, signal_group, start_rank
 from launchers.local.rank_logs import failure_text, open_log
 from parallel.ranks.rank_info import STORE_FD, process_environment
@@ -82,7 +83,8 @@ def run_ranks(command: Sequence[str], nproc: int, log_dir: Path | None, limits: 
     if nproc < 1:
         raise ValueError(f"{nproc} ranks were asked for; at least 1 is needed")
     folder = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="trainyard-logs-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     received, ranks, code = Received(), [], 1
     try:
         with _handlers(received):

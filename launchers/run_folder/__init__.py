@@ -1,1 +1,1 @@
-"""What a run folder says to the outside: status, lock, requests to stop."""
+"""Files of a run folder for other programs: status, notes of failed ranks, lock, requests to stop."""

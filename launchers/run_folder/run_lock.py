@@ -28,9 +28,9 @@ class RunLock:
 
     def __init__(self, folder: Path, info: RankInfo):
         self.path = Path(folder) / LOCK_FILE
-        self._facts = {"token": uuid.uuid4().hex, "job_id": info.job_id, "host": socket.gethostname(),
-                       "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
-                       "attempt_token": info.attempt_token}
+        self._own = {"token": uuid.uuid4().hex, "job_id": info.job_id, "host": socket.gethostname(),
+                     "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
+                     "attempt_token": info.attempt_token}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -65,7 +65,7 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-            self._remove(self._facts["token"])
+            self._remove(self._own["token"])
             self._thread = None
 
     def __enter__(self) -> "RunLock":
@@ -75,11 +75,11 @@ class RunLock:
         self.release()
 
     def _create(self) -> bool:
-        temporary = self.path.with_name(f".{LOCK_FILE}.{self._facts['token']}")
+        temporary = self.path.with_name(f".{LOCK_FILE}.{self._own['token']}")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self._facts, file)
+                json.dump(self._own, file)
             os.link(temporary, self.path)  # fails when the lock exists, on network file systems too
         except FileExistsError:
             return False
@@ -98,12 +98,12 @@ class RunLock:
             aside.unlink(missing_ok=True)
 
     def _is_gone(self, holder: dict[str, Any]) -> bool:
-        if holder.get("host") == self._facts["host"] and _process_is_gone(holder):
+        if holder.get("host") == self._own["host"] and _process_is_gone(holder):
             return True
         job_id = holder.get("job_id")
-        if job_id and job_id == self._facts["job_id"]:
+        if job_id and job_id == self._own["job_id"]:
             # Slurm runs a job only once at a time, so this is the attempt before a requeue.
-            return holder.get("attempt") != self._facts["attempt"]
+            return holder.get("attempt") != self._own["attempt"]
         if job_id:
             ended = has_ended(str(job_id))
             if ended is not None:

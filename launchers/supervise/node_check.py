@@ -1,4 +1,4 @@
-"""Whether this node can train at all, looked at before the first step: run folder, disc, devices, Python packages.
+"""Whether this node can train, checked before the first step: run folder, disk, devices, Python packages.
 
 ``python -m launchers.supervise.node_check RUN_FOLDER DEVICES``, one task a node. Exit code 71 when
 something is wrong, with a note on standard output that names the node: the run folder may be just what cannot be

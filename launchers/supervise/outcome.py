@@ -1,4 +1,4 @@
-"""How an attempt ended, from what its ranks wrote down, and what should follow; launchers' codes are not believed."""
+"""How an attempt ended, by the notes of its ranks and not by the launcher's exit code, and what should follow."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,8 +1,8 @@
 """The wrapper of one rank: starts it, opens its log, and notes how it ended.
 
-Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a rank that is killed cannot say so. This
-small process can. It also notices that its launcher or the supervisor is gone, which nobody tells a rank: Slurm for
-instance does not see that its step daemon was killed. Called by the launchers as
+Launchers lose exit codes (srun gives 143 for a rank that exited with 77), and a killed rank cannot write its own. This
+small process writes it. It also notices that its launcher or the supervisor is gone: Slurm, for instance, does not see
+that its step daemon was killed. Called by the launchers as
 ``python -m launchers.supervise.rank_wrapper RUN_FOLDER ARGUMENTS...``.
 """
 
@@ -26,8 +26,8 @@ PARENT_POLL_SECONDS = 1.0
 def main(argv: Sequence[str]) -> int:
     """Runs ``python -m pretrain`` with the arguments after the folder; returns its exit code (128 + a signal).
 
-    A rank that has saved and wants to go on (75) is a success for the launcher, which would otherwise end the others
-    while they part (srun), or start them again (torchrun with restarts). status.json has the code.
+    Exit code 75 (saved, to be continued) becomes 0 for the launcher, which would otherwise kill the other ranks while
+    they leave (srun), or start them again (torchrun with restarts). status.json has the code.
     """
     above = Above()
     first, *arguments = _without_local_rank(argv)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         preexec_fn=dying_with_parent(),  # noqa: PLW1509 (this process has one thread)
     )
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        # A launcher may signal only its own child, which is this process. To hear it twice does a rank no harm.
+        # A launcher may signal only its own child, which is this process. A rank may get it twice without harm.
         signal.signal(number, lambda number, _frame: child.send_signal(number))
     code = _wait(child, above)
     code = 128 - code if code < 0 else code
@@ -77,7 +77,7 @@ class Above:
 
 
 def _wait(child: subprocess.Popen[bytes], above: Above) -> int:
-    """The child's return code. When those above die first, the rank is asked to save and end with the others."""
+    """The child's return code. When a process above dies first, the rank is asked to save and end with the others."""
     told = False
     while True:
         try:

@@ -1,8 +1,9 @@
-"""Runs a launcher (srun, deepspeed, torchrun, mpirun) for one attempt, and answers for how it ends.
+"""Runs a launcher (srun, deepspeed, torchrun, mpirun) for one attempt, and makes sure how it ends.
 
-Launchers lose exit codes, die and leave ranks behind, or wait for ranks that are gone. This process, above them, passes
-on the wish to save, ends what is left, completes status.json, gives the first failing rank's own code, and under Slurm
-asks for the next attempt. ``python -m launchers.supervise.supervisor RUN_FOLDER [options] -- COMMAND...``
+Launchers lose exit codes, die and leave ranks behind, or wait for ranks that are gone. This process, their parent,
+passes on requests to save, kills remaining ranks, completes status.json, returns the exit code of the first rank that
+failed, and under Slurm asks for the next attempt.
+``python -m launchers.supervise.supervisor RUN_FOLDER [options] -- COMMAND...``
 """
 
 import argparse
@@ -148,8 +149,7 @@ def _act(status: Status, may_requeue: bool) -> None:
     if decision.action == "end":
         return
     job = process_environment().get("SLURM_JOB_ID", "")
-    for answer in slurm_control.requeue(job, hold=decision.action == "hold"):
-        _say(f"scontrol requeue: {answer}")
+    slurm_control.requeue(job, decision.action == "hold", _say)
     if decision.bad_nodes:
         # Slurm takes this of a pending job only, and ends us for the requeue. It is polite about that for KillWait.
         agreed, names = slurm_control.exclude_nodes(job, decision.bad_nodes)
@@ -158,7 +158,7 @@ def _act(status: Status, may_requeue: bool) -> None:
 
 
 def _check_nodes(args: argparse.Namespace, token: str) -> int:
-    """One task a node looks whether it can train; writes down which cannot. Returns 0 when all can."""
+    """Checks each node with one task, and notes the nodes that cannot train. Returns 0 when all can."""
     module = ("launchers.supervise.node_check", str(args.folder), str(args.devices))
     code, said = slurm_control.run_on_every_node(args.check_nodes, module, {ATTEMPT: token})
     for line in said.splitlines():

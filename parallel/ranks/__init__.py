@@ -1,1 +1,1 @@
-"""How ranks find out who they are, meet, agree and part."""
+"""Rank information from the environment, rendezvous, agreement while running, and leaving in order."""

@@ -1,15 +1,13 @@
-"""How ranks agree while they run: small numbers and texts over all ranks, and who has fallen behind."""
-
-
+"""Agreement between running ranks: small numbers and texts over all ranks, and which ranks have fallen behind."""
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of a small number over all ranks: how they agree on one step at which to stop. A collective."""
+    """The maximum of a number over all ranks, by which they agree on the step at which to stop. A collective."""
     return _over_all_ranks(number, "MAX")
 
 
 def sum_over_ranks(number: int) -> int:
-    """The sum of a small number over all ranks: how often something happened to any of them. A collective."""
+    """The sum of a number over all ranks. A collective."""
     return _over_all_ranks(number, "SUM")
 
 
@@ -25,7 +23,7 @@ def _over_all_ranks(number: int, operation: str) -> int:
 
 
 class Progress:
-    """What this rank begins, kept in the store, so that the others can tell who has not come as far as they have."""
+    """Counts in the store the phases that this rank has begun, so that the others can tell which ranks are behind."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -35,12 +33,12 @@ class Progress:
         self.what = "the start"
 
     def begin(self, what: str) -> None:
-        """All ranks begin the same things in the same order."""
+        """Notes the next phase; all ranks begin the same phases in the same order."""
         self._number, self.what = self._number + 1, what
         self._store.set(f"trainyard/begun/{self._rank}", str(self._number))
 
     def behind(self) -> list[int]:
-        """The ranks that have not begun what this one has; rank 0, which hosts the store, when it does not answer."""
+        """The ranks that have not begun this phase; rank 0, which hosts the store, when it does not answer."""
         try:
             keys = {rank: f"trainyard/begun/{rank}" for rank in range(self._world_size)}
             return [rank for rank, key in keys.items()
@@ -50,7 +48,7 @@ class Progress:
 
 
 def all_gather_text(text: str) -> list[str]:
-    """What every rank says, by rank. A collective."""
+    """The text of every rank, by rank. A collective over all ranks."""
     import torch
     import torch.distributed as dist
 

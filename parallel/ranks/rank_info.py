@@ -1,4 +1,4 @@
-"""Who am I among the ranks: the only place that reads the rank environment variables of any launcher.
+"""Rank information of this process: the only file that reads the rank environment variables of launchers.
 
 Several launchers can be nested (torchrun inside srun inside sbatch); the innermost one decides. A launcher that
 marks its children (this project's own, torchrun, deepspeed, Open MPI, Hydra) wins over the Slurm step around it;

@@ -1,4 +1,4 @@
-"""How ranks find each other and part: one store, bound to one chosen address, and every wait with a limit.
+"""How ranks find each other and leave: one store, bound to one chosen address, and every wait with a limit.
 
 Rank 0 hosts the store on a listening socket of its own (torch alone would listen on every interface). Where the port
 was only derived from the job id it may be taken, so rank 0 holds the first free one of an agreed row of ports and
@@ -52,7 +52,7 @@ def join(info: RankInfo, timeout_seconds: float = 600.0, collective_timeout_seco
 
 
 def leave(failed: bool | None = None) -> None:
-    """Parts in order: nobody closes a connection that another rank still needs, the host of the store goes last.
+    """Leaves in order: no rank closes a connection that another rank still needs, and the host of the store is last.
 
     With ``failed`` (default: an exception is on its way) peers may be dead, so the others are waited for only briefly.
     Does nothing when join did not succeed.

@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     rows = [_row(folder) for folder in require_checkpoints(args.folder)]
+    code = ExitCode.DATA if any("damage" in row for row in rows) else ExitCode.DONE
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
-        return ExitCode.DONE
+        return code
     for row in rows:
         if "damage" in row:
             sys.stdout.write(f"{row['checkpoint']}  {row['damage']}\n")
@@ -40,7 +41,7 @@ def _list(args: argparse.Namespace) -> int:
             holds = "weights" if row["weights_only"] else "weights and moments"
             sys.stdout.write(f"{row['checkpoint']}  {row['bytes'] / 1e6:>10,.1f} MB  {row['parameters']:>15,} "
                              f"parameters  {holds}, written by {row['world_size']} ranks\n")
-    return ExitCode.DONE
+    return code
 
 
 def _row(folder: Path) -> dict:

@@ -13,6 +13,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import writing
 from common.shipped_files import shipped_folder
 from pretrain.config.run_config import RunConfig, load_config
 
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     demo = DEMOS[args.family]
     folder = args.dir or Path("runs") / f"demo-{args.family}"
     recipe = shipped_folder("configs") / demo.recipe
+    with writing(folder):  # before minutes are spent on data
+        folder.mkdir(parents=True, exist_ok=True)
     for what, argv in demo.prepare:
         if code := _call(what, argv):
             return code

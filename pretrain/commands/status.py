@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, ExitCode, UserError
+from common.errors import ExitCode, UserError
 from common.wording import duration, listed
 from launchers.run_folder.status import Status, attempts_without_progress, read
 from launchers.slurm_control import QueueEntry, queue_entries
 from launchers.slurm_jobs import job_ids_of
-from pretrain.config.run_config import load_config
+from pretrain.config.config_file import read_config_file
 
 TAIL_BYTES = 1 << 16
 SPEEDS = ("tokens_per_second", "samples_per_second", "mfu")
@@ -42,6 +42,8 @@ def folder_of(text: str) -> Path:
     """The run folder that a person names directly or by its config."""
     path = Path(text)
     if path.is_file():
+        from pretrain.config.run_config import load_config  # takes most of the time of this verb
+
         path = Path(load_config(path).run.dir)
     if not path.is_dir():
         raise UserError(f"{text}: there is no run folder {path}; give a run folder or the config of a run")
@@ -92,10 +94,10 @@ def last_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _total_steps(folder: Path) -> int | None:
-    try:
-        return load_config(folder / "config.yaml").run.steps
-    except (ConfigError, OSError):
-        return None
+    """`run.steps` of the config that the run has saved; read as plain values, which takes a fifth of the time."""
+    section = read_config_file(folder / "config.yaml").values.get("run")
+    steps = section.get("steps") if isinstance(section, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def _job_line(job_id: str) -> str:

@@ -1,4 +1,4 @@
-"""From the text of a config file and its overrides to plain values, with every slip in them (facts: no torch).
+"""Reads the text of a config file and its overrides into plain values, with every mistake in them (no torch).
 
 YAML is read by the rules of YAML 1.2's core schema, so that `3e-4` is a number and `no` a word. Aliases and tags that
 build objects are refused: a config needs none, and aliases are how a small file grows without bound.
@@ -89,7 +89,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 @dataclass
 class RawConfig:
-    """What was written: values by section and key, where each stands, and the slips found on the way."""
+    """What was written: values by section and key, where each stands, and the mistakes found on the way."""
 
     source: str
     values: dict[str, object] = field(default_factory=dict)

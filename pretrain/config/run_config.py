@@ -70,12 +70,12 @@ class RunConfig(Section):
 
     @property
     def spec(self) -> FamilySpec:
-        """The facts of the model's family."""
+        """The spec of the model's family."""
         return family_spec(self.model.family)
 
     @property
     def objective_spec(self) -> ObjectiveSpec:
-        """The facts of the objective."""
+        """The spec of the objective."""
         return OBJECTIVES[self.objective.name]
 
     @property

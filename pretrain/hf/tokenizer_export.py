@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import writing
 from data_pipeline.corruption.special_ids import NUM_FIXED_IDS, SpecialIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.token_pieces import TokenPiece, Vocabulary, vocabulary
@@ -40,6 +41,7 @@ def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> N
 
     Raises:
         UserError: the model is none that the library encodes in the same way, or the folder cannot be written.
+        StorageError: the storage fails.
     """
     found = vocabulary(tokenizer)
     _check(found)
@@ -56,12 +58,10 @@ def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> N
         **{role: names[plain] for role, plain in _roles(special).items()},
     }
     files = {"tokenizer.json": _tokenizer_json(found, ids, frame), "tokenizer_config.json": settings}
-    try:
+    with writing(folder):
         for name, content in files.items():
             (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         (folder / TOKENIZER_FILE).write_bytes(tokenizer.model)
-    except OSError as error:
-        raise UserError(f"cannot write the tokenizer into {folder}: {error.strerror}") from None
 
 
 def special_ids(config: RunConfig) -> dict[str, int]:

@@ -84,7 +84,7 @@ def check(info: RankInfo, config: RunConfig | None, config_error: ConfigError | 
     try:
         join(info, timeout_seconds, timeout_seconds)
     except RendezvousError as error:
-        raise NodeSuspected(str(error), None, None) from None
+        raise NodeSuspected(error.message, node=error.node) from None
     progress = Progress()
     try:
         return _check(info, config, config_error, node_problems, num_bytes=num_bytes, timeout_seconds=timeout_seconds,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from common.errors import NodeSuspected, UserError
+from common.files import writing
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
@@ -135,8 +136,9 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         check_same_run(config, checkpoint.manifest, checkpoint.folder)
         run.start_step = checkpoint.manifest["step"]
     if run.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        config.save(run.folder / "config.yaml")
+        with writing(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            config.save(run.folder / "config.yaml")
     at, position = groups.coordinates, checkpoint.manifest["position_samples"] if checkpoint else 0
     run.plan = BatchPlan(seed=config.run.seed, global_batch=config.parallel.global_batch,
                          micro_batch=config.parallel.micro_batch, data_rank=at.dp, data_ranks=run.layout.data,

@@ -3,11 +3,11 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.files import write_aside, writing
 from parallel.planner.hardware import peak_flops
 
 logger = logging.getLogger(__name__)
@@ -33,20 +33,23 @@ class MetricsWriter:
             first_step: 0 for a file that also has a record from before the first step.
         """
         self._path = Path(path)
-        self._last_step = _repair(self._path, resumed_step or -1, first_step - 1)
-        self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
+        with writing(self._path):
+            self._last_step = _repair(self._path, resumed_step or -1, first_step - 1)
+            self._file = open(self._path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open as long as the run)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record. Numbers that JSON cannot hold (NaN, infinities) are written as null.
 
-        Raises ValueError when the record's step does not lie past the last one written, OSError when the disk is full.
+        Raises ValueError when the record's step does not lie past the last one written, StorageError when the disk is
+        full.
         """
         step = record["step"]
         if step <= self._last_step:
             raise ValueError(f"{self._path.name} already holds step {self._last_step}; step {step} cannot follow it")
         finite = {key: _finite(value) for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._file.flush()
         self._last_step = step
 
     def close(self) -> None:
@@ -117,14 +120,10 @@ def _repair(path: Path, resumed_step: int, last_step: int) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return last_step
-    # Written aside and renamed: killed in between, the old file is still whole.
-    aside = path.with_name(path.name + ".repaired")
-    with open(aside, "wb") as file:
+    with write_aside(path) as aside, open(aside, "wb") as file:
         for line, record in _records(path):
             if last_step < record["step"] <= resumed_step:
                 file.write(line)
                 last_step = record["step"]
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
     return last_step

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from common.files import writing
+
 OUR_LOGGERS = ("pretrain", "parallel", "data_pipeline", "launchers")
 STANDARD_OUTPUT, STANDARD_ERROR = 1, 2
 
@@ -34,8 +36,9 @@ class ThirdPartyOutput:
 
     def __init__(self, log_path: Path, is_main: bool) -> None:
         self.log_path = Path(log_path)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with writing(self.log_path):
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         _flush()
         self._saved = {descriptor: os.dup(descriptor) for descriptor in (STANDARD_OUTPUT, STANDARD_ERROR)}
         self.terminal = _text_stream(os.dup(STANDARD_OUTPUT))

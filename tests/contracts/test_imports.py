@@ -149,13 +149,31 @@ def light_modules() -> list[str]:
     return [module for module in modules if any(fnmatch(module, pattern) for pattern in LIGHT)]
 
 
-@pytest.mark.parametrize("module", ["all of them", "pretrain.config.run_config", "pretrain.cli"])
+HEAVY = ("torch", "deepspeed", "megatron", "webdataset", "sentencepiece", "numpy", "PIL", "rich", "matplotlib",
+         "safetensors", "transformers", "mpi4py")
+
+
+def loaded_by(code: str, *argv: str) -> str:
+    """The heavy libraries that a fresh process has loaded after running this code."""
+    code += f"\nimport sys; sys.stderr.write(str(sorted(set({HEAVY}) & set(sys.modules))))"
+    return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True,
+                          cwd=ROOT).stderr.rpartition("\n")[2]
+
+
+@pytest.mark.parametrize("module", ["all of them", "pretrain.config.run_config", "pretrain.cli",
+                                    "pretrain.training.stop_watchdog"])
 def test_light_modules_import_no_torch(module):
     modules = light_modules() if module == "all of them" else [module]
     assert len(modules) > 15 or module != "all of them"
-    heavy = ("torch", "deepspeed", "megatron", "webdataset", "sentencepiece", "numpy", "rich", "matplotlib",
-             "transformers")
-    code = (f"import importlib, sys\nfor name in {modules}: importlib.import_module(name)\n"
-            f"print(sorted(set({heavy}) & set(sys.modules)))")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
+    assert loaded_by(f"import importlib\nfor name in {modules}: importlib.import_module(name)") == "[]"
+
+
+@pytest.mark.parametrize("verb", ["--help", "train --help", "submit --help", "submit", "status", "cancel --help",
+                                  "checkpoint --help", "generate --help", "evaluate --help", "demo --help"])
+def test_verbs_that_do_not_compute_load_nothing_heavy(verb, recipe, tmp_path):
+    """On a login node, and at once."""
+    argv = {"submit": ["submit", str(recipe), "--launcher", "torchrun", "--print", f"run.dir={tmp_path / 'run'}"],
+            "status": ["status", str(tmp_path)]}.get(verb, verb.split())
+    code = "import sys, contextlib\nfrom pretrain.cli import main\n" \
+           "with contextlib.suppress(SystemExit): assert main(sys.argv[1:]) == 0"
+    assert loaded_by(code, *argv) == "[]"

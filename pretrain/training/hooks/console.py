@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from common.wording import count, duration, short_number
 from pretrain.training.hooks.curve import CURVE_FILE
 from pretrain.training.hooks.hook import Hook, RunView
 from pretrain.training.metrics import METRICS_FILE, counted_in
@@ -179,7 +180,7 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     if parallel.recompute != "none":
         every = f" every {parallel.recompute_every} blocks" if parallel.recompute_every > 1 else ""
         words.append(f"recompute {parallel.recompute}{every}")
-    words.append(f"{run.world_size} rank{'s' if run.world_size > 1 else ''}")
+    words.append(count(run.world_size, "rank"))
     accumulation = parallel.global_batch // (parallel.micro_batch * layout.data)
     batch = f"{parallel.global_batch} samples, micro-batches of {parallel.micro_batch}"
     if run.tokens_per_step != parallel.global_batch:
@@ -202,26 +203,6 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     else:
         facts.append(("steps", f"{run.total_steps:,}"))
     return facts
-
-
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min 05 s`, `2 h 07 min`, `4 d 06 h`."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600:02d} h"
-
-
-def short_number(number: float) -> str:
-    """`950`, `12.3 k`, `124 M`, `175 B`: three digits."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{float(f'{number / size:.3g}'):g} {unit}"
-    return f"{number:g}"
 
 
 def _progress(console: Console) -> Progress:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import write_aside
 from pretrain.training.hooks.hook import Hook, RunView
 from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE, Record, counted_in, read_metrics
 
@@ -71,9 +72,8 @@ def draw_curve(folder: Path) -> Path | None:
     _draw_losses(loss_axes, steps, evaluations, unit)
     _draw_learning_rate(lr_axes, steps, unit)
     figure.suptitle(_title(folder, steps, evaluations), fontsize=11, color=INK)
-    aside = folder / f".{CURVE_FILE}"
-    figure.savefig(aside, format="png")
-    aside.replace(folder / CURVE_FILE)
+    with write_aside(folder / CURVE_FILE) as aside:
+        figure.savefig(aside, format="png")
     return folder / CURVE_FILE
 
 

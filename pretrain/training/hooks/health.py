@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from common.errors import NodeSuspected
+from common.wording import count
 from parallel.checks.replica_check import MAX_NAMED, Difference, differences
 from parallel.ranks.agreement import all_gather_text
 from pretrain.training.hooks.hook import Hook, RunView
@@ -34,7 +35,7 @@ def suspicion(found: list[Difference], nodes: list[str], step: int, every: int) 
     odd = Counter(rank for difference in found for rank in difference.odd)
     ranks = sorted(odd) or sorted({rank for difference in found for rank in difference.holders})
     places = {nodes[rank] for rank in ranks}
-    lines = [f"step {step}: {_count(len(found), 'weight')} must be the same on several ranks, and "
+    lines = [f"step {step}: {count(len(found), 'weight')} must be the same on several ranks, and "
              f"{'is' if len(found) == 1 else 'are'} not"]
     lines += [f"  {_told(difference, nodes)}" for difference in found[:MAX_NAMED]]
     if len(found) > MAX_NAMED:
@@ -60,7 +61,3 @@ def _ranks(ranks: tuple[int, ...] | list[int], nodes: list[str]) -> str:
     if len({nodes[rank] for rank in ranks}) == 1:
         return f"{word} {', '.join(map(str, shown))}{more} on {nodes[ranks[0]]}"
     return f"{word} {', '.join(f'{rank} on {nodes[rank]}' for rank in shown)}{more}"
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"

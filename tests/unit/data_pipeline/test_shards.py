@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from common.errors import StorageError, UserError
+from common.errors import DataError, StorageError, UserError
 from common.files import LOCK_NAME
 from data_pipeline.folder.manifest import Manifest
 from data_pipeline.folder.shard_writer import member_key
@@ -66,7 +66,7 @@ def test_reuse(corpus, tokenizer, copied_folder):
         with pytest.raises(UserError, match="made from other documents, tokenizer or settings"):
             write_dataset(documents, tokenizer, copied_folder, shard_bytes=size)
     next(copied_folder.glob("*.tar")).unlink()
-    with pytest.raises(UserError, match="in the way.*is missing"):
+    with pytest.raises(DataError, match="in the way.*is missing"):
         write_dataset(corpus, tokenizer, copied_folder, shard_bytes=8_000)
 
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.image import imread
 
+from common.wording import duration, short_number
 from parallel.layout import Layout
 from pretrain.training.hooks import (
     ConsoleHook,
@@ -24,7 +25,7 @@ from pretrain.training.hooks import (
     TensorBoardHook,
     standard_hooks,
 )
-from pretrain.training.hooks.console import banner, duration, short_number
+from pretrain.training.hooks.console import banner
 from pretrain.training.hooks.curve import draw_curve, smoothed
 from pretrain.training.metrics import read_metrics
 
