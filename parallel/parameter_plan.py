@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parallel.normal_numbers import inverse_normal, uniform_bits
+from parallel.normal_numbers import UniformBits, inverse_normal
 from parallel.tensor_slice import SliceRange
 
 CHUNK_ELEMENTS = 1 << 16  # drawn at once: the fp64 arrays of so many stay in a core's cache
@@ -83,12 +83,12 @@ def draw_range(wanted: SliceRange, plan: ParameterPlan, seed: int) -> Tensor:
     if plan.std == 0.0:
         return torch.full((wanted.count,), plan.mean)
     digest = hashlib.sha256(f"{seed}:{wanted.name}".encode()).digest()
-    key = int.from_bytes(digest[:16], "little")
+    bits = UniformBits(int.from_bytes(digest[:16], "little"))
     drawn = np.empty(wanted.count, dtype=np.float32)
     done = 0
     for chunk in wanted.chunks(CHUNK_ELEMENTS):
         runs = list(chunk.runs())
-        numbers = inverse_normal(np.concatenate([uniform_bits(key, start, length) for start, length in runs]))
+        numbers = inverse_normal(np.concatenate([bits.read(start, length) for start, length in runs]))
         numbers *= _std_of(runs, wanted.shape, plan.std)
         numbers += plan.mean
         drawn[done : done + chunk.count] = numbers

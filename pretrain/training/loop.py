@@ -21,7 +21,7 @@ from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from pretrain.checkpoint.locate import checkpoints_at
+from pretrain.checkpoint.locate import CHECKPOINTS, checkpoints_at
 from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_folder
 from pretrain.checkpoint.store import newest_whole, open_whole, save
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
 
 def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = None) -> int:
