@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from math import prod
 
@@ -83,16 +84,25 @@ def draw_range(wanted: SliceRange, plan: ParameterPlan, seed: int) -> Tensor:
     if plan.std == 0.0:
         return torch.full((wanted.count,), plan.mean)
     digest = hashlib.sha256(f"{seed}:{wanted.name}".encode()).digest()
-    bits = UniformBits(int.from_bytes(digest[:16], "little"))
+    key = int.from_bytes(digest[:16], "little")
     drawn = np.empty(wanted.count, dtype=np.float32)
-    done = 0
-    for chunk in wanted.chunks(CHUNK_ELEMENTS):
-        runs = list(chunk.runs())
+
+    def draw_chunk(chunk: SliceRange) -> None:
+        runs, bits = list(chunk.runs()), UniformBits(key)
         numbers = inverse_normal(np.concatenate([bits.read(start, length) for start, length in runs]))
         numbers *= _std_of(runs, wanted.shape, plan.std)
         numbers += plan.mean
-        drawn[done : done + chunk.count] = numbers
-        done += chunk.count
+        start = chunk.start - wanted.start
+        drawn[start : start + chunk.count] = numbers
+
+    chunks = list(wanted.chunks(CHUNK_ELEMENTS))
+    num_threads = min(torch.get_num_threads(), len(chunks))
+    if num_threads > 1:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(draw_chunk, chunks))
+    else:
+        for chunk in chunks:
+            draw_chunk(chunk)
     return torch.from_numpy(drawn)
 
 

@@ -1,5 +1,8 @@
 """Initial weights by element: the generator, the distribution, and the same bits for every part of a tensor."""
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 from math import prod
 from statistics import NormalDist
@@ -97,6 +100,20 @@ def test_every_slice_and_fragment_has_the_bits_of_the_whole(slice_dim, size, std
             assert torch.equal(torch.cat(pieces), cut_from(whole, held))
 
 
+def test_threads_change_nothing():
+    part = SliceRange.slice("a", (1000, 4096), 1, rank=1, size=2).part(77, 1_000_003)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found.append(draw_range(part, ParameterPlan(0.0, 1.0, 1), seed=1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_rows_of_a_fused_matrix_have_their_own_deviation():
     whole = draw("a", (12 * 40, 256), ParameterPlan(0.0, FUSED, 0), seed=1).view(40, 12, 256)
     for rows, std in ((slice(0, 6), 0.5), (slice(6, 8), 0.25), (slice(8, 12), 2.0)):
@@ -189,3 +206,14 @@ def drawn_by_rank(stage: Stage, rank: int, size: int, of: set[str] | None = None
     return sum(SliceRange.slice(name, tuple(held.shape), dim, rank=rank, size=size).count
                for name, held, dim in stage.named_global_tensors()
                if plans[name].std != 0.0 and (of is None or name in of))
+
+
+def test_vector_instructions_change_nothing():
+    """The same bits where NumPy is kept from every instruction set above its baseline."""
+    code = ("import hashlib; from parallel.normal_numbers import UniformBits, inverse_normal\n"
+            "print(hashlib.sha256(inverse_normal(UniformBits(5).read(3, 300_001)).tobytes()).hexdigest())")
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                             env={**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(disabled)}).stdout
+              for disabled in ([], found)}
+    assert len(hashes) == 1
