@@ -265,6 +265,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
 def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:
     facts = facts_of(run.config, run.world_size, step, run.position_after(step), adam_step)
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
-    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep, [tokenizer])
+    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep,
+                companions=[tokenizer])
     hooks.on_checkpoint(run, path, step)
     return path
