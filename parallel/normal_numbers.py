@@ -21,12 +21,22 @@ TAIL_BOTTOM = (1.2021132975e-01, 7.3700164250e-01, 1.0)
 LOG_SERIES = tuple(2 / power for power in (13, 11, 9, 7, 5, 3, 1))  # of log((1 + s) / (1 - s)), see `_log`
 
 
-def uniform_bits(key: int, start: int, count: int) -> np.ndarray:
-    """uint32 [count]: elements [start, start + count) of the stream of a 128-bit key."""
-    first, skipped = divmod(start, LANES)
-    blocks = -(-(skipped + count) // LANES)
-    words = np.random.Philox(key=key, counter=first).random_raw(4 * blocks)
-    return words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
+class UniformBits:
+    """The stream of 32-bit numbers of a 128-bit key, read at any place."""
+
+    def __init__(self, key: int):
+        self._philox = np.random.Philox(key=key, counter=0)
+        self._block = 0  # the block that Philox gives next
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """uint32 [count]: elements [start, start + count)."""
+        first, skipped = divmod(start, LANES)
+        num_blocks = -(-(skipped + count) // LANES)
+        if first != self._block:
+            self._philox.advance(first - self._block)
+        self._block = first + num_blocks
+        words = self._philox.random_raw(4 * num_blocks)
+        return words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
 
 
 def inverse_normal(bits: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from math import prod
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parallel.normal_numbers import inverse_normal, uniform_bits
+from parallel.normal_numbers import UniformBits, inverse_normal
 from parallel.tensor_slice import SliceRange
 
 CHUNK_ELEMENTS = 1 << 16  # drawn at once: the fp64 arrays of so many stay in a core's cache
@@ -85,14 +86,23 @@ def draw_range(wanted: SliceRange, plan: ParameterPlan, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{wanted.name}".encode()).digest()
     key = int.from_bytes(digest[:16], "little")
     drawn = np.empty(wanted.count, dtype=np.float32)
-    done = 0
-    for chunk in wanted.chunks(CHUNK_ELEMENTS):
-        runs = list(chunk.runs())
-        numbers = inverse_normal(np.concatenate([uniform_bits(key, start, length) for start, length in runs]))
+
+    def draw_chunk(chunk: SliceRange) -> None:
+        runs, bits = list(chunk.runs()), UniformBits(key)
+        numbers = inverse_normal(np.concatenate([bits.read(start, length) for start, length in runs]))
         numbers *= _std_of(runs, wanted.shape, plan.std)
         numbers += plan.mean
-        drawn[done : done + chunk.count] = numbers
-        done += chunk.count
+        start = chunk.start - wanted.start
+        drawn[start : start + chunk.count] = numbers
+
+    chunks = list(wanted.chunks(CHUNK_ELEMENTS))
+    num_threads = min(torch.get_num_threads(), len(chunks))
+    if num_threads > 1:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(draw_chunk, chunks))
+    else:
+        for chunk in chunks:
+            draw_chunk(chunk)
     return torch.from_numpy(drawn)
 
 

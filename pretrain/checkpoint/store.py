@@ -32,14 +32,14 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.tensor_file import Planned, write_tensors
 
 
-def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts: dict[str, Any], keep: int,
+def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], fields: dict[str, Any], keep: int, *,
          companions: Iterable[Path] = ()) -> Path:
     """Write the checkpoint of one step; called by every rank together.
 
     Args:
         checkpoints: the run's checkpoint folder, shared by all ranks.
         fragments: what this rank owns.
-        facts: what the manifest says besides files (config, layout, position ..); equal on all ranks.
+        fields: the rest of the manifest (config, position, step of Adam ..); equal on all ranks.
         keep: how many of the newest checkpoints stay.
         companions: further files that travel with it (the tokenizer).
 
@@ -55,7 +55,7 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], facts
     content = None
     if rank == 0:
         files = [entry for entry in entries if entry]
-        content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **facts}
+        content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
     _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None,
               f"cannot publish {final}")
     return final

@@ -15,6 +15,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import writing
 from common.shipped_files import shipped_folder
+from pretrain.checkpoint.locate import require_checkpoints
 from pretrain.config.run_config import RunConfig, load_config
 
 DATA = Path("data") / "stdlib"
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         return code
     if code := demo.show(folder):
         return code
-    _say(f"\nrun folder  {folder}\ncurve       {folder / 'curve.png'}\ncheckpoint  {_newest(folder)}\n"
+    _say(f"\nrun folder  {folder}\ncurve       {folder / 'curve.png'}\ncheckpoint  {require_checkpoints(folder)[0]}\n"
          "next        trainyard train --help; configs/ holds the recipes, README.md the map")
     return 0
 
@@ -104,10 +105,6 @@ def _called(what: str, argv: list[str], **kwargs: object) -> subprocess.Complete
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def _newest(folder: Path) -> Path:
-    return max((folder / "checkpoints").glob("step-*"), key=lambda path: path.name)
 
 
 # -- how long ----------------------------------------------------------------------------------------------------------

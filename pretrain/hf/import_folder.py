@@ -13,6 +13,7 @@ import torch
 
 from common.files import flush
 from parallel.tensor_slice import SliceRange
+from pretrain.checkpoint.locate import CHECKPOINTS
 from pretrain.checkpoint.manifest import FORMAT, file_entry, folder_name, package_versions, write_manifest
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.config.run_config import RunConfig
@@ -37,7 +38,7 @@ def write_run(source: HFFolder, config: RunConfig, to: Path, shard_bytes: int) -
         UserError: `to` exists, or a file of `source` could not be read.
         StorageError: the disk refused.
     """
-    inside = Path("checkpoints") / folder_name(0)
+    inside = Path(CHECKPOINTS) / folder_name(0)
     with written_aside(to) as aside:
         folder = aside / inside
         folder.mkdir(parents=True)

@@ -22,7 +22,7 @@ from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from pretrain.checkpoint.locate import checkpoints_at
+from pretrain.checkpoint.locate import CHECKPOINTS, checkpoints_at
 from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_folder
 from pretrain.checkpoint.store import newest_whole, open_whole, save
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
 
 def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = None) -> int:
@@ -267,6 +267,7 @@ def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
 def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:
     facts = facts_of(run.config, run.world_size, step, run.position_after(step), adam_step)
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
-    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep, [tokenizer])
+    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep,
+                companions=[tokenizer])
     hooks.on_checkpoint(run, path, step)
     return path
