@@ -30,17 +30,17 @@ class ExpertParallel:
 
     def column(self, size_in: int, size_out: int, *, bias: bool, std: float) -> GroupedLinear:
         """A matrix for each expert, output dim sliced over the tensor axis: [n, in] -> [n, out/t]."""
-        return GroupedLinear(self, size_in, size_out, bias, std, slice_dim=0)
+        return GroupedLinear(self, size_in, size_out, bias=bias, std=std, slice_dim=0)
 
     def row(self, size_in: int, size_out: int, *, bias: bool, std: float) -> GroupedLinear:
         """A matrix for each expert, input dim sliced: [n, in/t] -> [n, out], a partial sum over the tensor axis."""
-        return GroupedLinear(self, size_in, size_out, bias, std, slice_dim=1)
+        return GroupedLinear(self, size_in, size_out, bias=bias, std=std, slice_dim=1)
 
 
 class GroupedLinear(nn.Module):
     """One linear layer for each expert of this rank, `weight` [e, out, in]; by global name each is its own tensor."""
 
-    def __init__(self, experts: ExpertParallel, size_in: int, size_out: int, bias: bool, std: float, slice_dim: int):
+    def __init__(self, experts: ExpertParallel, size_in: int, size_out: int, *, bias: bool, std: float, slice_dim: int):
         super().__init__()
         self.tp, self.partial = experts.tp, slice_dim == 1
         sizes = [size_out, size_in]

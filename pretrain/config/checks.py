@@ -34,7 +34,7 @@ def _model_problems(model: FamilyConfig, world_size: int | None) -> Iterator[rul
 
 def _layout_problems(parallel: ParallelConfig, precision: PrecisionConfig, model: FamilyConfig,
                      world_size: int | None) -> Iterator[rules.Found]:
-    return rules.problems(parallel, precision, world_size, family_spec(model.family).facts(model))
+    return rules.problems(parallel, precision, world_size, family_spec(model.family).traits(model))
 
 
 def _objective_problems(objective: ObjectiveConfig, model: FamilyConfig, world_size: int | None

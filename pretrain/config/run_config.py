@@ -82,6 +82,11 @@ class RunConfig(Section):
         """Tokens of text in one sample, before the objective does anything to it."""
         return self.objective_spec.window_tokens(self.objective, self.model)
 
+    @property
+    def num_predictions(self) -> int | None:
+        """Tokens of a sample for which the model's head makes logits; None: all."""
+        return self.objective_spec.num_predictions(self.objective, self.model)
+
     def problems(self, world_size: int | None) -> list[Problem]:
         """What keeps this config from running on `world_size` ranks; None leaves out what depends on their number."""
         return list(problems_between(dict(self), world_size))

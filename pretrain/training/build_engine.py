@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 
@@ -13,14 +12,13 @@ from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 from parallel.zero.offload import NoRoom
 from pretrain.config.run_config import RunConfig
-from pretrain.models import FAMILIES
+from pretrain.models.build import layer_list
 from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
     """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
-    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
     def make_optimizer(named: list, adamw: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
@@ -28,7 +26,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     try:
-        return Engine(lambda tp: modules.layers(config.model, tp),
+        return Engine(lambda tp: layer_list(config.model, tp, config.num_predictions),
                       make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
                       config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
     except NoRoom as error:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from parallel.pipeline_stages import cut
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.gpt.modules import layers
+from pretrain.models.build import layer_list
 from pretrain.models.gpt.spec import GPTConfig
 
 
@@ -35,7 +35,7 @@ def test_no_cut_has_a_cheaper_dearest_stage(costs, num_stages, data):
 def blocks_of_stages(num_stages, **model):
     """How many blocks each stage of a GPT gets."""
     config = GPTConfig(hidden=64, heads=4, sequence_length=32, **model)
-    specs = layers(config, TensorParallel(None, torch.device("cpu")))
+    specs = layer_list(config, TensorParallel(None, torch.device("cpu")))
     bounds = cut([spec.cost for spec in specs], num_stages)
     return [sum(spec.recompute for spec in specs[begin:end])
             for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
