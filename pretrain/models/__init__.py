@@ -19,7 +19,8 @@ FAMILIES = {
 
 def family_spec(family: str) -> FamilySpec[Any]:
     """What is known of a family without torch. Raises KeyError for a name that is not in FAMILIES."""
-    return import_module(f"{FAMILIES[family]}.spec").SPEC
+    spec: FamilySpec[Any] = import_module(f"{FAMILIES[family]}.spec").SPEC
+    return spec
 
 
 def architectures(family: str) -> tuple[Architecture, ...]:

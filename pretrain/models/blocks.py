@@ -1,8 +1,8 @@
-"""Transformer parts shared by every family, over the parallel layers of parallel/tensor_parallel.py.
+"""Parts of transformer blocks that every family uses, over the layers of parallel/tensor_parallel.py.
 
 Shapes: s the part of the sequence that this context rank holds (s/t inside a sequence-parallel region), b micro-batch,
-h hidden, a heads and g key-value heads on this tensor rank, d head dim, t tensor degree. Activations between layers
-are [s, b, h], as megatron-core's regions cut dim 0.
+h hidden, g key-value heads on this tensor rank, d head dim, t tensor degree. Activations between layers are
+[s, b, h], since megatron-core's regions split dim 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from parallel.parameter_plan import plan_parameter
+from parallel.parameter_plan import Std, plan_parameter
 from parallel.random_streams import dropout
 from parallel.recompute import Recomputable
 from parallel.tensor_parallel import TensorParallel
@@ -24,14 +24,14 @@ from pretrain.models.shapes import BlockShape
 
 @dataclass
 class Cache:
-    """Keys and values of the tokens seen so far, per attention layer; `length` of them are valid."""
+    """Keys and values of earlier tokens for each attention layer; the first `length` are valid."""
 
     max_tokens: int
     length: int = 0
     entries: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v [b, g, s, d] of the new tokens; returns all of them so far."""
+        """Append k and v [b, g, s, d] of the new tokens; returns those of all tokens up to now."""
         if layer not in self.entries:
             b, g, _, d = k.shape
             self.entries[layer] = (k.new_zeros(b, g, self.max_tokens, d), v.new_zeros(b, g, self.max_tokens, d))
@@ -44,7 +44,7 @@ class Cache:
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019, eq. 4) over the last dim, whole on each rank.
 
-    `sliced` says whether it is used on activations that sequence parallelism slices.
+    sliced: whether its input is sliced along the sequence under sequence parallelism.
     """
 
     def __init__(self, kind: str, hidden: int, epsilon: float, tp: TensorParallel, *, sliced: bool = True):
@@ -100,13 +100,13 @@ class SelfAttention(Recomputable):
 
     def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, causal: bool, *,
                  num_keys: int | None = None):
-        """num_keys: only the first this many tokens are seen; the rest is padding. None: all of them."""
+        """num_keys: number of tokens from the first that are attended to; the rest is padding. None: all."""
         super().__init__()
         self.shape, self.tp, self.name, self.causal, self.num_keys = shape, tp, name, causal, num_keys
         self.head_dim = shape.head_dim
         self.per_group = shape.heads // shape.kv_heads
         size = (shape.heads + 2 * shape.kv_heads) * self.head_dim
-        std = shape.std
+        std: Std = shape.std
         if shape.query_std is not None:
             std = ((self.per_group * self.head_dim, shape.query_std), (2 * self.head_dim, shape.std))
         self.qkv = tp.column(shape.hidden, size, bias=shape.bias, std=std)
@@ -167,20 +167,21 @@ class CrossAttention(Recomputable):
         return y.permute(2, 0, 1, 3).reshape(t, b, -1)
 
 
-def seen(mask: Tensor) -> Tensor:
+def key_mask(mask: Tensor) -> Tensor:
     """Keys that attention may use: mask int64 [b, s], 1 for a token and 0 for padding -> bool [b, 1, 1, s]."""
     return (mask != 0)[:, None, None, :]
 
 
 def causal_mask(length: int, device: torch.device) -> Tensor:
-    """bool [length, length], True where a token sees another."""
+    """bool [length, length], True where the query of a row attends to the key of a column."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 class Block(nn.Module):
     """Attention and feed-forward with residuals; norms before (Radford et al. 2019) or after (Vaswani et al. 2017).
 
-    A shape with cross-attention has attention to an encoder's output between the two.
+    A shape with cross-attention has attention to an encoder's output between the two. Each family's block opens its own
+    state in `forward` and calls `transform`.
     """
 
     def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, causal: bool, *, num_keys: int | None = None):
@@ -194,8 +195,8 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(shape.norm, shape.hidden, shape.norm_epsilon, tp)
         self.feed_forward = Mixture(shape, shape.mixture, tp) if shape.mixture else FeedForward(shape, tp)
 
-    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None, memory: Tensor | None = None,
-                memory_mask: Tensor | None = None) -> Tensor:
+    def transform(self, x: Tensor, *, cache: Cache | None = None, mask: Tensor | None = None,
+                  memory: Tensor | None = None, memory_mask: Tensor | None = None) -> Tensor:
         """x [s(/t), b, h] -> same. `memory` is the encoder's output; masks as in `attention`."""
         x = self._add(x, self.attention_norm, self.attention, cache, mask)
         if memory is not None:

@@ -7,20 +7,21 @@ parts that may be absent stand last in each NamedTuple.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...]
-Parts = TypeVar("Parts", bound=NamedTuple)
+Parts = TypeVar("Parts")
 
 
-def opened(kind: type[Parts], state: State) -> Parts:
-    """The state with its parts named; absent ones are None."""
+def opened(kind: Callable[..., Parts], state: State) -> Parts:
+    """The state as the NamedTuple `kind`; absent parts are None."""
     return kind(*state) if isinstance(state, tuple) else kind(state)
 
 
-def handed_on(parts: NamedTuple) -> State:
+def handed_on(parts: tuple[Tensor | None, ...]) -> State:
     """The parts that are there, as a layer gives them to the next: a tensor where there is one, else a tuple."""
     present = tuple(part for part in parts if part is not None)
     return present if len(present) > 1 else present[0]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, SPEC, BARTConfig
-from pretrain.models.blocks import Block, seen
+from pretrain.models.blocks import Block, key_mask
 from pretrain.models.shapes import BlockShape
 from pretrain.models.state import State, handed_on, opened
 from pretrain.models.vocabulary import Embedding, Head, PositionedInput
@@ -19,8 +19,8 @@ from pretrain.models.vocabulary import Embedding, Head, PositionedInput
 def layers(config: BARTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
     encoder, decoder = SPEC.stacks(config)
-    enter = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS, "std": config.init_std,
-             "norm_epsilon": config.norm_epsilon, "dropout": config.dropout}
+    enter: dict[str, Any] = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS,
+                             "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout}
     specs = [LayerSpec("embedding", partial(Embedding, config, tp, config.init_std)),
              LayerSpec("encoder.input", partial(EncoderInput, tp, config.hidden, **enter))]
     specs += [LayerSpec(name, partial(EncoderBlock, shape, tp, name), recompute=True)
@@ -52,8 +52,8 @@ class EncoderInput(PositionedInput):
     """Positions and norm of the source."""
 
     def forward(self, state: State) -> State:
-        state = opened(EncoderState, state)
-        return handed_on(state._replace(x=self.enter(state.x)))
+        parts = opened(EncoderState, state)
+        return handed_on(parts._replace(x=self.enter(parts.x)))
 
 
 class DecoderInput(PositionedInput):
@@ -72,7 +72,7 @@ class EncoderBlock(Block):
 
     def forward(self, state: State) -> State:
         x, ids, mask = opened(EncoderState, state)
-        return handed_on(EncoderState(super().forward(x, mask=None if mask is None else seen(mask)), ids, mask))
+        return handed_on(EncoderState(self.transform(x, mask=None if mask is None else key_mask(mask)), ids, mask))
 
 
 class DecoderBlock(Block):
@@ -84,5 +84,5 @@ class DecoderBlock(Block):
 
     def forward(self, state: State) -> State:
         x, memory, mask = opened(DecoderState, state)
-        x = super().forward(x, memory=memory, memory_mask=None if mask is None else seen(mask))
+        x = self.transform(x, memory=memory, memory_mask=None if mask is None else key_mask(mask))
         return x if self.last else handed_on(DecoderState(x, memory, mask))

@@ -14,7 +14,7 @@ from parallel.parameter_plan import plan_parameter
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.bert.spec import SPEC, BERTConfig
-from pretrain.models.blocks import Block, Norm, seen
+from pretrain.models.blocks import Block, Norm, key_mask
 from pretrain.models.feed_forward import ACTIVATIONS
 from pretrain.models.shapes import BlockShape
 from pretrain.models.state import State, handed_on, opened
@@ -73,7 +73,8 @@ class EncoderBlock(Block):
 
     def forward(self, state: State) -> State:
         x, positions, mask = opened(EncoderState, state)
-        return handed_on(EncoderState(super().forward(x, mask=None if mask is None else seen(mask)), positions, mask))
+        x = self.transform(x, mask=None if mask is None else key_mask(mask))
+        return handed_on(EncoderState(x, positions, mask))
 
 
 class Dense(nn.Module):

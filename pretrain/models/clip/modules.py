@@ -73,8 +73,8 @@ class ImageEmbedding(nn.Module):
         self.norm = Norm("layernorm", config.image_hidden, config.norm_epsilon, tp)
 
     def forward(self, state: tuple) -> Towers:  # pixels uint8, or real and normalised: [b, 3, S, S] -> [p(/t), b, h]
-        state = Towers(*state)
-        pixels = state.image
+        parts = Towers(*state)
+        pixels = parts.image
         if pixels.dtype == torch.uint8:
             mean, std = (torch.tensor(values, device=pixels.device)[:, None, None]
                          for values in (PIXEL_MEAN, PIXEL_STD))
@@ -82,15 +82,15 @@ class ImageEmbedding(nn.Module):
         x = F.conv2d(pixels.to(self.patches.dtype), self.patches, stride=self.patches.shape[-1])
         x = x.flatten(2).transpose(1, 2)  # [b, h, rows, columns] -> [b, patches, h]
         x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1) + self.positions
-        return state._replace(image=self.norm(_enter(x, self.tp)))
+        return parts._replace(image=self.norm(_enter(x, self.tp)))
 
 
 class ImageBlock(Block):
     """A block of the image tower: every token sees every other, and none the padding."""
 
     def forward(self, state: tuple) -> Towers:
-        state = Towers(*state)
-        return state._replace(image=super().forward(state.image))
+        parts = Towers(*state)
+        return parts._replace(image=self.transform(parts.image))
 
 
 class ImageHead(nn.Module):
@@ -103,9 +103,9 @@ class ImageHead(nn.Module):
         self.projection = _parameter(tp, config.embedding, config.image_hidden, std=config.image_hidden**-0.5)
 
     def forward(self, state: tuple) -> Towers:
-        state = Towers(*state)
-        pooled = self.tp.gather_sequence(self.norm(state.image))[0]
-        return state._replace(image=_unit(F.linear(pooled, self.projection)))
+        parts = Towers(*state)
+        pooled = self.tp.gather_sequence(self.norm(parts.image))[0]
+        return parts._replace(image=_unit(F.linear(pooled, self.projection)))
 
 
 class TextEmbedding(nn.Module):
@@ -118,17 +118,17 @@ class TextEmbedding(nn.Module):
         self.positions = _parameter(tp, config.sequence_length, config.text_hidden, std=0.01)
 
     def forward(self, state: tuple) -> Towers:
-        state = Towers(*state)
-        x = self.table(state.text) + self.positions[: state.text.shape[1]]
-        return state._replace(text=_enter(x, self.tp))
+        parts = Towers(*state)
+        x = self.table(parts.text) + self.positions[: parts.text.shape[1]]
+        return parts._replace(text=_enter(x, self.tp))
 
 
 class TextBlock(Block):
     """A block of the text tower: a token sees itself and the tokens before it."""
 
     def forward(self, state: tuple) -> Towers:
-        state = Towers(*state)
-        return state._replace(text=super().forward(state.text))
+        parts = Towers(*state)
+        return parts._replace(text=self.transform(parts.text))
 
 
 class TextHead(nn.Module):
@@ -141,10 +141,10 @@ class TextHead(nn.Module):
         self.projection = _parameter(tp, config.embedding, config.text_hidden, std=config.text_hidden**-0.5)
 
     def forward(self, state: tuple) -> Towers:
-        state = Towers(*state)
-        text = self.tp.gather_sequence(self.norm(state.text))
-        pooled = text[state.ends, torch.arange(text.shape[1], device=text.device)]
-        return state._replace(text=_unit(F.linear(pooled, self.projection)))
+        parts = Towers(*state)
+        text = self.tp.gather_sequence(self.norm(parts.text))
+        pooled = text[parts.ends, torch.arange(text.shape[1], device=text.device)]
+        return parts._replace(text=_unit(F.linear(pooled, self.projection)))
 
 
 class Scale(nn.Module):

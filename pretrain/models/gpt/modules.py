@@ -69,11 +69,11 @@ class DecoderBlock(Block):
     def forward(self, state: State, cache: Cache | None = None) -> State:  # [s(/t), b, h] -> same
         x, prefix = opened(DecoderState, state)
         if prefix is None:
-            return super().forward(x, cache)
+            return self.transform(x, cache=cache)
         length = self.tp.full_length(x)
         inside = torch.arange(length, device=x.device) < prefix[:, None]  # [b, s]
         mask = causal_mask(length, x.device) | (inside[:, None, :] & inside[:, :, None])
-        return handed_on(DecoderState(super().forward(x, mask=mask[:, None]), prefix))
+        return handed_on(DecoderState(self.transform(x, mask=mask[:, None]), prefix))
 
 
 class FinalNorm(Norm):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from parallel.parameter_plan import plan_parameter
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.blocks import Block, Norm, causal_mask, seen
+from pretrain.models.blocks import Block, Norm, causal_mask, key_mask
 from pretrain.models.shapes import BlockShape
 from pretrain.models.state import State, handed_on, opened
 from pretrain.models.t5.spec import SPEC, T5Config
@@ -64,8 +64,8 @@ class Enter(nn.Module):
         self.tp, self.probability = tp, config.dropout
 
     def forward(self, state: State) -> State:
-        state = opened(EncoderState, state)
-        return handed_on(state._replace(x=self.enter(state.x)))
+        parts = opened(EncoderState, state)
+        return handed_on(parts._replace(x=self.enter(parts.x)))
 
     def enter(self, x: Tensor) -> Tensor:
         """Rows of the token table [b, s, h] -> [s(/tp), b, h], with dropout in training."""
@@ -128,8 +128,8 @@ class EncoderBlock(Block):
         x, ids, mask = opened(EncoderState, state)
         table = bias.table(self.tp.full_length(x)).to(x.dtype)
         if mask is not None:
-            table = table.masked_fill(~seen(mask), torch.finfo(x.dtype).min)
-        return handed_on(EncoderState(super().forward(x, mask=table), ids, mask))
+            table = table.masked_fill(~key_mask(mask), torch.finfo(x.dtype).min)
+        return handed_on(EncoderState(self.transform(x, mask=table), ids, mask))
 
 
 class DecoderBlock(Block):
@@ -144,7 +144,7 @@ class DecoderBlock(Block):
         length = self.tp.full_length(x)
         table = bias.table(length).to(x.dtype)
         table = table.masked_fill(~causal_mask(length, x.device), torch.finfo(x.dtype).min)
-        x = super().forward(x, mask=table, memory=memory, memory_mask=None if mask is None else seen(mask))
+        x = self.transform(x, mask=table, memory=memory, memory_mask=None if mask is None else key_mask(mask))
         return x if self.last else handed_on(DecoderState(x, memory, mask))
 
 
