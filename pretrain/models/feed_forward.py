@@ -94,11 +94,11 @@ class Router(nn.Module):
         if self.training and self.mixture.capacity_factor is not None:
             kept = within_capacity(chosen, self.mixture.experts, self.mixture.capacity_factor)
         if self.training and weights.requires_grad:
-            weights = self._balanced(weights, logits, probabilities, chosen, kept)
+            weights = self._balanced(weights, logits, probabilities, chosen, kept=kept)
         return chosen, weights, kept
 
-    def _balanced(self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, kept: Tensor | None
-                  ) -> Tensor:
+    def _balanced(self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, *,
+                  kept: Tensor | None) -> Tensor:
         """The weights, with the auxiliary losses attached to their backward.
 
         Load balance: E sum_i f_i P_i of each sequence, f_i the share of its choices that fall on expert i (before any
