@@ -22,7 +22,8 @@ class LayerSpec:
         same_as: name of an earlier layer whose module is this layer, all parameters included (Lan et al. 2020, ALBERT,
             section 3.1). The parameters exist once, under the earlier layer's name. Where both are on different
             stages, each stage has a copy, and the gradient is summed over them.
-        recompute: whether recompute may take this layer (transformer blocks; not embeddings and heads).
+        recompute: whether recompute may take this layer (transformer blocks; not embeddings and heads). Of layers that
+            share a module, selective recompute takes all or none.
         cached: whether its forward takes `cache=`, the keys and values of earlier tokens in generation.
         vocabulary: whether it makes logits from its input, and losses when it is given a cross entropy as
             `cross_entropy=`, see parallel/chunked_loss.py.

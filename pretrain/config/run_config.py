@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
@@ -68,13 +69,13 @@ class RunConfig(Section):
         return values
 
     @property
-    def spec(self) -> FamilySpec:
-        """The facts of the model's family."""
+    def spec(self) -> FamilySpec[Any]:
+        """What is known of the model's family without torch."""
         return family_spec(self.model.family)
 
     @property
     def objective_spec(self) -> ObjectiveSpec:
-        """The facts of the objective."""
+        """What is known of the objective without torch."""
         return OBJECTIVES[self.objective.name]
 
     @property
