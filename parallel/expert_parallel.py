@@ -1,8 +1,8 @@
-"""Experts of a mixture spread over ranks: stacked matrices, and the way of tokens to their experts and back.
+"""Experts of a mixture spread over ranks: stacked matrices, and dispatch and combine of tokens.
 
-The experts of a layer are shared out over the expert axis, neighbours along dp; each is also sliced over the tensor
-axis like any feed-forward part. Shapes: T tokens, k choices of each, h hidden, e experts on this rank, n rows that this
-rank's experts work on, t tensor degree.
+The experts of a layer are divided among the ranks of the expert axis, which are neighbours along dp; each expert is
+also sliced over the tensor axis like any feed-forward part. Shapes: T tokens, k choices of each, h hidden, e experts on
+this rank, n rows that this rank's experts work on, t tensor degree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from parallel.tensor_parallel import TensorParallel
 
 
 class ExpertParallel:
-    """What a layer of experts needs to know of the expert axis: which experts are here, and who has the others."""
+    """The expert axis as a layer of experts sees it: which experts are on this rank, and the group that holds all."""
 
     def __init__(self, num_experts: int, tp: TensorParallel):
         groups = tp.groups
@@ -30,17 +30,17 @@ class ExpertParallel:
 
     def column(self, size_in: int, size_out: int, *, bias: bool, std: float) -> GroupedLinear:
         """A matrix for each expert, output dim sliced over the tensor axis: [n, in] -> [n, out/t]."""
-        return GroupedLinear(self, size_in, size_out, bias, std, slice_dim=0)
+        return GroupedLinear(self, size_in, size_out, bias=bias, std=std, slice_dim=0)
 
     def row(self, size_in: int, size_out: int, *, bias: bool, std: float) -> GroupedLinear:
         """A matrix for each expert, input dim sliced: [n, in/t] -> [n, out], a partial sum over the tensor axis."""
-        return GroupedLinear(self, size_in, size_out, bias, std, slice_dim=1)
+        return GroupedLinear(self, size_in, size_out, bias=bias, std=std, slice_dim=1)
 
 
 class GroupedLinear(nn.Module):
     """One linear layer for each expert of this rank, `weight` [e, out, in]; by global name each is its own tensor."""
 
-    def __init__(self, experts: ExpertParallel, size_in: int, size_out: int, bias: bool, std: float, slice_dim: int):
+    def __init__(self, experts: ExpertParallel, size_in: int, size_out: int, *, bias: bool, std: float, slice_dim: int):
         super().__init__()
         self.tp, self.partial = experts.tp, slice_dim == 1
         sizes = [size_out, size_in]
@@ -55,8 +55,8 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Tensor, counts: list[int]) -> Tensor:
         """x [n, in(/t)] sorted by expert, `counts` rows of each -> [n, out(/t)]."""
-        bias = self.bias
-        if bias is not None and self.partial:  # each tensor rank adds its part, since the sum over them comes later
+        bias: Tensor | None = self.bias
+        if bias is not None and self.partial:  # each tensor rank adds its part: the sum over the ranks follows
             bias = self.tp.copy_to_ranks(bias) / self.tp.size
         return grouped_linear(x, self.weight, bias, counts)
 
@@ -80,9 +80,9 @@ def grouped_kernel(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
 
 
 class Dispatch:
-    """The way of one micro-batch's tokens to their experts and back, the same for forward and backward.
+    """Dispatch of one micro-batch's tokens to their experts, and combine of the results.
 
-    Rows are sorted by expert, so everything is deterministic: no two ever add to one place.
+    Rows are sorted by expert, so the result is deterministic: no two rows are added to the same place.
     """
 
     def __init__(self, chosen: Tensor, kept: Tensor | None, experts: ExpertParallel):
@@ -108,7 +108,7 @@ class Dispatch:
         dist.all_to_all_single(received, sent.contiguous(), group=self.group)  # expert group: who holds which experts
         self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
         expert = torch.arange(sent.shape[1], device=sent.device).repeat(len(sent))
-        # they come sorted by sender, then expert; the products want them by expert
+        # received rows are sorted by sender, then expert; the products need them sorted by expert
         self.by_expert = torch.argsort(expert.repeat_interleave(received.flatten()), stable=True)
         return received.sum(0)
 
@@ -121,7 +121,7 @@ class Dispatch:
         return _Take.apply(rows, self.by_expert, 1)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Rows [n, h] -> [k, T, h], what each choice of a token gave; zeros where it was dropped."""
+        """Rows [n, h] -> [k, T, h], the output for each choice of a token; zeros where the choice was dropped."""
         if self.spread:
             y = _Put.apply(y, self.by_expert, len(self.by_expert))
             y = _AllToAll.apply(y, self.received, self.sent, self.group)
@@ -146,7 +146,7 @@ class _Take(torch.autograd.Function):
 
 
 class _Put(torch.autograd.Function):
-    """Rows at their places in [length, h], zeros elsewhere: what `_Take` does, the other way."""
+    """Rows at their places in [length, h], zeros elsewhere: the inverse of `_Take`."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, places: Tensor, length: int) -> Tensor:
@@ -166,7 +166,7 @@ def _put(rows: Tensor, places: Tensor, length: int) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """`sent[r]` rows go to rank r of the group, `received[r]` come from it; backward sends gradients the way back."""
+    """`sent[r]` rows go to rank r of the group, `received[r]` come from it; backward sends gradients back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:

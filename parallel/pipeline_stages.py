@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
@@ -15,28 +15,55 @@ class LayerSpec:
     Args:
         name: global name and prefix of its parameters, the same on every layout ("blocks.3").
         build: makes the module; its forward takes and returns the running state (a tensor or a tuple of tensors).
-        cost: relative time of forward and backward, for the balanced cut.
+        cost: time of forward and backward for the balanced cut, in multiply-adds of one sample's forward; of all
+            layers in the same unit.
         tied_to: name of an earlier layer whose module is handed to this one's forward as second argument
             (a head that multiplies with the embedding table); that layer then also lives on this one's stage.
-        recompute: whether recompute may take this layer (transformer blocks; not embeddings and heads).
-        cached: whether its forward takes `cache=`, what generation remembers of earlier tokens.
-        vocabulary: whether it makes logits from its input, and losses when handed a cross entropy as
+        same_as: name of an earlier layer whose module is this layer, all parameters included (Lan et al. 2020, ALBERT,
+            section 3.1). The parameters exist once, under the earlier layer's name. Where both are on different
+            stages, each stage has a copy, and the gradient is summed over them.
+        recompute: whether recompute may take this layer (transformer blocks; not embeddings and heads). Of layers that
+            share a module, selective recompute takes all or none.
+        cached: whether its forward takes `cache=`, the keys and values of earlier tokens in generation.
+        vocabulary: whether it makes logits from its input, and losses when it is given a cross entropy as
             `cross_entropy=`, see parallel/chunked_loss.py.
         with_next: whether the next layer is on the same stage (a table that only later layers use must have a user).
+
+    Raises:
+        ValueError: `same_as` together with `tied_to` (a copy on another stage has one owner) or with `cached` (keys and
+            values are stored by the name of the module).
     """
 
     name: str
     build: Callable[[], nn.Module]
     cost: float = 1.0
     tied_to: str | None = None
+    _: KW_ONLY
+    same_as: str | None = None
     recompute: bool = False
     cached: bool = False
     vocabulary: bool = False
     with_next: bool = False
 
+    def __post_init__(self) -> None:
+        if self.same_as and (self.tied_to or self.cached):
+            raise ValueError(f"layer {self.name} is the same as {self.same_as}, so it can be neither tied nor cached")
+
+    @property
+    def module_name(self) -> str:
+        """The name that its module's parameters have."""
+        return self.same_as or self.name
+
+    @property
+    def shares_with(self) -> str | None:
+        """The earlier layer whose parameters this one uses, with its own or in their place."""
+        return self.same_as or self.tied_to
+
 
 def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) -> list[int]:
-    """Stage boundaries [0, .., len(costs)] of the contiguous cut whose dearest stage is cheapest; no stage is empty.
+    """Boundaries [0, .., len(costs)] of the contiguous partition that minimises the cost of its most expensive stage.
+
+    No stage is empty.
 
     Args:
         joined: for each layer whether it stays with the next one; empty for none.
@@ -50,7 +77,8 @@ def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) ->
     before = [0.0]
     for cost in costs:
         before.append(before[-1] + cost)
-    # best[k][i]: cost of the dearest stage when the first i layers fill k stages; start[k][i]: where stage k begins
+    # best[k][i]: cost of the most expensive stage when the first i layers fill k stages; start[k][i]: where stage k
+    # begins
     best = [[0.0] + [float("inf")] * count]
     start: list[list[int]] = [[0] * (count + 1)]
     for stage in range(1, num_stages + 1):
@@ -59,9 +87,9 @@ def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) ->
             for begin in range(stage - 1, end):
                 if begin and joined and joined[begin - 1]:
                     continue
-                dearest = max(best[stage - 1][begin], before[end] - before[begin])
-                if dearest < row[end]:
-                    row[end], origin[end] = dearest, begin
+                largest = max(best[stage - 1][begin], before[end] - before[begin])
+                if largest < row[end]:
+                    row[end], origin[end] = largest, begin
         best.append(row)
         start.append(origin)
     bounds = [count]
@@ -73,36 +101,39 @@ def cut(costs: Sequence[float], num_stages: int, joined: Sequence[bool] = ()) ->
 class Stage(nn.Module):
     """The layers of one pipeline rank, under their global names; with one stage it is the whole model.
 
-    In a folded pipeline a rank has two spans of layers: one on the way out, one on the way back.
+    In a V-shaped pipeline (DualPipeV) a rank has two spans of layers: one on the way out, one on the way back.
+    `by_name` has the module of every layer of this stage and of every layer whose parameters these use.
     """
 
     def __init__(self, specs: Sequence[LayerSpec], *spans: tuple[int, int]):
         super().__init__()
         self.spans = [list(specs[begin:end]) for begin, end in spans]
         self.specs = [spec for span in self.spans for spec in span]
-        self.by_name: dict[str, nn.Module] = {}
+        self.owned: dict[str, nn.Module] = {}  # without the second names of modules that serve several layers
         for spec in self.specs:
-            self._add(spec)
+            if spec.same_as is None:
+                self._build(spec)
         for spec in self.specs:
-            if spec.tied_to and spec.tied_to not in self.by_name:
-                self._add(next(s for s in specs if s.name == spec.tied_to))
+            if spec.shares_with and spec.shares_with not in self.owned:
+                self._build(next(s for s in specs if s.name == spec.shares_with))
+        self.by_name = {**self.owned, **{spec.name: self.owned[spec.module_name] for spec in self.specs}}
         # ModuleList, since a global name may hold dots; global names come from `named_global_parameters`
-        self.modules_in_order = nn.ModuleList(self.by_name.values())
+        self.modules_in_order = nn.ModuleList(self.owned.values())
 
-    def _add(self, spec: LayerSpec) -> None:
-        self.by_name[spec.name] = spec.build()
+    def _build(self, spec: LayerSpec) -> None:
+        self.owned[spec.name] = spec.build()
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(global name, parameter) of everything this stage holds, in layer order."""
-        for layer, module in self.by_name.items():
+        for layer, module in self.owned.items():
             for name, parameter in module.named_parameters():
                 yield f"{layer}.{name}", parameter
 
     def named_global_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """(global name, buffer) of what a layer learns without a gradient; whole on every rank, and part of a
+        """(global name, buffer) of state that a layer learns without a gradient; whole on every rank, and part of a
         checkpoint.
         """
-        for layer, module in self.by_name.items():
+        for layer, module in self.owned.items():
             for name, buffer in module.named_buffers():
                 yield f"{layer}.{name}", buffer
 
@@ -115,7 +146,7 @@ class Stage(nn.Module):
         yield from ((name, buffer, None) for name, buffer in self.named_global_buffers())
 
     def borrowed(self) -> set[str]:
-        """Global names of parameters that belong to an earlier stage and are here only because they are tied."""
+        """Global names of parameters of which an earlier stage has the original: those of tied and of shared layers."""
         own = {spec.name for spec in self.specs}
         return {name for name, _ in self.named_global_parameters()
                 if not any(name.startswith(f"{layer}.") for layer in own)}

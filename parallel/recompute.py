@@ -1,9 +1,9 @@
 """Recompute of activations in the backward pass (Chen et al. 2016, arXiv 1604.06174).
 
-`full` keeps only a block's input. `selective` (Korthikanti et al. 2022, arXiv 2205.05198, section 5) keeps what the
-matrix products give and computes again what is cheap and large: the attention between projection and projection, and
-the activation function. Neither touches a weight or a collective again that `selective` keeps, and each computes with
-the same inputs and the same masks of dropout, so loss and gradient are equal bit for bit.
+`full` keeps only a block's input. `selective` (Korthikanti et al. 2022, arXiv 2205.05198, section 5) keeps the outputs
+of matrix products and recomputes large tensors that cost little: attention between the two projections, and the
+activation function. `selective` runs no product with a weight and no collective a second time. Either form recomputes
+with the same inputs and the same dropout masks, so loss and gradient are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def recomputed(layer: nn.Module | Callable) -> Callable:
 
 
 class Recomputable(nn.Module):
-    """A layer that names its cheap parts, functions without weights and without collectives."""
+    """A layer that marks its cheap parts: functions without weights and without collectives."""
 
     selective = False
 
@@ -40,9 +40,23 @@ class Recomputable(nn.Module):
     def recompute_before(self, product: Callable[[Tensor], Tensor], function: Callable[..., Tensor], *inputs) -> Tensor:
         """product(function(*inputs)); under selective recompute only the inputs live until the backward.
 
-        What `product` keeps for its backward is its input's storage, which is emptied once it has been read and filled
-        again when the gradient of the product arrives. That holds whatever the product saves, and whoever gathers its
-        weights.
+        The product saves its input, `between`, for its backward. The storage of that tensor is emptied after the
+        forward and filled again before the product's backward reads it:
+
+            forward     inputs --function--> between --product--> result
+                                                |
+                                          storage emptied
+            backward    (1) gradient of result arrives      hook `fill`: between = function(inputs) again
+                        (2) product's backward              reads between
+                        (3) gradient of between arrives     hook `empty`: storage emptied
+                        (4) function's backward             recomputes from the inputs itself
+
+        So it does not matter which kernel the product is, nor that ZeRO-3 has released its weights meanwhile.
+
+        It can go when torch offers one of two things: hooks on saved tensors for chosen tensors only
+        (`torch.autograd.graph.saved_tensors_hooks` catches all that a region saves, among them ZeRO-3's weights, which
+        the hooks would keep alive), or selective checkpointing (`create_selective_checkpoint_contexts`) that recomputes
+        a product's input without entering the product's module a second time.
         """
         if not self._recomputes():
             return product(function(*inputs))
@@ -69,7 +83,7 @@ class Recomputable(nn.Module):
 
 
 def recompute_selectively(layer: nn.Module) -> None:
-    """Have the layer's parts compute again what each of them says is cheap."""
+    """Turn selective recompute on in every part of the layer that has some."""
     for part in layer.modules():
         if isinstance(part, Recomputable):
             part.selective = True

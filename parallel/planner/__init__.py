@@ -1,1 +1,1 @@
-"""Predicts memory and speed of a layout (facts: no torch)."""
+"""Predicts memory and speed of a layout (imports no torch)."""

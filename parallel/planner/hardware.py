@@ -1,4 +1,4 @@
-"""Peak arithmetic rates of accelerators (facts: imports no torch).
+"""Peak arithmetic rates of accelerators (imports no torch).
 
 Each rate is the vendor's dense figure; a data sheet that prints "with sparsity" is halved here. A device that is
 not in the table, a share of a device (MIG) and a dtype the device has no units for all have no peak: `None`, never a

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds: model states by kind, and activations (facts: imports no torch).
+"""Bytes that a rank holds: model states by kind, and activations (imports no torch).
 
 Sources: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5, for states; Korthikanti et al. 2022 (arXiv 2205.05198),
 equations 1 to 6, for activations, with the terms of our blocks. docs/memory.md compares both with what was measured.
@@ -27,7 +27,7 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer + self.communication
 
 
-def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, num_gathered: int = 0) -> StateBytes:
+def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, *, num_gathered: int = 0) -> StateBytes:
     """Model states of a rank whose tensor slice and stage have `num_parameters`, over `data` ranks (`Layout.replicas`).
 
     Gradients are summed in fp32 whatever the compute type is, where the paper has 2 bytes. Stage 0 keeps fp32 weights
@@ -46,13 +46,15 @@ def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, n
     return StateBytes(low * (share + num_gathered), FULL_BYTES * share, optimizer, bucket)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Activations:
     """Activations of a decoder of equal pre-norm blocks on one tensor rank, for one micro-batch.
 
+    `pretrain.models.shapes.activations` makes it from the shape of a model's block.
+
     Args:
         tokens: of the micro-batch, sequence length times sequences; over context ranks, this rank's part of them.
-        head_width: width of one attention head; kv_heads: key and value heads.
+        head_dim: width of one attention head; kv_heads: key and value heads.
         gated: the feed-forward part has a gate; rotary: positions turn queries and keys.
         dropout: there are masks of it, a byte for each element of the residual.
         scores_kept: attention is not fused and keeps its scores: on a CPU with attention dropout.
@@ -66,7 +68,7 @@ class Activations:
     hidden: int
     heads: int
     kv_heads: int
-    head_width: int
+    head_dim: int
     ffn: int
     vocab_size: int
     element_bytes: int
@@ -92,7 +94,7 @@ class Activations:
     def kept_by_selective(self) -> float:
         """Of a block whose cheap parts are recomputed: both norms, what products give, and masks of dropout."""
         e, n, t = self.element_bytes, self.tokens, self.tensor
-        width = (2 * self.heads + 2 * self.kv_heads) * self.head_width  # queries, keys, values; attention's output
+        width = (2 * self.heads + 2 * self.kv_heads) * self.head_dim  # queries, keys, values; attention's output
         inner = (2 if self.gated else 1) * self.ffn
         masks = 2 * self.residual / e if self.dropout else 0
         return 2 * self.norm_tensors * self.residual + e * n * (width + inner) / t + masks
@@ -101,7 +103,7 @@ class Activations:
     def recomputed_by_selective(self) -> float:
         """What `none` keeps beside that: inside attention, and the activation function's output."""
         e, n, t = self.element_bytes, self.tokens, self.tensor
-        turned = (self.heads + self.kv_heads) * self.head_width  # copies of queries and keys: turned, or scaled
+        turned = (self.heads + self.kv_heads) * self.head_dim  # copies of queries and keys: turned, or scaled
         inside = FULL_BYTES * n * self.heads  # the sum of each softmax
         if self.scores_kept:  # softmax, mask and their product, in the compute type
             inside = 3 * e * n * self.sequence_length * self.heads + e * n * turned

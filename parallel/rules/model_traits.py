@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelTraits:
     """What the rules need to know of a model. `vocab_size` is the padded one, as built; lengths are in tokens."""
 

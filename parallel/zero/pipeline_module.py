@@ -23,16 +23,16 @@ class StagePipeline(PipelineModule):
                  loss: Callable, layout: Layout):
         self._bounds = bounds
         self._built = (stage, wrapped)
-        tied = {spec.tied_to for spec in specs if spec.tied_to}
+        tied = {spec.shares_with for spec in specs if spec.shares_with}
         layers = [self._describe(spec, tied) for spec in specs]
         topology = PipeModelDataParallelTopology(num_pp=layout.pipeline, num_mp=layout.tensor, num_dp=layout.replicas)
         super().__init__(layers, topology=topology, loss_fn=loss, activation_checkpoint_interval=0)
 
     @staticmethod
     def _describe(spec: LayerSpec, tied: set[str]):
-        key = spec.name if spec.name in tied else spec.tied_to
+        key = spec.name if spec.name in tied else spec.shares_with
         if key:  # DeepSpeed keeps it in a ModuleDict, which takes no dots
-            return TiedLayerSpec(key.replace(".", "/"), nn.Identity, tied_weight_attr=["weight"])
+            return TiedLayerSpec(key.replace(".", "/"), nn.Identity)
         return _PipeLayer(nn.Identity)
 
     def _partition_layers(self, method: str = "") -> None:
@@ -43,9 +43,10 @@ class StagePipeline(PipelineModule):
     def _build(self) -> None:
         self.stage, _ = self._built
         for layer in self._layer_specs:
-            if isinstance(layer, TiedLayerSpec) and layer.key.replace("/", ".") in self.stage.by_name:
-                self.tied_modules[layer.key] = self.stage.by_name[layer.key.replace("/", ".")]
-                self.tied_weight_attrs[layer.key] = layer.tied_weight_attr
+            name = layer.key.replace("/", ".") if isinstance(layer, TiedLayerSpec) else None
+            if name in self.stage.owned:  # all its parameters: a table has one, a shared block has many
+                module = self.tied_modules[layer.key] = self.stage.owned[name]
+                self.tied_weight_attrs[layer.key] = [attribute for attribute, _ in module.named_parameters()]
         self._build_calls()
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False

@@ -26,7 +26,7 @@ def problems_between(sections: dict[str, BaseModel], world_size: int | None) -> 
     yield from _found(_CHECKS, sections)
     if {"parallel", "precision", "model"} <= sections.keys():
         parallel, precision, model = (sections[name] for name in ("parallel", "precision", "model"))
-        yield from rules.problems(parallel, precision, world_size, family_spec(model.family).facts(model))
+        yield from rules.problems(parallel, precision, world_size, family_spec(model.family).traits(model))
 
 
 def machine_problems(sections: dict[str, BaseModel]) -> Iterator[Problem]:

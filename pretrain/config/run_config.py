@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, ValidationInfo, field_validator
 
@@ -69,19 +70,24 @@ class RunConfig(Section):
         return values
 
     @property
-    def spec(self) -> FamilySpec:
-        """The spec of the model's family."""
+    def spec(self) -> FamilySpec[Any]:
+        """What is known of the model's family without torch."""
         return family_spec(self.model.family)
 
     @property
     def objective_spec(self) -> ObjectiveSpec:
-        """The spec of the objective."""
+        """What is known of the objective without torch."""
         return OBJECTIVES[self.objective.name]
 
     @property
     def window_tokens(self) -> int:
         """Tokens of text in one sample, before the objective does anything to it."""
         return self.objective_spec.window_tokens(self.objective, self.model)
+
+    @property
+    def num_predictions(self) -> int | None:
+        """Tokens of a sample for which the model's head makes logits; None: all."""
+        return self.objective_spec.num_predictions(self.objective, self.model)
 
     def problems(self, world_size: int | None) -> list[Problem]:
         """What keeps this config from running on `world_size` ranks anywhere; looks at no file.

@@ -92,13 +92,13 @@ class HFFolder:
         Raises:
             HFError: one does.
         """
-        facts = family_spec(self.family).facts(self.model)
+        traits = family_spec(self.family).traits(self.model)
         longest = max((size for place in self._renamed.values() for size in place.shape), default=0)
         limits = {"layers": len(self._renamed), "hidden": longest, "ffn": longest, "vocab_size": longest,
                   "heads": longest, "experts": len(self._renamed)}
-        problems = [Problem(f"{name} in {CONFIG}", f"{getattr(facts, name):,}", f"at most {limit:,}, going by the "
+        problems = [Problem(f"{name} in {CONFIG}", f"{getattr(traits, name):,}", f"at most {limit:,}, going by the "
                             "tensors in the folder", "put back the config.json or the tensors that belong together")
-                    for name, limit in limits.items() if getattr(facts, name) > limit]
+                    for name, limit in limits.items() if getattr(traits, name) > limit]
         if problems:
             raise HFError(self.folder, problems, ExitCode.DATA)
 

@@ -1,8 +1,9 @@
-"""The architectures, by name. A family's folder holds `spec.py` (facts), `modules.py` (torch) and, where transformers
-knows its models, `hf.py` (facts)."""
+"""The architectures, by name. A family's folder holds `spec.py`, `modules.py` (the only one with torch) and, where
+transformers knows its models, `hf.py`."""
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from pretrain.models.family import FamilySpec
 from pretrain.models.hf_map import Architecture
@@ -16,9 +17,10 @@ FAMILIES = {
 }
 
 
-def family_spec(family: str) -> FamilySpec:
-    """The facts of a family; no torch. Raises KeyError for a name that is not in FAMILIES."""
-    return import_module(f"{FAMILIES[family]}.spec").SPEC
+def family_spec(family: str) -> FamilySpec[Any]:
+    """What is known of a family without torch. Raises KeyError for a name that is not in FAMILIES."""
+    spec: FamilySpec[Any] = import_module(f"{FAMILIES[family]}.spec").SPEC
+    return spec
 
 
 def architectures(family: str) -> tuple[Architecture, ...]:

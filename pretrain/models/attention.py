@@ -1,6 +1,8 @@
-"""Scaled dot-product attention over the heads of one tensor rank."""
+"""Scaled dot-product attention (Vaswani et al. 2017, eq. 1) over the heads of one tensor rank: every family's."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +14,25 @@ from parallel.tensor_parallel import TensorParallel
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, probability: float, tp: TensorParallel,
               mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Scaled dot-product attention over this tensor rank's heads: q [b, heads, s, d], k and v [b, kv_heads, s', d].
+    """softmax(scale q k^T + mask) v for this tensor rank's heads: q [b, heads, s, d], k and v [b, kv_heads, s', d].
+
+    Each key-value head serves heads / kv_heads queries' heads. The kernel is torch's.
 
     Args:
-        mask: [1 or b, 1 or heads, s, s'], bool (True: seen) or a bias that is added; it then says what is causal.
-        scale: factor of the products; None for 1 / sqrt(d).
+        causal: a query sees the keys up to its own position; without effect where there is a mask.
+        probability: of dropout on the attention weights.
+        tp: its rank seeds the dropout, since each tensor rank has other heads.
+        mask: [1 or b, 1 or heads, s, s'], bool (True: the query sees the key) or a bias that is added to the products.
+        scale: factor of the products of queries and keys; None for 1 / sqrt(d).
+
+    Returns: [b, heads, s, d].
     """
-    options = {"attn_mask": mask, "is_causal": causal and mask is None, "enable_gqa": q.shape[1] != k.shape[1],
-               "scale": scale}
+    attend = partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, is_causal=causal and mask is None,
+                     enable_gqa=q.shape[1] != k.shape[1], scale=scale)
     if probability == 0.0:
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        return attend()
     base = int(torch.randint(2**62, ()))
     devices = [q.device] if q.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # SDPA's dropout takes no generator; heads are sliced over tp
+    with torch.random.fork_rng(devices=devices):  # torch's dropout here takes no generator; heads are sliced over tp
         torch.manual_seed(derive(base, tp.rank))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=probability, **options)
+        return attend(dropout_p=probability)

@@ -1,26 +1,37 @@
-"""A model built whole on this rank, outside of training: for use, and for what its tensors are called and shaped."""
+"""From a family's config to layers: the one place that imports a family's modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from parallel.pipeline_stages import Stage
+from parallel.pipeline_stages import LayerSpec, Stage
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 from parallel.tensor_slice import SliceRange
-from pretrain.models import FAMILIES
+from pretrain.models import FAMILIES, family_spec
 from pretrain.models.family import FamilyConfig
+
+
+def layer_list(model: FamilyConfig, tp: TensorParallel, num_predictions: int | None = None) -> list[LayerSpec]:
+    """The ordered layers of a model on a tensor axis, each with its cost for the pipeline cut.
+
+    Args:
+        num_predictions: tokens of a sample for which the head makes logits; None: all (`FamilySpec.ends`).
+    """
+    shapes = family_spec(model.family).layer_shapes(model, num_predictions)
+    specs = import_module(f"{FAMILIES[model.family]}.modules").layers(model, tp)
+    return [replace(spec, cost=float(shapes[spec.name].cost)) for spec in specs]
 
 
 def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> Stage:
     """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled."""
-    modules = import_module(f"{FAMILIES[model.family]}.modules")
     with torch.device(device):
-        specs = modules.layers(model, TensorParallel(groups, device))
+        specs = layer_list(model, TensorParallel(groups, device))
         return Stage(specs, (0, len(specs)))
 
 

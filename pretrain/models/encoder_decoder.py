@@ -1,14 +1,18 @@
-"""Facts that families of encoder and decoder share: fields and what follows from them (no torch)."""
+"""Fields and shapes that families of encoder and decoder share; no torch."""
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TypeVar
 
 from pydantic import Field
 
+from common.errors import Problem
 from parallel.rules.model_traits import ModelTraits
 from pretrain.models import mixture
-from pretrain.models.counting import PartSizes, flops
-from pretrain.models.family import TextConfig
+from pretrain.models.family import FamilySpec, TextConfig
 from pretrain.models.mixture import MixtureFields
+from pretrain.models.shapes import BlockShape, BlockStack, EndShape
 
 
 class EncoderDecoderConfig(MixtureFields, TextConfig):
@@ -41,51 +45,39 @@ class EncoderDecoderConfig(MixtureFields, TextConfig):
         return 4 * self.hidden if self.ffn is None else self.ffn
 
 
-def facts(config: EncoderDecoderConfig) -> ModelTraits:
-    """What the rules need to know."""
-    return ModelTraits(
-        layers=config.layers + config.num_decoder_layers, heads=config.heads, kv_heads=config.heads,
-        hidden=config.hidden, ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size,
-        sequence_length=config.sequence_length, target_length=config.num_targets,
-        experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
-        why_no_context="attention from the target to the source needs both sequences whole on every rank",
-    )
+Config = TypeVar("Config", bound=EncoderDecoderConfig)
 
 
-def blocks(config: EncoderDecoderConfig, parts: PartSizes) -> int:
-    """Parameters of the blocks of both sides."""
-    total = config.layers * parts.block() + config.num_decoder_layers * parts.block(cross=True)
-    return total + sum(mixture.added_parameters(config, layers, parts.gated, parts.bias) for layers in sides(config))
+class EncoderDecoderSpec(FamilySpec[Config]):
+    """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
+    form = "encoder_decoder"
 
-def sides(config: EncoderDecoderConfig) -> tuple[int, int]:
-    """Blocks of the encoder and of the decoder."""
-    return config.layers, config.num_decoder_layers
+    @abstractmethod
+    def block(self, config: Config) -> BlockShape:
+        """A dense block of the encoder."""
 
+    def traits(self, config: Config) -> ModelTraits:
+        return replace(
+            super().traits(config), target_length=config.num_targets,
+            why_no_context="attention from the target to the source needs both sequences whole on every rank")
 
-def idle_parameter_count(sizes: Callable[[EncoderDecoderConfig], PartSizes]) -> Callable[[EncoderDecoderConfig], int]:
-    """The function of a family whose blocks have these sizes: parameters of experts that one token does not meet."""
+    def stacks(self, config: Config) -> tuple[BlockStack, ...]:
+        encoder = self.block(config)
+        decoder = replace(encoder, num_tokens=config.num_targets, num_memory_tokens=config.sequence_length)
+        sides = (("encoder.blocks", config.layers, encoder), ("decoder.blocks", config.num_decoder_layers, decoder))
+        return tuple(BlockStack(name=name, num_blocks=count, dense=block, mixture=config.mixture,
+                                mixture_every=config.expert_every) for name, count, block in sides)
 
-    def count(config: EncoderDecoderConfig) -> int:
-        parts = sizes(config)
-        return sum(mixture.added_parameters(config, layers, parts.gated, parts.bias)
-                   - mixture.added_active_parameters(config, layers, parts.gated, parts.bias)
-                   for layers in sides(config))
+    def mixture_problems(self, config: Config) -> Iterator[Problem]:
+        return mixture.problems(config, config.layers, config.num_decoder_layers)
 
-    return count
+    def table(self, config: Config) -> EndShape:
+        """The token table with its lookup of the source."""
+        return EndShape(per_token_id=config.hidden, num_lookups=config.sequence_length * config.hidden)
 
-
-def flops_per_token(sizes: Callable[[EncoderDecoderConfig], PartSizes]) -> Callable[[EncoderDecoderConfig, int], int]:
-    """The function of a family whose blocks have these sizes."""
-
-    def count(config: EncoderDecoderConfig, window_tokens: int) -> int:
-        """FLOPs of a whole sample, source and target, spread over the tokens of text that it was made from."""
-        source, target, parts = config.sequence_length, config.num_targets, sizes(config)
-        total = config.layers * parts.products(source, source)
-        total += config.num_decoder_layers * parts.products(target, target, source)
-        total += target * config.hidden * config.padded_vocab_size
-        total += sum(length * mixture.added_active_parameters(config, layers, parts.gated, bias=False)
-                     for length, layers in zip((source, target), sides(config), strict=True))
-        return flops(total) // window_tokens
-
-    return count
+    def head(self, config: Config, *, tied: bool, num_predictions: int | None) -> EndShape:
+        """Logits of the target's tokens."""
+        predictions = config.num_targets if num_predictions is None else num_predictions
+        return EndShape(per_token_id=0 if tied else config.hidden,
+                        multiply_adds=predictions * config.hidden * config.padded_vocab_size)

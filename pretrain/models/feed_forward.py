@@ -1,15 +1,11 @@
-"""Feed-forward parts of a block: one for all tokens, or a mixture of experts. Shapes as in blocks.py.
+"""Feed-forward parts of a block: dense, or a mixture of experts. Shapes as in blocks.py.
 
 In a mixture: T = s x b tokens, E experts, k choices of each token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +16,7 @@ from parallel.load_balance import Balance
 from parallel.parameter_plan import plan_parameter
 from parallel.recompute import Recomputable
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.mixture import MixtureFields, added_active_parameters
-
-if TYPE_CHECKING:
-    from pretrain.models.blocks import BlockShape
+from pretrain.models.shapes import BlockShape, MixtureShape
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -34,59 +27,42 @@ ACTIVATIONS = {
 GATES = {"swiglu": F.silu, "geglu_tanh": ACTIVATIONS["gelu_tanh"]}
 
 
-def activation_of(shape: BlockShape) -> Callable[[Tensor], Tensor]:
-    """What is applied to the up matrix's output, or to the gate's where there is one."""
-    return GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
+class _Matrices(Recomputable):
+    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6).
 
+    With `matrices` an `ExpertParallel` each of them is a stack, one for each expert of this rank.
+    """
 
-class FeedForward(Recomputable):
-    """Two matrices with an activation, or gated as in SwiGLU(x) = silu(x W_gate) * (x W_up) (Shazeer 2020, eq. 6)."""
-
-    def __init__(self, shape: BlockShape, tp: TensorParallel):
+    def __init__(self, shape: BlockShape, ffn: int, matrices: TensorParallel | ExpertParallel):
         super().__init__()
-        self.activation = activation_of(shape)
-        self.up = tp.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.up_std or shape.std)
-        self.gate = None
-        if shape.activation in GATES:
-            self.gate = tp.column(shape.hidden, shape.ffn, bias=shape.bias, std=shape.std)
+        self.activation = GATES.get(shape.activation) or ACTIVATIONS[shape.activation]
+        self.up = matrices.column(shape.hidden, ffn, bias=shape.bias, std=shape.up_std or shape.std)
+        self.gate = matrices.column(shape.hidden, ffn, bias=shape.bias, std=shape.std) if shape.gated else None
         down_std = shape.residual_std if shape.down_std is None else shape.down_std
-        self.down = tp.row(shape.ffn, shape.hidden, bias=shape.bias, std=down_std)
+        self.down = matrices.row(ffn, shape.hidden, bias=shape.bias, std=down_std)
 
-    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
+    def _apply_matrices(self, x: Tensor, *counts: list[int]) -> Tensor:
+        """`counts`: rows of each expert, where the matrices are stacks."""
+        def down(y: Tensor) -> Tensor:
+            return self.down(y, *counts)
+
         if self.gate is None:
-            return self.recompute_before(self.down, self.activation, self.up(x))
-        return self.recompute_before(self.down, self._gated, self.up(x), self.gate(x))
+            return self.recompute_before(down, self.activation, self.up(x, *counts))
+        return self.recompute_before(down, self._gated, self.up(x, *counts), self.gate(x, *counts))
 
     def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
         return self.activation(gate) * y
 
 
-@dataclass(frozen=True)
-class MixtureShape:
-    """What a mixture is made of, free of any family's config; `shared_ffn` 0 for no shared expert."""
+class FeedForward(_Matrices):
+    """The feed-forward part that every token passes."""
 
-    experts: int
-    top_k: int
-    ffn: int
-    shared_ffn: int
-    renormalised: bool
-    capacity_factor: float | None
-    balance_loss: float
-    z_loss: float
-    bias_rate: float
+    def __init__(self, shape: BlockShape, tp: TensorParallel, ffn: int | None = None):
+        """`ffn` None: the width of the shape."""
+        super().__init__(shape, shape.ffn if ffn is None else ffn, tp)
 
-
-def of_block(dense: BlockShape, config: MixtureFields, index: int) -> tuple[BlockShape, float]:
-    """The shape of the block of this index of a side, and what it costs beyond a dense one, in blocks of 12 h^2."""
-    if not config.is_mixture(index):
-        return dense, 0.0
-    mixture = MixtureShape(
-        experts=config.experts, top_k=config.top_k, ffn=config.expert_width, shared_ffn=config.shared_width,
-        renormalised=config.router == "top_k_softmax", capacity_factor=config.capacity_factor,
-        balance_loss=config.balance_loss, z_loss=config.z_loss, bias_rate=config.bias_rate,
-    )
-    extra = added_active_parameters(config, config.expert_every, dense.activation in GATES, bias=False)
-    return replace(dense, mixture=mixture), extra / (12 * dense.hidden**2)
+    def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
+        return self._apply_matrices(x)
 
 
 class Router(nn.Module):
@@ -118,11 +94,11 @@ class Router(nn.Module):
         if self.training and self.mixture.capacity_factor is not None:
             kept = within_capacity(chosen, self.mixture.experts, self.mixture.capacity_factor)
         if self.training and weights.requires_grad:
-            weights = self._balanced(weights, logits, probabilities, chosen, kept)
+            weights = self._balanced(weights, logits, probabilities, chosen, kept=kept)
         return chosen, weights, kept
 
-    def _balanced(self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, kept: Tensor | None
-                  ) -> Tensor:
+    def _balanced(self, weights: Tensor, logits: Tensor, probabilities: Tensor, chosen: Tensor, *,
+                  kept: Tensor | None) -> Tensor:
         """The weights, with the auxiliary losses attached to their backward.
 
         Load balance: E sum_i f_i P_i of each sequence, f_i the share of its choices that fall on expert i (before any
@@ -160,31 +136,18 @@ def within_capacity(chosen: Tensor, num_experts: int, capacity_factor: float) ->
     return kept.view(count, top_k, length).permute(2, 0, 1)
 
 
-class Experts(Recomputable):
+class Experts(_Matrices):
     """The feed-forward parts of this rank's experts; shapes and names are those of `FeedForward`, stacked."""
 
     def __init__(self, shape: BlockShape, mixture: MixtureShape, tp: TensorParallel):
-        super().__init__()
-        self.tp = ExpertParallel(mixture.experts, tp)
-        self.activation = activation_of(shape)
-        self.up = self.tp.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.up_std or shape.std)
-        self.gate = None
-        if shape.activation in GATES:
-            self.gate = self.tp.column(shape.hidden, mixture.ffn, bias=shape.bias, std=shape.std)
-        down_std = shape.residual_std if shape.down_std is None else shape.down_std
-        self.down = self.tp.row(mixture.ffn, shape.hidden, bias=shape.bias, std=down_std)
+        experts = ExpertParallel(mixture.experts, tp)
+        super().__init__(shape, mixture.ffn, experts)
+        self.tp = experts
 
     def forward(self, x: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
         """x [T, h], chosen and kept [T, k] -> [k, T, h], a partial sum over the tensor axis; 0 where dropped."""
-        way = Dispatch(chosen, kept, self.tp)
-        rows = way.dispatch(x)
-        down, y = partial(self.down, counts=way.counts), self.up(rows, way.counts)
-        if self.gate is None:
-            return way.combine(self.recompute_before(down, self.activation, y))
-        return way.combine(self.recompute_before(down, self._gated, y, self.gate(rows, way.counts)))
-
-    def _gated(self, y: Tensor, gate: Tensor) -> Tensor:
-        return self.activation(gate) * y
+        path = Dispatch(chosen, kept, self.tp)
+        return path.combine(self._apply_matrices(path.dispatch(x), path.counts))
 
 
 class Mixture(nn.Module):
@@ -195,11 +158,11 @@ class Mixture(nn.Module):
         self.tp = tp
         self.router = Router(mixture, shape.hidden, shape.std, tp)
         self.experts = Experts(shape, mixture, tp)
-        self.shared = FeedForward(replace(shape, ffn=mixture.shared_ffn), tp) if mixture.shared_ffn else None
+        self.shared = FeedForward(shape, tp, mixture.shared_ffn) if mixture.shared_ffn else None
 
     def forward(self, x: Tensor) -> Tensor:  # [s(/t), b, h] -> same
         # Every tensor rank routes alike, so the router's gradient is whole on each. The experts' outputs are partial
-        # sums until the end, and so is what they say of the weights.
+        # sums until the end, and so are their contributions to the gradient of the weights.
         chosen, weights, kept = self.router(self.tp.gather_sequence(x))
         weights = self.tp.copy_to_ranks(weights)
         whole = self.tp.gather_for_columns(x)

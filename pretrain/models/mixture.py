@@ -1,4 +1,4 @@
-"""Facts of a mixture of experts that families share: the fields, their limits, and what they count (no torch)."""
+"""Mixtures of experts as fields of `model` that families share, and the limits of these fields; no torch."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from common.errors import Problem
 from parallel.config import STRICT
+from pretrain.models.shapes import MixtureShape
 
 # Fields that say nothing without experts, and whose defaults say so.
 DEPENDENT = ("expert_ffn", "shared_expert_ffn", "capacity_factor", "bias_rate")
@@ -40,13 +41,15 @@ class MixtureFields(BaseModel):
         0.0, ge=0, description="how far the selection bias of an expert moves after a step, against its load; 0: none"
     )
 
-    def is_mixture(self, index: int) -> bool:
-        """Whether the block of this index (of one side) has a mixture: the last of every `expert_every` blocks."""
-        return self.experts > 0 and (index + 1) % self.expert_every == 0
-
-    def num_mixtures(self, layers: int) -> int:
-        """How many of so many blocks have a mixture."""
-        return layers // self.expert_every if self.experts else 0
+    @property
+    def mixture(self) -> MixtureShape | None:
+        """The shape of a mixture; None where every layer is dense."""
+        if not self.experts:
+            return None
+        return MixtureShape(
+            experts=self.experts, top_k=self.top_k, ffn=self.expert_width, shared_ffn=self.shared_expert_ffn or 0,
+            renormalised=self.router == "top_k_softmax", capacity_factor=self.capacity_factor,
+            balance_loss=self.balance_loss, z_loss=self.z_loss, bias_rate=self.bias_rate)
 
     @property
     def expert_width(self) -> int:
@@ -56,9 +59,9 @@ class MixtureFields(BaseModel):
         return self.ffn_hidden if self.expert_ffn is None else self.expert_ffn
 
     @property
-    def shared_width(self) -> int:
-        """Inner width of the shared expert; 0 where there is none."""
-        return self.shared_expert_ffn or 0 if self.experts else 0
+    def ffn_hidden(self) -> int:
+        """Inner width of a dense feed-forward part; the family's config says how it follows from its fields."""
+        raise NotImplementedError
 
 
 def problems(config: MixtureFields, *sides: int) -> Iterator[Problem]:
@@ -78,26 +81,7 @@ def problems(config: MixtureFields, *sides: int) -> Iterator[Problem]:
         yield Problem("model.expert_every", f"a mixture in every {config.expert_every}th block, of {min(sides)}",
                       f"1 to {min(sides)}", f"set model.expert_every to {min(sides)} or less, or model.experts=0")
     if config.router == "top_k_softmax" and config.top_k == 1:
-        yield Problem("model.router", "top_k_softmax with top_k=1: the weight is always 1, and the router learns "
-                      "nothing from the loss", "top_k_softmax with top_k of at least 2, or softmax_top_k",
+        yield Problem("model.router",
+                      "top_k_softmax with top_k=1: the weight is always 1, and the router learns nothing from "
+                      "the loss", "top_k_softmax with top_k of at least 2, or softmax_top_k",
                       "set model.router=softmax_top_k, or model.top_k=2")
-
-
-def added_parameters(config: MixtureFields, layers: int, gated: bool, bias: bool) -> int:
-    """Parameters that the mixtures of so many blocks have beyond dense feed-forward parts."""
-    return _beyond_dense(config, layers, gated, bias, config.experts)
-
-
-def added_active_parameters(config: MixtureFields, layers: int, gated: bool, bias: bool) -> int:
-    """The same, counting only the experts that one token meets."""
-    return _beyond_dense(config, layers, gated, bias, config.top_k)
-
-
-def _beyond_dense(config: MixtureFields, layers: int, gated: bool, bias: bool, num_experts: int) -> int:
-    def feed_forward(width: int) -> int:
-        matrices = 3 if gated else 2
-        return matrices * config.hidden * width + ((matrices - 1) * width + config.hidden if bias else 0)
-
-    shared = feed_forward(config.shared_width) if config.shared_width else 0
-    mixture = config.experts * config.hidden + shared + num_experts * feed_forward(config.expert_width)
-    return config.num_mixtures(layers) * (mixture - feed_forward(config.ffn_hidden))

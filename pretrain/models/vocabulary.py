@@ -13,17 +13,13 @@ from parallel.random_streams import dropout
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Norm
 from pretrain.models.family import TextConfig
-
-
-def lookup_cost(hidden: int) -> float:
-    """Of a token table, in blocks of 12 h^2 multiply-adds a token: h numbers are copied, and added in the backward."""
-    return 2 * hidden / (12 * hidden**2)
+from pretrain.models.state import State
 
 
 class Embedding(nn.Module):
     """Token table, sliced over the vocabulary. `weight` is also what a tied head multiplies with.
 
-    The state may carry more beside the ids; that is handed on.
+    The ids are the first part of the state; the other parts are handed on.
     """
 
     def __init__(self, config: TextConfig, tp: TensorParallel, std: float):
@@ -34,7 +30,7 @@ class Embedding(nn.Module):
     def weight(self) -> Tensor:
         return self.table.weight
 
-    def forward(self, state: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:  # ids [b, s] -> [b, s, h]
+    def forward(self, state: State) -> State:  # ids [b, s] -> [b, s, h]
         if isinstance(state, tuple):
             return (self.table(state[0]), *state[1:])
         return self.table(state)
@@ -78,13 +74,13 @@ class Logits(nn.Module):
 
 
 class Head(Logits):
-    """Logits of every token, or the losses of all labels. What the state carries beside x ends here."""
+    """Logits of every token, or the losses of all labels. Only the first part of the state, x, is used."""
 
     def __init__(self, config: TextConfig, tp: TensorParallel, std: float | None, scale: float = 1.0):
         super().__init__(config, tp, std)
         self.tp, self.scale = tp, scale
 
-    def forward(self, state: Tensor | tuple[Tensor, ...], tied: Embedding | None = None,
+    def forward(self, state: State, tied: Embedding | None = None,
                 cross_entropy: Callable[..., Tensor] | None = None) -> Tensor:
         x = state[0] if isinstance(state, tuple) else state  # [s(/t), b, h]
         x = self.tp.gather_for_columns(x) if cross_entropy is None else self.tp.gather_sequence(x)
@@ -101,9 +97,9 @@ def entered(x: Tensor, tp: TensorParallel, probability: float) -> Tensor:
 class PositionedInput(nn.Module):
     """Learned positions, a norm and dropout on the way from the token table to the blocks (as in BERT and BART)."""
 
-    def __init__(self, num_positions: int, offset: int, hidden: int, std: float, norm_epsilon: float, dropout: float,
-                 tp: TensorParallel, num_types: int = 0):
-        """`offset` is the row of the first position; `num_types` kinds of segments add a row each."""
+    def __init__(self, tp: TensorParallel, hidden: int, *, num_positions: int, offset: int, std: float,
+                 norm_epsilon: float, dropout: float, num_types: int = 0):
+        """`offset` is the row of the first position; `num_types` is the number of segment types, 0 for none."""
         super().__init__()
         self.tp, self.offset, self.probability = tp, offset, dropout
         self.positions = nn.Parameter(torch.empty(num_positions, hidden, device=tp.device))

@@ -37,6 +37,7 @@ class ObjectiveSpec:
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
         problems: what does not fit the model.
+        num_predictions: tokens of a sample for which the model's head makes logits; None: all.
     """
 
     config_class: type[ObjectiveConfig]
@@ -45,3 +46,4 @@ class ObjectiveSpec:
     window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int]
     reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int]
     problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]
+    num_predictions: Callable[[ObjectiveConfig, FamilyConfig], int | None] = lambda config, model: None

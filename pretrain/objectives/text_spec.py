@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from common.errors import Problem
-from data_pipeline.corruption.special_ids import num_special_ids, raw_tokens
+from data_pipeline.corruption.special_ids import num_masked, num_special_ids, raw_tokens
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
@@ -162,5 +162,7 @@ SPECS = {
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,
-        reserved_ids=_special_ids, problems=_masked_problems),
+        reserved_ids=_special_ids, problems=_masked_problems,
+        num_predictions=lambda config, model: num_masked(model.sequence_length - model.num_frame_tokens,
+                                                         config.mask_ratio)),
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 
@@ -12,7 +11,7 @@ from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 from parallel.tensor_slice import Source
 from pretrain.config.run_config import RunConfig
-from pretrain.models import FAMILIES
+from pretrain.models.build import layer_list
 from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
@@ -26,14 +25,13 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device, source
     Raises:
         NoRoom: a disk has no room for the optimizer state.
     """
-    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
     def make_optimizer(named: list, adamw: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
         return adamw(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
-    return Engine(lambda tp: modules.layers(config.model, tp),
+    return Engine(lambda tp: layer_list(config.model, tp, config.num_predictions),
                   make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
                   config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed,
                   source)

@@ -242,7 +242,7 @@ def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[st
         record.update(result.routing)
     if result.skipped:
         record["skipped"] = True
-    flops = config.spec.flops_per_token(config.model, config.window_tokens)
+    flops = config.spec.flops_per_unit(config.model, config.window_tokens, config.num_predictions)
     used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
     return record if used is None else {**record, "mfu": used}
 

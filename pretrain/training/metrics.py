@@ -70,18 +70,18 @@ def throughput(num_items: int, seconds: float) -> float:
 
 
 def mfu(
-    flops_per_token: float, tokens_per_second: float, device_name: str, num_devices: int, dtype: str
+    flops_per_unit: float, units_per_second: float, device_name: str, num_devices: int, dtype: str
 ) -> float | None:
     """Model FLOPs utilisation, a share of the peak (Chowdhery et al. 2022, PaLM, appendix B).
 
-    flops_per_token: what the model itself needs, forward and backward, without recomputation.
-    tokens_per_second: of the whole run. dtype: `bf16`, `fp16` or `fp32`.
+    flops_per_unit: what the model itself needs, forward and backward, without recomputation.
+    units_per_second: tokens or samples, of the whole run. dtype: `bf16`, `fp16` or `fp32`.
     None where the peak of the device is not known.
     """
     peak = peak_flops(device_name, dtype)
     if peak is None:
         return None
-    return flops_per_token * tokens_per_second / (peak * num_devices)
+    return flops_per_unit * units_per_second / (peak * num_devices)
 
 
 def counted_in(record: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from importlib import import_module
 
 import torch
 
@@ -19,7 +18,7 @@ from parallel.precision import DTYPES
 from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import RunConfig, load_config
-from pretrain.models import FAMILIES
+from pretrain.models.build import layer_list
 from pretrain.objectives import make_loss, make_stages
 from pretrain.training.datasets import open_dataset
 
@@ -30,8 +29,7 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
     """Best time of one forward and backward of the recipe's own data in `compute`, weights in that format, one rank."""
     with single_rank() as groups:
         tp = TensorParallel(groups, torch.device("cpu"))
-        modules = import_module(f"{FAMILIES[config.model.family]}.modules")
-        specs = modules.layers(config.model, tp)
+        specs = layer_list(config.model, tp)
         stage = Stage(specs, (0, len(specs)))
         for parameter in stage.parameters():
             parameter.data.normal_(0.0, 0.02)

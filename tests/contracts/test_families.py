@@ -1,10 +1,10 @@
 """What every family and every objective owes to the rest of the project."""
 
-from importlib import import_module
-
 import pytest
 import torch
 import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.pipeline_stages import Stage, cut
 from parallel.rules import table as rules
@@ -12,8 +12,24 @@ from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import load_config
 from pretrain.models import FAMILIES, family_spec
+from pretrain.models.build import build_stage
 from pretrain.objectives import OBJECTIVES, make_loss
 from tests.helpers.recipes import recipe_of
+
+PREDICTIONS = 5
+SAMPLES = {  # inputs of one sample
+    "gpt": lambda model: ids(model.sequence_length),
+    "t5": lambda model: (ids(model.sequence_length), ids(model.num_targets)),
+    "bart": lambda model: (ids(model.sequence_length), ids(model.num_targets)),
+    "bert": lambda model: (ids(model.sequence_length), ids(model.sequence_length) * 0, ids(PREDICTIONS)),
+    "clip": lambda model: (torch.rand(1, 3, model.image_size, model.image_size), ids(model.sequence_length),
+                           torch.tensor([3])),
+}  # fmt: skip
+
+
+def ids(num_tokens: int) -> torch.Tensor:
+    return torch.arange(num_tokens)[None]
+
 
 CASES = [(family, name) for family in FAMILIES for name in family_spec(family).objectives]
 
@@ -32,10 +48,7 @@ def config_of(family, tmp_path, **model):
 
 
 def stage_of(config, groups, device="cpu") -> Stage:
-    modules = import_module(f"{FAMILIES[config.model.family]}.modules")
-    with torch.device(device):
-        specs = modules.layers(config.model, TensorParallel(groups, torch.device(device)))
-        return Stage(specs, (0, len(specs)))
+    return build_stage(config.model, groups, torch.device(device))
 
 
 @pytest.mark.parametrize("padding", [1, 100])
@@ -50,6 +63,51 @@ def test_built_parameters_are_those_counted(family, padding, alone, tmp_path):
         assert built > config.spec.parameter_count(config.model)
 
 
+SHAPES = [  # family and fields that change what its layers are made of
+    *((family, {}) for family in FAMILIES),
+    ("gpt", {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "kv_heads": 2,
+             "tied_head": False, "ffn": 96}),
+    ("gpt", {"positions": "none", "norm_position": "post", "experts": 4, "top_k": 2, "expert_every": 3,
+             "expert_ffn": 24, "shared_expert_ffn": 12, "activation": "swiglu"}),
+    ("t5", {"tied_head": False, "activation": "geglu_tanh", "decoder_layers": 3, "experts": 4, "expert_every": 2}),
+    ("bart", {"max_positions": 50, "decoder_layers": 3, "experts": 4}),
+    ("bert", {"next_sentence": False, "segment_types": 1, "position_offset": 2}),
+    ("bert", {"shared_blocks": True}),
+    ("clip", {"logit_bias": None, "text_ffn": 40}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "fields"), SHAPES, ids=str)
+def test_every_layer_has_the_parameters_of_its_shape(family, fields, alone, tmp_path):
+    """The description without torch against the modules: layer by layer, and over the model."""
+    config = config_of(family, tmp_path, pad_vocab_to=100, **fields)
+    shapes = config.spec.layer_shapes(config.model)
+    stage = stage_of(config, alone, "meta")
+    assert {spec.name for spec in stage.specs} == set(shapes)
+    for name, module in stage.owned.items():
+        built, shape = sum(parameter.numel() for parameter in module.parameters()), shapes[name]
+        per_token_id = getattr(shape, "per_token_id", 0)
+        assert built == shape.num_parameters + per_token_id * config.model.padded_vocab_size, name
+    built = sum(parameter.numel() for _, parameter in stage.named_global_parameters())
+    assert built == config.spec.built_parameter_count(config.model)
+
+
+@pytest.mark.parametrize(("family", "fields"), SHAPES, ids=str)
+def test_products_are_those_that_torch_counts(family, fields, alone, tmp_path):
+    """Multiply-adds of one sample's forward against torch's own counter, which sees every matrix product."""
+    config = config_of(family, tmp_path, pad_vocab_to=100, **fields)
+    stage = stage_of(config, alone)
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        stage.run(SAMPLES[family](config.model))
+    shapes = config.spec.layer_shapes(config.model, num_predictions=PREDICTIONS if family == "bert" else None)
+    counted = 2 * sum(shape.multiply_adds for shape in shapes.values())
+    if family == "bert" and config.model.next_sentence:
+        counted += 2 * config.model.hidden * (config.model.hidden + 2)  # of the pair, which one token decides
+    assert counter.get_total_flops() == counted
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_named_once_and_can_be_cut(family, alone, tmp_path):
     config = config_of(family, tmp_path)
@@ -58,8 +116,8 @@ def test_layers_are_named_once_and_can_be_cut(family, alone, tmp_path):
     assert len(set(names)) == len(names)
     assert all(spec.tied_to in names[: number] for number, spec in enumerate(specs) if spec.tied_to)
     blocks = sum(spec.recompute for spec in specs)
-    assert blocks == config.spec.facts(config.model).layers
-    if config.spec.facts(config.model).pipeline_supported:
+    assert blocks == config.spec.traits(config.model).layers
+    if config.spec.traits(config.model).pipeline_supported:
         costs = {spec.name: spec.cost for spec in specs}
         assert 0 < costs["embedding"] < costs["head"], "the ends count in the cut"
     for num_stages in range(1, blocks + 1):
@@ -81,7 +139,7 @@ def test_flops_grow_with_the_model(family, tmp_path):
     config = config_of(family, tmp_path)
     depth = "image_layers" if family == "clip" else "layers"
     larger = config_of(family, tmp_path, **{depth: 2 * getattr(config.model, depth)})
-    found = [c.spec.flops_per_token(c.model, c.window_tokens) for c in (config, larger)]
+    found = [c.spec.flops_per_unit(c.model, c.window_tokens, c.num_predictions) for c in (config, larger)]
     assert 6 * 10**4 < found[0] < found[1]
 
 
@@ -90,7 +148,7 @@ def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
     assert family_spec(family).form in OBJECTIVES[name].losses
     loss = make_loss(name, family, TensorParallel(None, torch.device("cpu")))
     assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
-    in_parts = not family_spec(family).facts(config_of(family, tmp_path).model).why_no_context
+    in_parts = not family_spec(family).traits(config_of(family, tmp_path).model).why_no_context
     assert callable(getattr(loss, "part", None)) == in_parts
 
 
@@ -98,8 +156,8 @@ def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
 def test_context_ranks_are_taken_or_refused_with_the_reason(family, tmp_path):
     config = config_of(family, tmp_path)
     asked = config.parallel.model_copy(update={"context": 2, "global_batch": config.parallel.micro_batch})
-    found = list(rules.problems(asked, config.precision, 2, config.spec.facts(config.model)))
-    reason = config.spec.facts(config.model).why_no_context
+    found = list(rules.problems(asked, config.precision, 2, config.spec.traits(config.model)))
+    reason = config.spec.traits(config.model).why_no_context
     assert [(where, reason in possible, "parallel.context=1" in change) for where, _, possible, change in found] \
         == ([("parallel.context", True, True)] if reason else [])
 

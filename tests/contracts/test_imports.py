@@ -16,7 +16,7 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in
 PARALLEL_LIGHT = ("parallel.config", "parallel.layout", "parallel.rules", "parallel.rules.*", "parallel.planner.*",
                   "parallel.zero.settings", "parallel.ranks.rank_info", "parallel.ranks.slurm_node_list")
 DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids")
-FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.counting",
+FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.shapes",
                 "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
 OBJECTIVE_LIGHT = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
@@ -72,7 +72,7 @@ TABLE = {
     "pretrain/models/*/spec.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     "pretrain/models/*/hf.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     **{f"pretrain/models/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT)
-       for name in ("__init__", "family", "counting", "encoder_decoder", "mixture", "hf_map")},
+       for name in ("__init__", "family", "shapes", "encoder_decoder", "mixture", "hf_map")},
     "pretrain/models/*": ("common.*", "parallel.*", *DATA_LIGHT, "pretrain.models*"),
     **{f"pretrain/objectives/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT)
        for name in ("__init__", "objective", "*_spec")},

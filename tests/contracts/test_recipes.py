@@ -83,7 +83,7 @@ def test_parameters_are_the_published_ones(name, count):
 def test_clip_is_the_published_one(name, count):
     config = load_config(CONFIGS / "clip" / f"{name}.yaml")
     assert parameters(f"clip/{name}") == count
-    flops = config.spec.flops_per_token(config.model, config.model.sequence_length) / 3e9
+    flops = config.spec.flops_per_unit(config.model, config.model.sequence_length) / 3e9
     assert flops == pytest.approx(CLIP_GFLOPS.get(name, flops), rel=5e-3)
 
 
@@ -109,6 +109,6 @@ def test_experts_that_a_token_does_not_meet_are_idle(name, whole, active):
 @pytest.mark.parametrize("family", [*FAMILIES, "moe"])
 def test_tiny_divides_by_4(family):
     config = load_config(CONFIGS / family / "tiny.yaml")
-    facts = config.spec.facts(config.model)
-    assert all(size % 4 == 0 for size in (facts.layers, facts.hidden, facts.heads, facts.kv_heads, facts.ffn,
-                                          facts.vocab_size, facts.sequence_length, facts.target_length or 0))
+    traits = config.spec.traits(config.model)
+    assert all(size % 4 == 0 for size in (traits.layers, traits.hidden, traits.heads, traits.kv_heads, traits.ffn,
+                                          traits.vocab_size, traits.sequence_length, traits.target_length or 0))

@@ -1,4 +1,4 @@
-"""A folded pipeline gives the curve of one rank, like the plain one."""
+"""A V-shaped pipeline gives the curve of one rank, like the plain one."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ import gc
 
 import pytest
 
-from parallel.planner.memory import Activations, state_bytes
+from parallel.planner.memory import state_bytes
+from pretrain.models import family_spec
+from pretrain.models.shapes import activations
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT
 
@@ -95,7 +97,7 @@ def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int,
 @pytest.mark.parametrize(("compute", "stage"), STATES)
 def test_model_states(compute, stage):
     for found, num_parameters, num_gathered in run_ranks(measure_states, 4, compute, stage):
-        expected = state_bytes(num_parameters, stage, 4, compute, num_gathered)
+        expected = state_bytes(num_parameters, stage, 4, compute, num_gathered=num_gathered)
         assert found["weights"] == pytest.approx(expected.weights, rel=0.03)
         assert found["optimizer"] == pytest.approx(expected.optimizer, rel=0.03)
         assert found["others"] == pytest.approx(expected.gradients + expected.communication, rel=0.03)
@@ -124,6 +126,11 @@ def test_states_in_files_take_no_memory(stage, tmp_path):
     assert in_memory - in_files == pytest.approx(12 * num_parameters, rel=0.03)
 
 
+def model_of(shape: dict) -> dict:
+    return {"layers": BLOCKS, "hidden": HIDDEN, "heads": HEADS, "sequence_length": SEQUENCE_LENGTH,
+            "vocab_size": VOCAB_SIZE, **shape}
+
+
 def measure_activations(info, tensor: int, sequence: bool) -> list[tuple[int, int]]:
     """(bytes alive between forward and backward, largest bytes) of each of RUNS, where gradients exist already."""
     import torch
@@ -132,9 +139,9 @@ def measure_activations(info, tensor: int, sequence: bool) -> list[tuple[int, in
 
     groups, found = joined(info, tensor, sequence), []
     for shape, recompute in RUNS:
-        model = {"layers": BLOCKS, "hidden": HIDDEN, "heads": HEADS, "sequence_length": SEQUENCE_LENGTH, **shape}
-        engine = open_engine(groups, model, {"micro_batch": MICRO_BATCH, "global_batch": 4 * MICRO_BATCH,
-                                             "tensor": tensor, "sequence": sequence, "recompute": recompute})
+        engine = open_engine(groups, model_of(shape), {"micro_batch": MICRO_BATCH, "global_batch": 4 * MICRO_BATCH,
+                                                       "tensor": tensor, "sequence": sequence,
+                                                       "recompute": recompute})
         (inputs, targets), = engine._items([{"tokens": torch.randint(VOCAB_SIZE, (MICRO_BATCH, SEQUENCE_LENGTH + 1))}],
                                            weight=1.0)
         for _ in range(2):
@@ -152,10 +159,9 @@ def measure_activations(info, tensor: int, sequence: bool) -> list[tuple[int, in
 def test_activations(tensor, sequence):
     measured = run_ranks(measure_activations, tensor, tensor, sequence)[0]
     for (shape, recompute), (kept, peak) in zip(RUNS, measured, strict=True):
-        formula = Activations(
-            tokens=SEQUENCE_LENGTH * MICRO_BATCH, sequence_length=SEQUENCE_LENGTH, hidden=HIDDEN, heads=HEADS,
-            kv_heads=HEADS, head_width=HIDDEN // HEADS, ffn=4 * HIDDEN, vocab_size=VOCAB_SIZE, element_bytes=4,
-            gated=shape is LLAMA, rotary=shape is LLAMA, dropout=shape is DROPOUT, scores_kept=shape is DROPOUT,
-            norm_tensors=3 if shape is LLAMA else 2, tensor=tensor, sequence=sequence)
+        spec = family_spec("gpt")
+        block = spec.blocks(spec.config_class(**model_of(shape)))[0]
+        formula = activations(block, vocab_size=VOCAB_SIZE, micro_batch=MICRO_BATCH, element_bytes=4, tensor=tensor,
+                              sequence=sequence, fused=False)
         assert kept == pytest.approx(formula.kept(BLOCKS, recompute), rel=0.1), (shape, recompute)
         assert peak == pytest.approx(formula.peak(BLOCKS, recompute), rel=0.1), (shape, recompute)

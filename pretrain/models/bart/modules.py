@@ -1,73 +1,67 @@
-"""The BART family as one ordered list of layers. Shapes as in pretrain/models/blocks.py.
-
-The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the
-source) in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
-"""
+"""The BART family as one ordered list of layers. Shapes as in blocks.py; t is the length of the target."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
-from pretrain.models.blocks import Block, BlockShape, seen
-from pretrain.models.feed_forward import of_block
-from pretrain.models.vocabulary import Embedding, Head, PositionedInput, lookup_cost
-
-State = tuple[Tensor, ...]
+from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, SPEC, BARTConfig
+from pretrain.models.blocks import Block, key_mask
+from pretrain.models.shapes import BlockShape
+from pretrain.models.state import State, handed_on, opened
+from pretrain.models.vocabulary import Embedding, Head, PositionedInput
 
 
 def layers(config: BARTConfig, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
-    dense = block_shape(config)
-    decoder_cost = config.num_targets / config.sequence_length * 4 / 3
-    head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
-    enter = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS, "hidden": config.hidden,
-             "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout, "tp": tp}
-    table = partial(Embedding, config, tp, config.init_std)
-    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
-             LayerSpec("encoder.input", partial(EncoderInput, **enter), cost=0.0)]
-    for index in range(config.layers):
-        name = f"encoder.blocks.{index}"
-        shape, extra_cost = of_block(dense, config, index)
-        specs.append(LayerSpec(name, partial(EncoderBlock, shape, tp, name), cost=1 + extra_cost, recompute=True))
-    specs.append(LayerSpec("decoder.input", partial(DecoderInput, **enter), cost=0.0, tied_to="embedding"))
-    for index in range(config.num_decoder_layers):
-        name = f"decoder.blocks.{index}"
-        shape, extra_cost = of_block(dense, config, index)
-        block = partial(DecoderBlock, shape, tp, name, last=index == config.num_decoder_layers - 1)
-        specs.append(LayerSpec(name, block, cost=decoder_cost * (1 + extra_cost), recompute=True))
-    specs.append(LayerSpec("head", partial(Head, config, tp, None), cost=head_cost, tied_to="embedding",
-                           vocabulary=True))
-    return specs
+    encoder, decoder = SPEC.stacks(config)
+    enter: dict[str, Any] = {"num_positions": config.num_positions, "offset": NUM_UNUSED_POSITIONS,
+                             "std": config.init_std, "norm_epsilon": config.norm_epsilon, "dropout": config.dropout}
+    specs = [LayerSpec("embedding", partial(Embedding, config, tp, config.init_std)),
+             LayerSpec("encoder.input", partial(EncoderInput, tp, config.hidden, **enter))]
+    specs += [LayerSpec(name, partial(EncoderBlock, shape, tp, name), recompute=True)
+              for name, shape in encoder.named()]
+    specs.append(LayerSpec("decoder.input", partial(DecoderInput, tp, config.hidden, **enter), tied_to="embedding"))
+    last = f"decoder.blocks.{decoder.num_blocks - 1}"
+    specs += [LayerSpec(name, partial(DecoderBlock, shape, tp, name, last=name == last), recompute=True)
+              for name, shape in decoder.named()]
+    return [*specs, LayerSpec("head", partial(Head, config, tp, None), tied_to="embedding", vocabulary=True)]
 
 
-def block_shape(config: BARTConfig) -> BlockShape:
-    """A BART config in the words of the shared block."""
-    return BlockShape(
-        hidden=config.hidden, heads=config.heads, kv_heads=config.heads, ffn=config.ffn_hidden, norm="layernorm",
-        norm_position="post", norm_epsilon=config.norm_epsilon, activation=config.activation, bias=True,
-        dropout=config.dropout, attention_dropout=config.attention_dropout, std=config.init_std,
-        residual_std=config.init_std,
-    )
+class EncoderState(NamedTuple):
+    """Between the layers of the encoder."""
+
+    x: Tensor  # source ids int64 [b, s], their rows [b, s, h], then [s(/tp), b, h]
+    decoder_ids: Tensor  # int64 [b, t]
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
+
+
+class DecoderState(NamedTuple):
+    """Between the layers of the decoder."""
+
+    x: Tensor  # [t(/tp), b, h]
+    memory: Tensor | None = None  # the encoder's output [s(/tp), b, h]; absent behind the last block
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
 
 
 class EncoderInput(PositionedInput):
     """Positions and norm of the source."""
 
     def forward(self, state: State) -> State:
-        return (self.enter(state[0]), *state[1:])
+        parts = opened(EncoderState, state)
+        return handed_on(parts._replace(x=self.enter(parts.x)))
 
 
 class DecoderInput(PositionedInput):
-    """From the encoder's state to the decoder's: looks its ids up, and hands the encoder's output on."""
+    """From the encoder's state to the decoder's: its ids become rows, and the encoder's output becomes the memory."""
 
     def forward(self, state: State, embedding: Embedding) -> State:
-        memory, ids, *mask = state
-        return (self.enter(embedding(ids)), memory, *mask)
+        memory, ids, mask = opened(EncoderState, state)
+        return handed_on(DecoderState(self.enter(embedding(ids)), memory, mask))
 
 
 class EncoderBlock(Block):
@@ -77,18 +71,18 @@ class EncoderBlock(Block):
         super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State) -> State:
-        x, ids, *mask = state
-        return (super().forward(x, mask=seen(mask[0]) if mask else None), ids, *mask)
+        x, ids, mask = opened(EncoderState, state)
+        return handed_on(EncoderState(self.transform(x, mask=None if mask is None else key_mask(mask)), ids, mask))
 
 
 class DecoderBlock(Block):
-    """A causal block with attention to the encoder's output; the last one lets go of it."""
+    """A causal block with attention to the encoder's output; the last one leaves it out of the state."""
 
     def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, last: bool):
-        super().__init__(shape, tp, name, causal=True, cross=True)
+        super().__init__(shape, tp, name, causal=True)
         self.last = last
 
-    def forward(self, state: State) -> State | Tensor:
-        x, memory, *mask = state
-        x = super().forward(x, memory=memory, memory_mask=seen(mask[0]) if mask else None)
-        return x if self.last else (x, memory, *mask)
+    def forward(self, state: State) -> State:
+        x, memory, mask = opened(DecoderState, state)
+        x = self.transform(x, memory=memory, memory_mask=None if mask is None else key_mask(mask))
+        return x if self.last else handed_on(DecoderState(x, memory, mask))

@@ -1,4 +1,4 @@
-"""Facts of BART (Lewis et al. 2020): fields and counts (no torch)."""
+"""BART (Lewis et al. 2020): fields, limits and shapes of layers; no torch."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,11 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 from common.errors import Problem
-from parallel.layout import divisors
-from pretrain.models import encoder_decoder, mixture
-from pretrain.models.counting import PartSizes
-from pretrain.models.encoder_decoder import EncoderDecoderConfig
-from pretrain.models.family import FamilySpec
+from pretrain.models.encoder_decoder import EncoderDecoderConfig, EncoderDecoderSpec
+from pretrain.models.family import heads_divide
+from pretrain.models.shapes import BlockShape, EndShape, norm_parameters
 
 NUM_UNUSED_POSITIONS = 2  # the published tables begin with two rows that no token uses
 
@@ -35,48 +33,35 @@ class BARTConfig(EncoderDecoderConfig):
         return NUM_UNUSED_POSITIONS + (longest if self.max_positions is None else self.max_positions)
 
 
-def problems(config: BARTConfig) -> Iterator[Problem]:
-    """What does not fit together inside one model, as (where, asked, possible, change)."""
-    if config.hidden % config.heads:
-        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
-    longest = max(config.sequence_length, config.num_targets)
-    if config.max_positions is not None and config.max_positions < longest:
-        yield Problem("model.max_positions", f"{config.max_positions} positions for {longest} tokens",
-                      f"at least {longest}", f"set model.max_positions={longest}, or leave it out")
-    yield from mixture.problems(config, *encoder_decoder.sides(config))
+class BARTSpec(EncoderDecoderSpec[BARTConfig]):
+    """What is known of a BART from its config."""
+
+    config_class = BARTConfig
+    objectives = ("denoising", "span_corruption", "prefix_lm")
+
+    def problems(self, config: BARTConfig) -> Iterator[Problem]:
+        yield from heads_divide(config.hidden, config.heads)
+        longest = max(config.sequence_length, config.num_targets)
+        if config.max_positions is not None and config.max_positions < longest:
+            yield Problem("model.max_positions", f"{config.max_positions} positions for {longest} tokens",
+                          f"at least {longest}", f"set model.max_positions={longest}, or leave it out")
+        yield from self.mixture_problems(config)
+
+    def block(self, config: BARTConfig) -> BlockShape:
+        return BlockShape(
+            hidden=config.hidden, heads=config.heads, kv_heads=config.heads, head_dim=config.hidden // config.heads,
+            ffn=config.ffn_hidden, num_tokens=config.sequence_length, norm="layernorm", norm_position="post",
+            norm_epsilon=config.norm_epsilon, activation=config.activation, bias=True, dropout=config.dropout,
+            attention_dropout=config.attention_dropout, std=config.init_std, residual_std=config.init_std,
+        )
+
+    def ends(self, config: BARTConfig, num_predictions: int | None = None) -> dict[str, EndShape]:
+        positions = config.num_positions * config.hidden + norm_parameters("layernorm", config.hidden)
+        return {
+            "embedding": self.table(config), "encoder.input": EndShape(num_parameters=positions),
+            "decoder.input": EndShape(num_parameters=positions, num_lookups=config.num_targets * config.hidden),
+            "head": self.head(config, tied=True, num_predictions=num_predictions),
+        }
 
 
-def sizes(config: BARTConfig) -> PartSizes:
-    """What its blocks are made of."""
-    return PartSizes(config.hidden, config.heads, config.hidden // config.heads, config.ffn_hidden, gated=False,
-                     bias=True, norm=2 * config.hidden)
-
-
-def parameter_count(config: BARTConfig) -> int:
-    """Parameters with the vocabulary as it is, which is what is published; the one token table counts once."""
-    return _parameters(config, config.vocab_size)
-
-
-def built_parameter_count(config: BARTConfig) -> int:
-    """Parameters with the vocabulary padded, which is what memory holds."""
-    return _parameters(config, config.padded_vocab_size)
-
-
-def _parameters(config: BARTConfig, vocab_size: int) -> int:
-    parts = sizes(config)
-    ends = vocab_size * config.hidden + 2 * (config.num_positions * config.hidden + parts.norm)
-    return ends + encoder_decoder.blocks(config, parts)
-
-
-SPEC = FamilySpec(
-    config_class=BARTConfig,
-    form="encoder_decoder",
-    objectives=("denoising", "span_corruption", "prefix_lm"),
-    problems=problems,
-    facts=encoder_decoder.facts,
-    parameter_count=parameter_count,
-    built_parameter_count=built_parameter_count,
-    flops_per_token=encoder_decoder.flops_per_token(sizes),
-    idle_parameter_count=encoder_decoder.idle_parameter_count(sizes),
-)
+SPEC = BARTSpec()

@@ -1,1 +1,1 @@
-"""BERT and RoBERTa: encoders that predict hidden tokens."""
+"""BERT and RoBERTa: encoders that predict masked tokens."""

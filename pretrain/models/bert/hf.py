@@ -75,6 +75,7 @@ _FIELDS = (
     RequiredValue("add_cross_attention", False, False),
     RequiredValue("tie_word_embeddings", True, True),
     RequiredValue("position_embedding_type", "absolute", "absolute"),
+    SupportedValues("shared_blocks", (False,)),
 )
 _FREE = ("family", "max_positions", "pad_vocab_to")
 

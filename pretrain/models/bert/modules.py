@@ -1,13 +1,10 @@
-"""The BERT family as one ordered list of layers. Shapes as in pretrain/models/blocks.py; p predictions in a sample.
-
-The state is (x, positions to predict [b, p], mask of the tokens); the mask, int64 [b, s], is there only where samples
-may be filled up.
-"""
+"""The BERT family as one ordered list of layers. Shapes as in pretrain/models/blocks.py; p predictions in a sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +13,12 @@ from torch import Tensor, nn
 from parallel.parameter_plan import plan_parameter
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.bert.spec import BERTConfig
-from pretrain.models.blocks import Block, BlockShape, Norm, seen
+from pretrain.models.bert.spec import SPEC, BERTConfig
+from pretrain.models.blocks import Block, Norm, key_mask
 from pretrain.models.feed_forward import ACTIVATIONS
-from pretrain.models.vocabulary import Embedding, Logits, PositionedInput, lookup_cost
-
-State = tuple[Tensor, ...]
+from pretrain.models.shapes import BlockShape
+from pretrain.models.state import State, handed_on, opened
+from pretrain.models.vocabulary import Embedding, Logits, PositionedInput
 
 
 def layers(config: BERTConfig, tp: TensorParallel) -> list[LayerSpec]:
@@ -29,39 +26,43 @@ def layers(config: BERTConfig, tp: TensorParallel) -> list[LayerSpec]:
 
     Output: logits of the positions [p, b, v/t], and with `next_sentence` beside them the scores [b, 2] of the pair.
     """
-    shape = block_shape(config)
-    table = partial(Embedding, config, tp, config.init_std)
-    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
-             LayerSpec("input", partial(Input, config, tp), cost=0.0)]
-    for index in range(config.layers):
-        name = f"blocks.{index}"
-        specs.append(LayerSpec(name, partial(EncoderBlock, shape, tp, name), recompute=True))
-    head_cost = 0.15 * config.padded_vocab_size / (12 * config.hidden)
-    specs.append(LayerSpec("head", partial(MaskedHead, config, tp), cost=head_cost, tied_to="embedding",
-                           vocabulary=True))
-    return specs
+    (stack,) = SPEC.stacks(config)
+    specs = [LayerSpec("embedding", partial(Embedding, config, tp, config.init_std)),
+             LayerSpec("input", partial(Input, config, tp))]
+    first = f"{stack.name}.0"
+    specs += [LayerSpec(name, partial(EncoderBlock, shape, tp, name), recompute=True,
+                        same_as=first if stack.shared and name != first else None) for name, shape in stack.named()]
+    return [*specs, LayerSpec("head", partial(MaskedHead, config, tp), tied_to="embedding", vocabulary=True)]
 
 
-def block_shape(config: BERTConfig) -> BlockShape:
-    """A BERT config in the words of the shared block."""
-    return BlockShape(
-        hidden=config.hidden, heads=config.heads, kv_heads=config.heads, ffn=config.ffn_hidden, norm="layernorm",
-        norm_position="post", norm_epsilon=config.norm_epsilon, activation=config.activation, bias=True,
-        dropout=config.dropout, attention_dropout=config.attention_dropout, std=config.init_std,
-        residual_std=config.init_std,
-    )
+class InputState(NamedTuple):
+    """Before the blocks."""
+
+    x: Tensor  # ids int64 [b, s], then their rows [b, s, h]
+    types: Tensor  # of each token's segment, int64 [b, s]
+    positions: Tensor  # to predict, int64 [b, p]
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding
+
+
+class EncoderState(NamedTuple):
+    """Between the blocks."""
+
+    x: Tensor  # [s(/t), b, h]
+    positions: Tensor  # to predict, int64 [b, p]
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding
 
 
 class Input(PositionedInput):
     """Positions, segment types and norm."""
 
     def __init__(self, config: BERTConfig, tp: TensorParallel):
-        super().__init__(config.num_positions, config.position_offset, config.hidden, config.init_std,
-                         config.norm_epsilon, config.dropout, tp, config.segment_types)
+        super().__init__(tp, config.hidden, num_positions=config.num_positions, offset=config.position_offset,
+                         std=config.init_std, norm_epsilon=config.norm_epsilon, dropout=config.dropout,
+                         num_types=config.segment_types)
 
     def forward(self, state: State) -> State:
-        x, types, *rest = state
-        return (self.enter(x, types), *rest)
+        x, types, positions, mask = opened(InputState, state)
+        return handed_on(EncoderState(self.enter(x, types), positions, mask))
 
 
 class EncoderBlock(Block):
@@ -71,8 +72,9 @@ class EncoderBlock(Block):
         super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State) -> State:
-        x, positions, *mask = state
-        return (super().forward(x, mask=seen(mask[0]) if mask else None), positions, *mask)
+        x, positions, mask = opened(EncoderState, state)
+        x = self.transform(x, mask=None if mask is None else key_mask(mask))
+        return handed_on(EncoderState(x, positions, mask))
 
 
 class Dense(nn.Module):
@@ -90,7 +92,7 @@ class Dense(nn.Module):
 
 
 class MaskedHead(Logits):
-    """Logits (or losses) of the positions that are asked for, and the judgement of the pair from the first token."""
+    """Logits (or losses) of the chosen positions, and the scores of the pair from the first token."""
 
     def __init__(self, config: BERTConfig, tp: TensorParallel):
         super().__init__(config, tp, std=None, bias=True)
@@ -104,13 +106,13 @@ class MaskedHead(Logits):
 
     def forward(self, state: State, tied: Embedding, cross_entropy: Callable[..., Tensor] | None = None
                 ) -> Tensor | tuple[Tensor, Tensor]:
-        x, positions = state[:2]
-        x = self.tp.gather_sequence(x)  # [s, b, h], and the few tokens that matter are computed by every tensor rank
+        x, positions, _ = opened(EncoderState, state)
+        x = self.tp.gather_sequence(x)  # [s, b, h]; every tensor rank computes the few chosen tokens
         index = positions.transpose(0, 1)[..., None].expand(-1, -1, x.shape[-1])
         chosen = self.norm(self.activation(self.dense(x.gather(0, index))))
         if cross_entropy is None:
             chosen = self.tp.copy_to_ranks(chosen)
-        found = self.over(chosen, tied, cross_entropy)
+        output = self.over(chosen, tied, cross_entropy)
         if self.judge is None:
-            return found
-        return found, self.judge(torch.tanh(self.pooler(x[0])))
+            return output
+        return output, self.judge(torch.tanh(self.pooler(x[0])))

@@ -1,22 +1,25 @@
-"""Facts of BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): fields and counts (no torch)."""
+"""BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): fields, limits and shapes of layers; no torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
 
 from common.errors import Problem
-from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from pretrain.models.counting import PartSizes, flops
-from pretrain.models.family import FamilySpec, TextConfig
+from pretrain.models.family import FamilySpec, TextConfig, heads_divide
+from pretrain.models.shapes import BlockShape, BlockStack, EndShape, norm_parameters
 
 
 class BERTConfig(TextConfig):
-    """An encoder with post-norm blocks, learned positions and a head for hidden tokens. The defaults are BERT's."""
+    """An encoder with post-norm blocks, learned positions and a head for masked tokens. The defaults are BERT's."""
 
     family: Literal["bert"] = Field("bert", description="the architecture")
     layers: int = Field(ge=1, description="number of blocks")
+    shared_blocks: bool = Field(
+        False, description="one block's weights serve all blocks (ALBERT: Lan et al. 2020, section 3.1)"
+    )
     hidden: int = Field(ge=1, description="width of the residual stream")
     heads: int = Field(ge=1, description="number of attention heads; hidden / heads is the width of one")
     ffn: int | None = Field(None, ge=1, description="inner width of the feed-forward part; null: 4 x hidden")
@@ -26,7 +29,7 @@ class BERTConfig(TextConfig):
     position_offset: int = Field(0, ge=0, description="row of the first position in their table; 2 in RoBERTa")
     segment_types: int = Field(2, ge=1, description="kinds of segments; 1 in RoBERTa")
     next_sentence: bool = Field(
-        True, description="samples are pairs of segments, and a second head judges whether they follow each other"
+        True, description="samples are pairs of segments, and a second head predicts whether they follow each other"
     )
     activation: Literal["gelu", "gelu_tanh", "relu"] = Field(
         "gelu", description="non-linearity of the feed-forward part"
@@ -53,70 +56,51 @@ class BERTConfig(TextConfig):
         return 3 if self.next_sentence else 2
 
 
-def problems(config: BERTConfig) -> Iterator[Problem]:
-    """What does not fit together inside one model, as (where, asked, possible, change)."""
-    if config.hidden % config.heads:
-        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}")
-    if config.max_positions is not None and config.max_positions < config.sequence_length:
-        yield Problem("model.max_positions", f"{config.max_positions} positions for {config.sequence_length} tokens",
-                      f"at least {config.sequence_length}",
-                      f"set model.max_positions={config.sequence_length}, or leave it out")
-    if config.next_sentence and config.segment_types < 2:
-        yield Problem("model.segment_types", f"{config.segment_types} for pairs of segments", "at least 2",
-                      "set model.segment_types=2, or model.next_sentence=false")
+class BERTSpec(FamilySpec[BERTConfig]):
+    """What is known of a BERT from its config."""
+
+    config_class = BERTConfig
+    form = "encoder"
+    objectives = ("masked_lm",)
+
+    def problems(self, config: BERTConfig) -> Iterator[Problem]:
+        yield from heads_divide(config.hidden, config.heads)
+        if config.max_positions is not None and config.max_positions < config.sequence_length:
+            yield Problem("model.max_positions",
+                          f"{config.max_positions} positions for {config.sequence_length} tokens",
+                          f"at least {config.sequence_length}",
+                          f"set model.max_positions={config.sequence_length}, or leave it out")
+        if config.next_sentence and config.segment_types < 2:
+            yield Problem("model.segment_types", f"{config.segment_types} for pairs of segments", "at least 2",
+                          "set model.segment_types=2, or model.next_sentence=false")
+
+    def traits(self, config: BERTConfig) -> ModelTraits:
+        return replace(super().traits(config),
+                       why_no_context="the head predicts chosen tokens of a sequence that it needs whole")
+
+    def stacks(self, config: BERTConfig) -> tuple[BlockStack, ...]:
+        block = BlockShape(
+            hidden=config.hidden, heads=config.heads, kv_heads=config.heads, head_dim=config.hidden // config.heads,
+            ffn=config.ffn_hidden, num_tokens=config.sequence_length, norm="layernorm", norm_position="post",
+            norm_epsilon=config.norm_epsilon, activation=config.activation, bias=True, dropout=config.dropout,
+            attention_dropout=config.attention_dropout, std=config.init_std, residual_std=config.init_std,
+        )
+        return (BlockStack(name="blocks", num_blocks=config.layers, dense=block, shared=config.shared_blocks),)
+
+    def ends(self, config: BERTConfig, num_predictions: int | None = None) -> dict[str, EndShape]:
+        """The head is that for masked tokens (matrix, norm, bias of the tied output), and with `next_sentence` the
+        pooler and the classifier of the pair.
+        """
+        hidden, norm = config.hidden, norm_parameters("layernorm", config.hidden)
+        dense = hidden * hidden + hidden
+        pair = dense + 2 * hidden + 2 if config.next_sentence else 0
+        predictions = config.sequence_length if num_predictions is None else num_predictions
+        return {
+            "embedding": EndShape(per_token_id=hidden, num_lookups=config.sequence_length * hidden),
+            "input": EndShape(num_parameters=(config.num_positions + config.segment_types) * hidden + norm),
+            "head": EndShape(num_parameters=dense + norm + pair, per_token_id=1,
+                             multiply_adds=predictions * hidden * (config.padded_vocab_size + hidden)),
+        }
 
 
-def facts(config: BERTConfig) -> ModelTraits:
-    """What the rules need to know."""
-    return ModelTraits(
-        layers=config.layers, heads=config.heads, kv_heads=config.heads, hidden=config.hidden, ffn=config.ffn_hidden,
-        vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
-        why_no_context="the head predicts chosen tokens of a sequence that it needs whole",
-    )
-
-
-def sizes(config: BERTConfig) -> PartSizes:
-    """What its blocks are made of."""
-    return PartSizes(config.hidden, config.heads, config.hidden // config.heads, config.ffn_hidden, gated=False,
-                     bias=True, norm=2 * config.hidden)
-
-
-def parameter_count(config: BERTConfig) -> int:
-    """Parameters with the vocabulary as it is: encoder and the heads of pretraining, that for hidden tokens (matrix,
-    norm, the bias of the tied output) and with `next_sentence` the pooler and the judgement.
-    """
-    return _parameters(config, config.vocab_size)
-
-
-def built_parameter_count(config: BERTConfig) -> int:
-    """Parameters with the vocabulary padded, which is what memory holds."""
-    return _parameters(config, config.padded_vocab_size)
-
-
-def flops_per_token(config: BERTConfig, window_tokens: int) -> int:
-    """FLOPs of a sample over the tokens of text in it; 15 % of the tokens reach the head."""
-    length = config.sequence_length
-    total = config.layers * sizes(config).products(length, length)
-    total += round(0.15 * length) * config.hidden * (config.padded_vocab_size + config.hidden)
-    return flops(total) // window_tokens
-
-
-def _parameters(config: BERTConfig, vocab_size: int) -> int:
-    hidden, parts = config.hidden, sizes(config)
-    ends = (vocab_size + config.num_positions + config.segment_types) * hidden + parts.norm
-    head = hidden * hidden + hidden + parts.norm + vocab_size
-    judgement = hidden * hidden + hidden + 2 * hidden + 2 if config.next_sentence else 0
-    return ends + config.layers * parts.block() + head + judgement
-
-
-SPEC = FamilySpec(
-    config_class=BERTConfig,
-    form="encoder",
-    objectives=("masked_lm",),
-    problems=problems,
-    facts=facts,
-    parameter_count=parameter_count,
-    built_parameter_count=built_parameter_count,
-    flops_per_token=flops_per_token,
-)
+SPEC = BERTSpec()

@@ -1,7 +1,7 @@
-"""Facts of CLIP dual encoders: the fields, their limits, parameters and FLOPs (no torch)."""
+"""CLIP dual encoders: the fields, their limits and the shapes of their layers; no torch."""
 
 from collections.abc import Iterator
-from math import gcd
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -10,7 +10,8 @@ from common.errors import Problem
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
 from parallel.rules.rule import nearest_multiples
-from pretrain.models.family import FamilySpec, TextConfig
+from pretrain.models.family import FamilySpec, TextConfig, heads_divide
+from pretrain.models.shapes import BlockShape, BlockStack, EndShape, norm_parameters
 
 NO_PIPELINE = (
     "the two towers of CLIP meet only in a loss over the whole global batch, so no stage could begin its backward "
@@ -72,87 +73,66 @@ class CLIPConfig(TextConfig):
         return 4 * self.text_hidden if self.text_ffn is None else self.text_ffn
 
 
-def problems(config: CLIPConfig) -> Iterator[Problem]:
-    """What does not fit together inside one model, as (where, asked, possible, change)."""
-    if config.image_size % config.patch_size:
-        multiples = " or ".join(map(str, nearest_multiples(config.image_size, config.patch_size)))
-        yield Problem("model.patch_size", f"images of {config.image_size} pixels in patches of {config.patch_size}",
-                      "patches that divide the image", f"set model.image_size to {multiples}, or model.patch_size to "
-                      f"one of {', '.join(map(str, divisors(config.image_size)))}")
-    for tower in ("image", "text"):
-        hidden, heads = getattr(config, f"{tower}_hidden"), getattr(config, f"{tower}_heads")
-        if hidden % heads:
-            near = sorted(divisors(hidden), key=lambda number: abs(number - heads))[:3]
-            yield Problem(f"model.{tower}_heads", f"{tower}_hidden={hidden} in {heads} heads",
-                          "heads that divide the width",
-                          f"set model.{tower}_heads to one of {', '.join(map(str, sorted(near)))}")
+class CLIPSpec(FamilySpec[CLIPConfig]):
+    """What is known of a CLIP from its config."""
+
+    config_class = CLIPConfig
+    form = "dual_encoder"
+    objectives = ("contrastive", "siglip")
+
+    def problems(self, config: CLIPConfig) -> Iterator[Problem]:
+        if config.image_size % config.patch_size:
+            multiples = " or ".join(map(str, nearest_multiples(config.image_size, config.patch_size)))
+            yield Problem("model.patch_size", f"images of {config.image_size} pixels in patches of {config.patch_size}",
+                          "patches that divide the image",
+                          f"set model.image_size to {multiples}, or model.patch_size to one "
+                          f"of {', '.join(map(str, divisors(config.image_size)))}")
+        yield from heads_divide(config.image_hidden, config.image_heads, prefix="image_")
+        yield from heads_divide(config.text_hidden, config.text_heads, prefix="text_")
+
+    def traits(self, config: CLIPConfig) -> ModelTraits:
+        return replace(
+            super().traits(config), pads_sequence=True, predicts_tokens=False, pipeline_supported=False,
+            why_no_pipeline=NO_PIPELINE,
+            why_no_context="each tower speaks for an image or a caption through one token of it, and both are short",
+            keys={"model.heads": "model.image_heads, model.text_heads",
+                  "model.kv_heads": "model.image_heads, model.text_heads",
+                  "model.ffn": "model.image_ffn, model.text_ffn"},
+        )
+
+    def stacks(self, config: CLIPConfig) -> tuple[BlockStack, ...]:
+        image = self._stack(config, "image", layers=config.image_layers, hidden=config.image_hidden,
+                            heads=config.image_heads, ffn=config.image_ffn_hidden, num_tokens=config.image_tokens)
+        text = self._stack(config, "text", layers=config.text_layers, hidden=config.text_hidden,
+                           heads=config.text_heads, ffn=config.text_ffn_hidden, num_tokens=config.sequence_length)
+        return image, text
+
+    def ends(self, config: CLIPConfig, num_predictions: int | None = None) -> dict[str, EndShape]:
+        image, text = config.image_hidden, config.text_hidden
+        image_norm, text_norm = norm_parameters("layernorm", image), norm_parameters("layernorm", text)
+        patch = 3 * config.patch_size**2 * image
+        return {
+            "image.embedding": EndShape(num_parameters=patch + image * (1 + config.image_tokens) + image_norm,
+                                        multiply_adds=config.num_patches * patch),
+            "image.head": EndShape(num_parameters=image_norm + image * config.embedding,
+                                   multiply_adds=image * config.embedding),
+            "text.embedding": EndShape(num_parameters=config.sequence_length * text, per_token_id=text,
+                                       num_lookups=config.sequence_length * text),
+            "text.head": EndShape(num_parameters=text_norm + text * config.embedding,
+                                  multiply_adds=text * config.embedding),
+            "scale": EndShape(num_parameters=1 if config.logit_bias is None else 2),
+        }
+
+    def _stack(self, config: CLIPConfig, tower: str, *, layers: int, hidden: int, heads: int, ffn: int,
+               num_tokens: int) -> BlockStack:
+        """One tower; initial weights as in OpenAI's code, which scales them by the width."""
+        block = BlockShape(
+            hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads, ffn=ffn, num_tokens=num_tokens,
+            norm="layernorm", norm_position="pre", norm_epsilon=config.norm_epsilon, activation=config.activation,
+            bias=True, dropout=0.0, attention_dropout=0.0, std=hidden**-0.5,
+            residual_std=BlockShape.scaled_residual(hidden**-0.5, layers), up_std=(2 * hidden) ** -0.5,
+        )
+        return BlockStack(name=f"{tower}.blocks", num_blocks=layers, dense=block)
 
 
-def facts(config: CLIPConfig) -> ModelTraits:
-    """What the rules need to know; where both towers must be shared out evenly, what divides both."""
-    heads = gcd(config.image_heads, config.text_heads)
-    return ModelTraits(
-        layers=config.image_layers + config.text_layers, heads=heads, kv_heads=heads,
-        hidden=gcd(config.image_hidden, config.text_hidden), ffn=gcd(config.image_ffn_hidden, config.text_ffn_hidden),
-        vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length, pads_sequence=True,
-        predicts_tokens=False, pipeline_supported=False, why_no_pipeline=NO_PIPELINE,
-        why_no_context="each tower speaks for an image or a caption through one token of it, and both are short",
-        keys={"model.heads": "model.image_heads, model.text_heads",
-              "model.kv_heads": "model.image_heads, model.text_heads",
-              "model.ffn": "model.image_ffn, model.text_ffn"},
-    )
-
-
-def parameter_count(config: CLIPConfig) -> int:
-    """Parameters with the vocabulary as it is, which is what is published."""
-    return _parameters(config, config.vocab_size)
-
-
-def built_parameter_count(config: CLIPConfig) -> int:
-    """Parameters with the vocabulary padded, which is what memory holds."""
-    return _parameters(config, config.padded_vocab_size)
-
-
-def flops_per_sample(config: CLIPConfig, sequence_length: int) -> int:
-    """Model FLOPs of forward and backward for one image and its caption of `sequence_length` tokens.
-
-    Matrix products only, two FLOPs for each multiply-add, three passes, whole attention squares.
-    """
-    image = _tower_flops(config.image_layers, config.image_hidden, config.image_ffn_hidden, config.image_tokens)
-    image += 2 * config.num_patches * 3 * config.patch_size**2 * config.image_hidden
-    text = _tower_flops(config.text_layers, config.text_hidden, config.text_ffn_hidden, sequence_length)
-    projections = 2 * config.embedding * (config.image_hidden + config.text_hidden)
-    return 3 * (image + text + projections)
-
-
-def _tower_flops(layers: int, hidden: int, ffn: int, num_tokens: int) -> int:
-    weights = 4 * hidden**2 + 2 * hidden * ffn
-    return layers * num_tokens * (2 * weights + 4 * hidden * num_tokens)
-
-
-def _parameters(config: CLIPConfig, vocab_size: int) -> int:
-    image = 3 * config.patch_size**2 * config.image_hidden + config.image_hidden * (1 + config.image_tokens)
-    image += _blocks(config.image_layers, config.image_hidden, config.image_ffn_hidden)
-    image += 4 * config.image_hidden + config.image_hidden * config.embedding  # two norms and the projection
-    text = config.text_hidden * (vocab_size + config.sequence_length)
-    text += _blocks(config.text_layers, config.text_hidden, config.text_ffn_hidden)
-    text += 2 * config.text_hidden + config.text_hidden * config.embedding
-    return image + text + 1 + (config.logit_bias is not None)
-
-
-def _blocks(layers: int, hidden: int, ffn: int) -> int:
-    attention = 4 * hidden**2 + 4 * hidden
-    feed_forward = 2 * hidden * ffn + ffn + hidden
-    return layers * (attention + feed_forward + 4 * hidden)
-
-
-SPEC = FamilySpec(
-    config_class=CLIPConfig,
-    form="dual_encoder",
-    objectives=("contrastive", "siglip"),
-    problems=problems,
-    facts=facts,
-    parameter_count=parameter_count,
-    built_parameter_count=built_parameter_count,
-    flops_per_token=flops_per_sample,
-)
+SPEC = CLIPSpec()

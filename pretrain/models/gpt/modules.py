@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 from parallel.parameter_plan import plan_parameter
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.blocks import Block, BlockShape, Cache, Norm, causal_mask
-from pretrain.models.feed_forward import of_block
-from pretrain.models.gpt.spec import GPTConfig
-from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
+from pretrain.models.blocks import Block, Cache, Norm, causal_mask
+from pretrain.models.gpt.spec import SPEC, GPTConfig
+from pretrain.models.state import State, handed_on, opened
+from pretrain.models.vocabulary import Embedding, Head, entered
 
-State = Tensor | tuple[Tensor, Tensor]  # x, or x and the length of the prefix, int64 [b]
+
+class DecoderState(NamedTuple):
+    """Between the layers of a GPT."""
+
+    x: Tensor  # ids int64 [b, s], their rows [b, s, h], then [s(/t), b, h]
+    prefix: Tensor | None = None  # number of first tokens that see each other in both directions, int64 [b]
 
 
 def layers(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
@@ -24,36 +30,17 @@ def layers(config: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
     Input: ids [b, s], or (ids, prefix int64 [b]) where the first tokens see each other in both directions; output:
     logits [s, b, v/t]. With context parallelism s is this rank's part of the sequence.
     """
-    dense = block_shape(config)
-    block_cost = 12 * config.hidden**2 + 2 * config.hidden * config.sequence_length  # multiply-adds per token, roughly
-    table = partial(Embedding, config, tp, config.init_std)
-    specs = [LayerSpec("embedding", table, cost=lookup_cost(config.hidden)),
-             LayerSpec("positions", partial(Positions, config, tp), cost=0.0, cached=True)]
-    for index in range(config.layers):
-        name = f"blocks.{index}"
-        shape, extra_cost = of_block(dense, config, index)
-        block = partial(DecoderBlock, shape, tp, name, causal=True)
-        specs.append(LayerSpec(name, block, cost=1 + extra_cost, recompute=True, cached=True))
+    specs = [LayerSpec("embedding", partial(Embedding, config, tp, config.init_std)),
+             LayerSpec("positions", partial(Positions, config, tp), cached=True)]
+    for stack in SPEC.stacks(config):
+        for name, shape in stack.named():
+            specs.append(LayerSpec(name, partial(DecoderBlock, shape, tp, name, causal=True), recompute=True,
+                                   cached=True))
     if config.norm_position == "pre":
-        norm = partial(FinalNorm, config.norm, config.hidden, config.norm_epsilon, tp)
-        specs.append(LayerSpec("final_norm", norm, cost=0.0))
-    head_cost = config.hidden * config.padded_vocab_size / block_cost
+        specs.append(LayerSpec("final_norm", partial(FinalNorm, config.norm, config.hidden, config.norm_epsilon, tp)))
     head = partial(Head, config, tp, None if config.tied_head else config.init_std)
-    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None,
-                           vocabulary=True))
+    specs.append(LayerSpec("head", head, tied_to="embedding" if config.tied_head else None, vocabulary=True))
     return specs
-
-
-def block_shape(config: GPTConfig) -> BlockShape:
-    """A GPT config in the words of the shared block."""
-    return BlockShape(
-        hidden=config.hidden, heads=config.heads, kv_heads=config.num_kv_heads, ffn=config.ffn_hidden,
-        norm=config.norm, norm_position=config.norm_position, norm_epsilon=config.norm_epsilon,
-        activation=config.activation, bias=config.bias, dropout=config.dropout,
-        attention_dropout=config.attention_dropout, std=config.init_std,
-        residual_std=BlockShape.scaled_residual(config.init_std, config.layers),
-        rotary_base=config.rotary_base if config.positions == "rotary" else None,
-    )
 
 
 class Positions(nn.Module):
@@ -68,33 +55,29 @@ class Positions(nn.Module):
             plan_parameter(self.weight, std=config.init_std)
 
     def forward(self, state: State, cache: Cache | None = None) -> State:  # [b, s, h] -> [s(/t), b, h]
-        x, prefix = _split(state)
+        x, prefix = opened(DecoderState, state)
         if self.weight is not None:
             begin = cache.length if cache else self.tp.context.first(x.shape[1])
             x = x + self.weight[begin : begin + x.shape[1]]
         x = entered(x, self.tp, self.probability if self.training else 0.0)
-        return x if prefix is None else (x, prefix)
+        return handed_on(DecoderState(x, prefix))
 
 
 class DecoderBlock(Block):
     """A causal block. With a prefix, the first tokens see each other in both directions."""
 
     def forward(self, state: State, cache: Cache | None = None) -> State:  # [s(/t), b, h] -> same
-        x, prefix = _split(state)
+        x, prefix = opened(DecoderState, state)
         if prefix is None:
-            return super().forward(x, cache)
+            return self.transform(x, cache=cache)
         length = self.tp.full_length(x)
         inside = torch.arange(length, device=x.device) < prefix[:, None]  # [b, s]
         mask = causal_mask(length, x.device) | (inside[:, None, :] & inside[:, :, None])
-        return super().forward(x, mask=mask[:, None]), prefix
+        return handed_on(DecoderState(self.transform(x, mask=mask[:, None]), prefix))
 
 
 class FinalNorm(Norm):
     """The norm after the last block of a pre-norm model; a prefix ends here."""
 
     def forward(self, state: State) -> Tensor:
-        return super().forward(_split(state)[0])
-
-
-def _split(state: State) -> tuple[Tensor, Tensor | None]:
-    return state if isinstance(state, tuple) else (state, None)
+        return super().forward(opened(DecoderState, state).x)

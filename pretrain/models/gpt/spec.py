@@ -1,6 +1,7 @@
-"""Facts of GPT decoders: the fields, their limits, parameters and FLOPs (no torch)."""
+"""GPT decoders: the fields, their limits and the shapes of their layers; no torch."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import Field
@@ -8,10 +9,10 @@ from pydantic import Field
 from common.errors import Problem
 from parallel.layout import divisors
 from parallel.rules.model_traits import ModelTraits
-from parallel.rules.rule import nearest_multiples
 from pretrain.models import mixture
-from pretrain.models.family import FamilySpec, TextConfig
+from pretrain.models.family import FamilySpec, TextConfig, heads_divide
 from pretrain.models.mixture import MixtureFields
+from pretrain.models.shapes import BlockShape, BlockStack, EndShape, norm_parameters
 
 
 class GPTConfig(MixtureFields, TextConfig):
@@ -56,97 +57,53 @@ class GPTConfig(MixtureFields, TextConfig):
         return 4 * self.hidden if self.ffn is None else self.ffn
 
 
-def problems(config: GPTConfig) -> Iterator[Problem]:
-    """What does not fit together inside one model, as (where, asked, possible, change)."""
-    if config.hidden % config.heads:
-        multiples = " or ".join(map(str, nearest_multiples(config.hidden, config.heads)))
-        near = sorted(divisors(config.hidden), key=lambda heads: abs(heads - config.heads))[:3]
-        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-                      f"set model.heads to one of {', '.join(map(str, sorted(near)))}, or model.hidden to {multiples}")
-    elif config.positions == "rotary" and config.head_dim % 2:
-        yield Problem("model.positions", f"rotary with heads of width {config.head_dim} (hidden / heads)",
-                      "an even width: rotary turns pairs of numbers",
-                      f"set model.hidden to {config.heads * (config.head_dim + 1)}, or model.positions=learned")
-    if config.heads % config.num_kv_heads:
-        yield Problem("model.kv_heads", f"{config.heads} heads that share {config.num_kv_heads} key and value heads",
-                      "kv_heads that divide heads",
-                      f"set model.kv_heads to one of {', '.join(map(str, divisors(config.heads)))}")
-    yield from mixture.problems(config, config.layers)
+class GPTSpec(FamilySpec[GPTConfig]):
+    """What is known of a GPT from its config."""
+
+    config_class = GPTConfig
+    form = "decoder"
+    objectives = ("causal_lm", "prefix_lm", "fill_in_the_middle")
+
+    def problems(self, config: GPTConfig) -> Iterator[Problem]:
+        yield from heads_divide(config.hidden, config.heads)
+        if config.hidden % config.heads == 0 and config.positions == "rotary" and config.head_dim % 2:
+            yield Problem("model.positions", f"rotary with heads of width {config.head_dim} (hidden / heads)",
+                          "an even width: rotary turns pairs of numbers",
+                          f"set model.hidden to {config.heads * (config.head_dim + 1)}, or model.positions=learned")
+        if config.heads % config.num_kv_heads:
+            yield Problem("model.kv_heads",
+                          f"{config.heads} heads that share {config.num_kv_heads} key and value heads",
+                          "kv_heads that divide heads",
+                          f"set model.kv_heads to one of {', '.join(map(str, divisors(config.heads)))}")
+        yield from mixture.problems(config, config.layers)
+
+    def traits(self, config: GPTConfig) -> ModelTraits:
+        why = "routers of experts look at whole sequences, for their balance and capacity" if config.experts else ""
+        return replace(super().traits(config), why_no_context=why)
+
+    def stacks(self, config: GPTConfig) -> tuple[BlockStack, ...]:
+        block = BlockShape(
+            hidden=config.hidden, heads=config.heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            ffn=config.ffn_hidden, num_tokens=config.sequence_length, norm=config.norm,
+            norm_position=config.norm_position, norm_epsilon=config.norm_epsilon, activation=config.activation,
+            bias=config.bias, dropout=config.dropout, attention_dropout=config.attention_dropout, std=config.init_std,
+            residual_std=BlockShape.scaled_residual(config.init_std, config.layers),
+            rotary_base=config.rotary_base if config.positions == "rotary" else None,
+        )
+        return (BlockStack(name="blocks", num_blocks=config.layers, dense=block, mixture=config.mixture,
+                           mixture_every=config.expert_every),)
+
+    def ends(self, config: GPTConfig, num_predictions: int | None = None) -> dict[str, EndShape]:
+        hidden, length = config.hidden, config.sequence_length
+        learned = config.positions == "learned"
+        ends = {"embedding": EndShape(per_token_id=hidden, num_lookups=length * hidden),
+                "positions": EndShape(num_parameters=length * hidden if learned else 0)}
+        if config.norm_position == "pre":
+            ends["final_norm"] = EndShape(num_parameters=norm_parameters(config.norm, hidden))
+        predictions = length if num_predictions is None else num_predictions
+        ends["head"] = EndShape(per_token_id=0 if config.tied_head else hidden,
+                                multiply_adds=predictions * hidden * config.padded_vocab_size)
+        return ends
 
 
-def facts(config: GPTConfig) -> ModelTraits:
-    """What the rules need to know."""
-    return ModelTraits(
-        layers=config.layers, heads=config.heads, kv_heads=config.num_kv_heads, hidden=config.hidden,
-        ffn=config.ffn_hidden, vocab_size=config.padded_vocab_size, sequence_length=config.sequence_length,
-        experts=config.experts, expert_ffn=config.expert_width, shared_expert_ffn=config.shared_width,
-        why_no_context="routers of experts look at whole sequences, for their balance and capacity"
-        if config.experts else "",
-    )
-
-
-def parameter_count(config: GPTConfig) -> int:
-    """Parameters with the vocabulary as it is, which is what is published. Tied weights count once."""
-    return _parameters(config, config.vocab_size)
-
-
-def built_parameter_count(config: GPTConfig) -> int:
-    """Parameters with the vocabulary padded, which is what memory holds. Tied weights count once."""
-    return _parameters(config, config.padded_vocab_size)
-
-
-def flops_per_token(config: GPTConfig, sequence_length: int) -> int:
-    """Model FLOPs of forward and backward for one token of a sequence of `sequence_length` tokens.
-
-    Matrix products only, two FLOPs for each multiply-add and three passes (forward, and two products in the backward);
-    attention counts the whole square, the embedding lookup nothing. With ffn = 4 hidden and kv_heads = heads this is
-    72 s L h^2 (1 + s/6h + V/12Lh) a sequence: Narayanan et al., SC21, section 5.1, without their recompute factor, and
-    Korthikanti et al., arXiv 2205.05198, appendix A. Of a mixture the experts count that a token meets.
-    """
-    width = config.heads * config.head_dim
-    weights = config.layers * (_attention_matrices(config) + _ffn_matrices(config)) \
-        + config.padded_vocab_size * config.hidden \
-        + mixture.added_active_parameters(config, config.layers, config.activation == "swiglu", bias=False)
-    return 6 * weights + 12 * config.layers * width * sequence_length
-
-
-def _parameters(config: GPTConfig, vocab_size: int) -> int:
-    hidden = config.hidden
-    norm = 2 * hidden if config.norm == "layernorm" else hidden
-    embedding = vocab_size * hidden + (config.sequence_length * hidden if config.positions == "learned" else 0)
-    block = _attention_matrices(config) + _ffn_matrices(config) + 2 * norm
-    if config.bias:
-        inner_biases = 2 if config.activation == "swiglu" else 1
-        qkv = (config.heads + 2 * config.num_kv_heads) * config.head_dim
-        block += qkv + hidden + inner_biases * config.ffn_hidden + hidden
-    final_norm = norm if config.norm_position == "pre" else 0
-    head = 0 if config.tied_head else vocab_size * hidden
-    experts = mixture.added_parameters(config, config.layers, config.activation == "swiglu", config.bias)
-    return embedding + config.layers * block + experts + final_norm + head
-
-
-def idle_parameter_count(config: GPTConfig) -> int:
-    """Parameters of experts that one token does not meet."""
-    form = (config, config.layers, config.activation == "swiglu", config.bias)
-    return mixture.added_parameters(*form) - mixture.added_active_parameters(*form)
-
-
-def _attention_matrices(config: GPTConfig) -> int:
-    return 2 * config.hidden * (config.heads + config.num_kv_heads) * config.head_dim
-
-
-def _ffn_matrices(config: GPTConfig) -> int:
-    return (3 if config.activation == "swiglu" else 2) * config.hidden * config.ffn_hidden
-
-
-SPEC = FamilySpec(
-    config_class=GPTConfig,
-    form="decoder",
-    objectives=("causal_lm", "prefix_lm", "fill_in_the_middle"),
-    problems=problems,
-    facts=facts,
-    parameter_count=parameter_count,
-    built_parameter_count=built_parameter_count,
-    flops_per_token=flops_per_token,
-    idle_parameter_count=idle_parameter_count,
-)
+SPEC = GPTSpec()

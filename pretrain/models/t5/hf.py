@@ -38,7 +38,7 @@ def _side_names(config: T5Config, side: str) -> tuple[Entry, ...]:
         Entry(f"{side}.bias.weight", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         Entry(f"{block}.attention_norm.weight", f"{layers}.0.layer_norm.weight"),
         Entry(f"{block}.attention.qkv.weight", tuple(f"{attention}.{part}.weight" for part in "qkv"),
-              (attention_parts(config.heads, config.heads, config.width),)),
+              (attention_parts(config.heads, config.heads, config.head_dim),)),
         Entry(f"{block}.attention.out.weight", f"{attention}.o.weight"),
         Entry(f"{block}.feed_forward_norm.weight", f"{layers}.{last}.layer_norm.weight"),
         Entry(f"{side}.final_norm.weight", f"{side}.final_layer_norm.weight"),
@@ -51,7 +51,7 @@ def _side_names(config: T5Config, side: str) -> tuple[Entry, ...]:
         Entry(f"{block}.cross_norm.weight", f"{layers}.1.layer_norm.weight"),
         Entry(f"{block}.cross_attention.q.weight", f"{cross}.q.weight"),
         Entry(f"{block}.cross_attention.kv.weight", (f"{cross}.k.weight", f"{cross}.v.weight"),
-              (Grouped(config.heads, (config.width, config.width)),)),
+              (Grouped(config.heads, (config.head_dim, config.head_dim)),)),
         Entry(f"{block}.cross_attention.out.weight", f"{cross}.o.weight"),
     )
 
@@ -113,7 +113,7 @@ def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) ->
         Mapped("decoder_layers", "num_decoder_layers", decoder_layers, value=lambda config: config.num_decoder_layers),
         Mapped("hidden", "d_model", hidden),
         Mapped("heads", "num_heads", heads),
-        Mapped("head_width", "d_kv", 64, value=lambda config: config.width),
+        Mapped("head_width", "d_kv", 64, value=lambda config: config.head_dim),
         Mapped("ffn", "d_ff", 2048, value=lambda config: config.ffn_hidden),
         Mapped("vocab_size", "vocab_size", 32128),
         Mapped("sequence_length", "n_positions", 512),

@@ -1,13 +1,10 @@
-"""The T5 family as one ordered list of layers. Shapes as in pretrain/models/blocks.py.
-
-The state is (x, decoder ids [b, t], mask of the source) in the encoder and (x, the encoder's output, mask of the
-source) in the decoder; the mask, int64 [b, s], is there only where a source may be filled up.
-"""
+"""The T5 family as one ordered list of layers. Shapes as in blocks.py; t is the length of the target."""
 
 from __future__ import annotations
 
 from functools import partial
 from math import log
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,53 +12,48 @@ from torch import Tensor, nn
 from parallel.parameter_plan import plan_parameter
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.blocks import Block, BlockShape, Norm, causal_mask, seen
-from pretrain.models.feed_forward import of_block
-from pretrain.models.t5.spec import T5Config
-from pretrain.models.vocabulary import Embedding, Head, entered, lookup_cost
-
-State = tuple[Tensor, ...]
+from pretrain.models.blocks import Block, Norm, causal_mask, key_mask
+from pretrain.models.shapes import BlockShape
+from pretrain.models.state import State, handed_on, opened
+from pretrain.models.t5.spec import SPEC, T5Config
+from pretrain.models.vocabulary import Embedding, Head, entered
 
 
 def layers(config: T5Config, tp: TensorParallel) -> list[LayerSpec]:
     """Input: (source [b, s], decoder ids [b, t]) and maybe the source's mask [b, s]; output: logits [t, b, v/tp]."""
-    dense = block_shape(config)
     norm = partial(FinalNorm, "rmsnorm", config.hidden, config.norm_epsilon, tp)
-    decoder_cost = config.num_targets / config.sequence_length * 4 / 3
-    head_cost = config.num_targets * config.padded_vocab_size / (config.sequence_length * 12 * config.hidden)
-    specs = [LayerSpec("embedding", partial(Embedding, config, tp, 1.0), cost=lookup_cost(config.hidden)),
-             LayerSpec("encoder.input", partial(Enter, config, tp), cost=0.0)]
-    for side, block, count, cost in (("encoder", EncoderBlock, config.layers, 1.0),
-                                     ("decoder", DecoderBlock, config.num_decoder_layers, decoder_cost)):
-        if side == "decoder":
-            specs.append(LayerSpec("decoder.embedding", partial(DecoderEmbedding, config, tp), cost=0.0,
-                                   tied_to="embedding"))
-        bias = partial(RelativeBias, config, tp, two_sided=side == "encoder")
-        specs.append(LayerSpec(f"{side}.bias", bias, cost=0.0, with_next=True))
-        for index in range(count):
-            name = f"{side}.blocks.{index}"
-            shape, extra_cost = of_block(dense, config, index)
-            last = {"last": index == count - 1} if side == "decoder" else {}
-            specs.append(LayerSpec(name, partial(block, shape, tp, name, **last), cost=cost * (1 + extra_cost),
-                                   recompute=True, tied_to=f"{side}.bias"))
-        specs.append(LayerSpec(f"{side}.final_norm", norm, cost=0.0))
+    encoder, decoder = SPEC.stacks(config)
+    specs = [LayerSpec("embedding", partial(Embedding, config, tp, 1.0)),
+             LayerSpec("encoder.input", partial(Enter, config, tp)),
+             LayerSpec("encoder.bias", partial(RelativeBias, config, tp, two_sided=True), with_next=True)]
+    specs += [LayerSpec(name, partial(EncoderBlock, shape, tp, name), tied_to="encoder.bias", recompute=True)
+              for name, shape in encoder.named()]
+    specs += [LayerSpec("encoder.final_norm", norm),
+              LayerSpec("decoder.embedding", partial(DecoderEmbedding, config, tp), tied_to="embedding"),
+              LayerSpec("decoder.bias", partial(RelativeBias, config, tp, two_sided=False), with_next=True)]
+    last = f"decoder.blocks.{decoder.num_blocks - 1}"
+    specs += [LayerSpec(name, partial(DecoderBlock, shape, tp, name, last=name == last), tied_to="decoder.bias",
+                        recompute=True) for name, shape in decoder.named()]
     small = config.hidden**-0.5  # either way the first logits vary by about 1
     head = partial(Head, config, tp, None, small) if config.tied_head else partial(Head, config, tp, small)
-    specs.append(LayerSpec("head", head, cost=head_cost, tied_to="embedding" if config.tied_head else None,
-                           vocabulary=True))
-    return specs
+    return [*specs, LayerSpec("decoder.final_norm", norm),
+            LayerSpec("head", head, tied_to="embedding" if config.tied_head else None, vocabulary=True)]
 
 
-def block_shape(config: T5Config) -> BlockShape:
-    """A T5 config in the words of the shared block; standard deviations as in the published training code."""
-    inner = config.heads * config.width
-    return BlockShape(
-        hidden=config.hidden, heads=config.heads, kv_heads=config.heads, ffn=config.ffn_hidden, norm="rmsnorm",
-        norm_position="pre", norm_epsilon=config.norm_epsilon, activation=config.activation, bias=False,
-        dropout=config.dropout, attention_dropout=config.attention_dropout, std=config.hidden**-0.5,
-        residual_std=inner**-0.5, head_width=config.width, attention_scale=1.0,
-        query_std=(config.hidden * config.width) ** -0.5, down_std=config.ffn_hidden**-0.5,
-    )
+class EncoderState(NamedTuple):
+    """Between the layers of the encoder."""
+
+    x: Tensor  # source ids int64 [b, s], their rows [b, s, h], then [s(/tp), b, h]
+    decoder_ids: Tensor  # int64 [b, t]
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
+
+
+class DecoderState(NamedTuple):
+    """Between the layers of the decoder."""
+
+    x: Tensor  # [t(/tp), b, h]
+    memory: Tensor | None = None  # the encoder's output [s(/tp), b, h]; absent behind the last block
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
 
 
 class Enter(nn.Module):
@@ -72,17 +64,21 @@ class Enter(nn.Module):
         self.tp, self.probability = tp, config.dropout
 
     def forward(self, state: State) -> State:
-        return (entered(state[0], self.tp, self.probability if self.training else 0.0), *state[1:])
+        parts = opened(EncoderState, state)
+        return handed_on(parts._replace(x=self.enter(parts.x)))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Rows of the token table [b, s, h] -> [s(/tp), b, h], with dropout in training."""
+        return entered(x, self.tp, self.probability if self.training else 0.0)
 
 
 class DecoderEmbedding(Enter):
-    """From the encoder's state to the decoder's: looks its ids up, and hands the encoder's output on."""
+    """From the encoder's state to the decoder's: its ids become rows, and the encoder's output becomes the memory."""
 
     def forward(self, state: State, embedding: Embedding) -> State:
-        memory, ids, *mask = state
+        memory, ids, mask = opened(EncoderState, state)
         looked_up = embedding(ids).to(memory.dtype)  # a table of another layer is not cast with this one
-        x = entered(looked_up, self.tp, self.probability if self.training else 0.0)
-        return (x, memory, *mask)
+        return handed_on(DecoderState(self.enter(looked_up), memory, mask))
 
 
 class RelativeBias(nn.Module):
@@ -129,33 +125,33 @@ class EncoderBlock(Block):
         super().__init__(shape, tp, name, causal=False)
 
     def forward(self, state: State, bias: RelativeBias) -> State:
-        x, ids, *mask = state
+        x, ids, mask = opened(EncoderState, state)
         table = bias.table(self.tp.full_length(x)).to(x.dtype)
-        if mask:
-            table = table.masked_fill(~seen(mask[0]), torch.finfo(x.dtype).min)
-        return (super().forward(x, mask=table), ids, *mask)
+        if mask is not None:
+            table = table.masked_fill(~key_mask(mask), torch.finfo(x.dtype).min)
+        return handed_on(EncoderState(self.transform(x, mask=table), ids, mask))
 
 
 class DecoderBlock(Block):
-    """A causal block with attention to the encoder's output; the last one lets go of it."""
+    """A causal block with attention to the encoder's output; the last one leaves it out of the state."""
 
     def __init__(self, shape: BlockShape, tp: TensorParallel, name: str, last: bool):
-        super().__init__(shape, tp, name, causal=True, cross=True)
+        super().__init__(shape, tp, name, causal=True)
         self.last = last
 
-    def forward(self, state: State, bias: RelativeBias) -> State | Tensor:
-        x, memory, *mask = state
+    def forward(self, state: State, bias: RelativeBias) -> State:
+        x, memory, mask = opened(DecoderState, state)
         length = self.tp.full_length(x)
         table = bias.table(length).to(x.dtype)
         table = table.masked_fill(~causal_mask(length, x.device), torch.finfo(x.dtype).min)
-        x = super().forward(x, mask=table, memory=memory, memory_mask=seen(mask[0]) if mask else None)
-        return x if self.last else (x, memory, *mask)
+        x = self.transform(x, mask=table, memory=memory, memory_mask=None if mask is None else key_mask(mask))
+        return x if self.last else handed_on(DecoderState(x, memory, mask))
 
 
 class FinalNorm(Norm):
-    """The norm at the end of a side; the rest of the state is handed on."""
+    """The norm at the end of the encoder or the decoder, on the first part of the state, whichever side's it is."""
 
-    def forward(self, state: State | Tensor) -> State | Tensor:
+    def forward(self, state: State) -> State:
         if isinstance(state, tuple):
             return (super().forward(state[0]), *state[1:])
         return super().forward(state)

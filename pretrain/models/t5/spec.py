@@ -1,4 +1,4 @@
-"""Facts of T5 (Raffel et al. 2020) and its version 1.1 (Shazeer 2020): fields and counts (no torch)."""
+"""T5 (Raffel et al. 2020) and its version 1.1 (Shazeer 2020): fields, limits and shapes of layers; no torch."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -6,11 +6,9 @@ from typing import Literal
 from pydantic import Field
 
 from common.errors import Problem
-from parallel.layout import divisors
-from pretrain.models import encoder_decoder, mixture
-from pretrain.models.counting import PartSizes
-from pretrain.models.encoder_decoder import EncoderDecoderConfig
-from pretrain.models.family import FamilySpec
+from pretrain.models.encoder_decoder import EncoderDecoderConfig, EncoderDecoderSpec
+from pretrain.models.family import heads_divide
+from pretrain.models.shapes import BlockShape, EndShape, norm_parameters
 
 
 class T5Config(EncoderDecoderConfig):
@@ -31,56 +29,50 @@ class T5Config(EncoderDecoderConfig):
     norm_epsilon: float = Field(1e-6, gt=0, description="added to the mean square in a norm")
 
     @property
-    def width(self) -> int:
+    def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden // self.heads if self.head_width is None else self.head_width
+        # at least 1, also where more heads than hidden are a problem that `problems` reports
+        return max(1, self.hidden // self.heads) if self.head_width is None else self.head_width
 
 
-def problems(config: T5Config) -> Iterator[Problem]:
-    """What does not fit together inside one model, as (where, asked, possible, change)."""
-    if config.head_width is None and config.hidden % config.heads:
-        yield Problem("model.heads", f"hidden={config.hidden} in {config.heads} heads", "heads that divide hidden",
-                      f"set model.heads to one of {', '.join(map(str, divisors(config.hidden)))}, or model.head_width")
-    exact = config.relative_buckets // 4  # of the encoder, which has half of the buckets for either side
-    if config.relative_max_distance <= 2 * exact:
-        yield Problem("model.relative_max_distance",
-                      f"{config.relative_max_distance} with {config.relative_buckets} buckets",
-                      f"more than {2 * exact}, the distances that have a bucket each",
-                      f"set model.relative_max_distance={2 * exact + 1} or more")
-    yield from mixture.problems(config, *encoder_decoder.sides(config))
+class T5Spec(EncoderDecoderSpec[T5Config]):
+    """What is known of a T5 from its config."""
+
+    config_class = T5Config
+    objectives = ("span_corruption", "prefix_lm")
+
+    def problems(self, config: T5Config) -> Iterator[Problem]:
+        if config.head_width is None:
+            yield from heads_divide(config.hidden, config.heads, or_else="give model.head_width")
+        exact = config.relative_buckets // 4  # of the encoder, which has half of the buckets for either side
+        if config.relative_max_distance <= 2 * exact:
+            yield Problem("model.relative_max_distance",
+                          f"{config.relative_max_distance} with {config.relative_buckets} buckets",
+                          f"more than {2 * exact}, the distances that have a bucket each",
+                          f"set model.relative_max_distance={2 * exact + 1} or more")
+        yield from self.mixture_problems(config)
+
+    def block(self, config: T5Config) -> BlockShape:
+        """Standard deviations are those of the published training code."""
+        return BlockShape(
+            hidden=config.hidden, heads=config.heads, kv_heads=config.heads, head_dim=config.head_dim,
+            ffn=config.ffn_hidden, num_tokens=config.sequence_length, norm="rmsnorm", norm_position="pre",
+            norm_epsilon=config.norm_epsilon, activation=config.activation, bias=False, dropout=config.dropout,
+            attention_dropout=config.attention_dropout, std=config.hidden**-0.5,
+            residual_std=(config.heads * config.head_dim) ** -0.5, attention_scale=1.0,
+            query_std=(config.hidden * config.head_dim) ** -0.5, down_std=config.ffn_hidden**-0.5,
+        )
+
+    def ends(self, config: T5Config, num_predictions: int | None = None) -> dict[str, EndShape]:
+        bias = EndShape(num_parameters=config.relative_buckets * config.heads)
+        norm = EndShape(num_parameters=norm_parameters("rmsnorm", config.hidden))
+        return {
+            "embedding": self.table(config), "encoder.input": EndShape(), "encoder.bias": bias,
+            "encoder.final_norm": norm,
+            "decoder.embedding": EndShape(num_lookups=config.num_targets * config.hidden), "decoder.bias": bias,
+            "decoder.final_norm": norm,
+            "head": self.head(config, tied=config.tied_head, num_predictions=num_predictions),
+        }
 
 
-def sizes(config: T5Config) -> PartSizes:
-    """What its blocks are made of."""
-    return PartSizes(config.hidden, config.heads, config.width, config.ffn_hidden, config.activation != "relu",
-                     bias=False, norm=config.hidden)
-
-
-def parameter_count(config: T5Config) -> int:
-    """Parameters with the vocabulary as it is, which is what is published. Tied weights count once."""
-    return _parameters(config, config.vocab_size)
-
-
-def built_parameter_count(config: T5Config) -> int:
-    """Parameters with the vocabulary padded, which is what memory holds. Tied weights count once."""
-    return _parameters(config, config.padded_vocab_size)
-
-
-def _parameters(config: T5Config, vocab_size: int) -> int:
-    parts = sizes(config)
-    tables = vocab_size * config.hidden * (1 if config.tied_head else 2)
-    biases = 2 * config.relative_buckets * config.heads
-    return tables + biases + encoder_decoder.blocks(config, parts) + 2 * config.hidden
-
-
-SPEC = FamilySpec(
-    config_class=T5Config,
-    form="encoder_decoder",
-    objectives=("span_corruption", "prefix_lm"),
-    problems=problems,
-    facts=encoder_decoder.facts,
-    parameter_count=parameter_count,
-    built_parameter_count=built_parameter_count,
-    flops_per_token=encoder_decoder.flops_per_token(sizes),
-    idle_parameter_count=encoder_decoder.idle_parameter_count(sizes),
-)
+SPEC = T5Spec()

@@ -1,7 +1,5 @@
 """Recompute: the same bits in every family, and what each kind keeps."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -9,9 +7,8 @@ from parallel.parameter_plan import draw
 from parallel.pipeline_stages import Stage
 from parallel.recompute import Recomputable, recompute_selectively, recomputed
 from parallel.single_rank import single_rank
-from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import config_from
-from pretrain.models import FAMILIES
+from pretrain.models.build import build_stage
 from tests.helpers.recipes import recipe_of
 
 INPUTS = {
@@ -40,9 +37,7 @@ def alone():
 def stage_of(groups, family: str, changes: dict) -> Stage:
     content = recipe_of(family)
     config = config_from({**content, "model": {**content["model"], **changes}, "data": {"train": "none"}}, "test")
-    modules = import_module(f"{FAMILIES[family]}.modules")
-    specs = modules.layers(config.model, TensorParallel(groups, torch.device("cpu")))
-    stage = Stage(specs, (0, len(specs)))
+    stage = build_stage(config.model, groups, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))

@@ -13,8 +13,8 @@ from parallel.load_balance import Balance
 from parallel.recompute import recompute_selectively, recomputed
 from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.blocks import BlockShape
-from pretrain.models.feed_forward import Mixture, MixtureShape, within_capacity
+from pretrain.models.feed_forward import Mixture, within_capacity
+from pretrain.models.shapes import BlockShape, MixtureShape
 
 LENGTH, BATCH, HIDDEN, EXPERTS = 12, 3, 8, 5
 PLAIN = {"experts": EXPERTS, "top_k": 2, "ffn": 16, "shared_ffn": 0, "renormalised": True, "capacity_factor": None,
@@ -28,9 +28,9 @@ def groups():
 
 
 def mixture_of(groups, activation="gelu", bias=True, **changes) -> Mixture:
-    shape = BlockShape(hidden=HIDDEN, heads=1, kv_heads=1, ffn=16, norm="layernorm", norm_position="pre",
-                       norm_epsilon=1e-5, activation=activation, bias=bias, dropout=0.0, attention_dropout=0.0,
-                       std=0.5, residual_std=0.5)
+    shape = BlockShape(hidden=HIDDEN, heads=1, kv_heads=1, head_dim=HIDDEN, ffn=16, num_tokens=LENGTH,
+                       norm="layernorm", norm_position="pre", norm_epsilon=1e-5, activation=activation, bias=bias,
+                       dropout=0.0, attention_dropout=0.0, std=0.5, residual_std=0.5)
     layer = Mixture(shape, MixtureShape(**{**PLAIN, **changes}), TensorParallel(groups, torch.device("cpu")))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

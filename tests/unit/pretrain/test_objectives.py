@@ -1,6 +1,5 @@
 """What an objective asks of a model and a dataset, said with numbers; and batches that a model takes."""
 
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import load_config, load_run
 from pretrain.models import FAMILIES, family_spec
+from pretrain.models.build import layer_list
 from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
 from tests.helpers.recipes import TEXT_VOCAB_SIZE, recipe_of
 
@@ -100,7 +100,7 @@ def test_batches_of_every_objective_go_through_the_model(family, name, config_of
     assert held[1]["weights"][1].sum() == 0 < held[1]["weights"][0].sum()
     with single_rank() as groups:
         tp = TensorParallel(groups, torch.device("cpu"))
-        specs = import_module(f"{FAMILIES[family]}.modules").layers(config.model, tp)
+        specs = layer_list(config.model, tp)
         stage = Stage(specs, (0, len(specs)))
         loss = make_loss(name, family, tp)
         with torch.no_grad():
