@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import Noise
 from data_pipeline.corruption.span_corruption import filled, shifted
 from data_pipeline.corruption.special_ids import SpecialIds
@@ -65,7 +66,7 @@ class Denoising:
         infill_ratio, mask_ratio, delete_ratio: parts of the tokens; rotate_rate: part of the samples.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     source_length: int
     target_length: int

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import Noise
 from data_pipeline.corruption.special_ids import SpecialIds
 from data_pipeline.order import WindowOrder
@@ -30,12 +31,13 @@ def choose_words(noise: Noise, starts: np.ndarray, count: int) -> np.ndarray:
 class SegmentPairs:
     """Cuts a window in two at a random token, and takes half of the second parts from another window of the epoch.
 
-    Args: `window_tokens` and `order_seed` are those of the order that the windows come in, `seed` that of the noise.
+    Args: `window_tokens` and `seed` are those of the order that the windows come in; held-out windows come in their
+    stored order.
     """
 
-    def __init__(self, dataset: TokenDataset, window_tokens: int, seed: int | str, order_seed: int | None) -> None:
-        self.dataset, self.seed, self._arguments = dataset, seed, (dataset, window_tokens, seed, order_seed)
-        self.order = WindowOrder(dataset.token_counts, window_tokens, order_seed)
+    def __init__(self, dataset: TokenDataset, window_tokens: int, seed: NoiseSeed) -> None:
+        self.dataset, self.seed, self._arguments = dataset, seed, (dataset, window_tokens, seed)
+        self.order = WindowOrder(dataset.token_counts, window_tokens, seed.run)
 
     def __reduce__(self) -> tuple:  # a worker makes the order by itself
         return SegmentPairs, self._arguments
@@ -66,7 +68,7 @@ class Masking:
         pairs: makes a pair of segments from a window; None for one segment.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     num_masked: int
     special: SpecialIds

@@ -10,17 +10,19 @@ from math import exp
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
+
 
 class Noise:
     """A stream of random numbers.
 
     Args:
-        seed: the run's seed, or a text for data whose noise no run may change (held-out sets).
+        seed: of a run, or HELDOUT for data whose noise no run may change.
         position: the sample's position in the run.
         purpose: what the numbers are for; two purposes never share numbers.
     """
 
-    def __init__(self, seed: int | str, position: int, purpose: str) -> None:
+    def __init__(self, seed: NoiseSeed, position: int, purpose: str) -> None:
         digest = hashlib.sha256(f"{seed}/{position}/{purpose}".encode()).digest()
         self._bits = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import Noise
 from data_pipeline.corruption.special_ids import SpanCounts, SpecialIds
 
@@ -46,7 +47,7 @@ def filled(tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.nd
 class SpanCorruption:
     """Source: kept tokens with a sentinel for each span, exactly s; target: each sentinel with what it hides."""
 
-    seed: int | str
+    seed: NoiseSeed
     counts: SpanCounts
     target_length: int
     special: SpecialIds
@@ -67,7 +68,7 @@ class SpanCorruption:
 class PrefixCut:
     """For a decoder: the first tokens are seen in both directions and are no targets."""
 
-    seed: int | str
+    seed: NoiseSeed
 
     def __call__(self, sample: dict) -> dict:
         """Fields `tokens` [n + 1], `prefix` int64 [] in 1 .. n - 1, `weights` [n]."""
@@ -82,7 +83,7 @@ class PrefixCut:
 class PrefixSplit:
     """For an encoder-decoder: the first tokens are the source, the others the target."""
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     source_length: int
     target_length: int
@@ -107,7 +108,7 @@ class FillInTheMiddle:
     middle follow each other: <pre> <suf> suffix <mid> prefix middle. What no longer fits is cut from the end.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     rate: float
     spm_rate: float
     special: SpecialIds

@@ -1,4 +1,4 @@
-"""Facts of the objectives on pairs of image and caption (no torch)."""
+"""The objectives on pairs of image and caption (no torch)."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -7,9 +7,9 @@ from pydantic import Field
 
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+from pretrain.objectives.objective import END_OF_TEXT, TEXT, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
-STAGES = "pretrain.objectives.pairs_stages:as_they_are"
+STAGES = "pretrain.objectives.pairs_stages:unchanged"
 
 
 class ContrastiveConfig(ObjectiveConfig):
@@ -33,8 +33,7 @@ def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
-        window_tokens=lambda config, model: model.sequence_length, reserved_ids=lambda config, model: 0,
-        problems=_problems)
+        special_tokens=SpecialTokens(frame=(TEXT, END_OF_TEXT)), problems=_problems)
 
 
 SPECS = {"contrastive": _spec(ContrastiveConfig, "Contrastive"), "siglip": _spec(SigLIPConfig, "SigLIP")}

@@ -1,4 +1,4 @@
-"""Facts of the objectives on text: fields, length of a sample, ids they need, what does not fit (no torch)."""
+"""The objectives on text: fields, length of a sample, special tokens, what does not fit (no torch)."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -9,7 +9,7 @@ from pydantic import Field
 from data_pipeline.corruption.special_ids import num_special_ids, raw_tokens
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+from pretrain.objectives.objective import END_OF_TEXT, TEXT, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.text_stages"
 CAUSAL = "pretrain.objectives.causal_lm:CausalLM"
@@ -74,10 +74,6 @@ class MaskedLMConfig(ObjectiveConfig):
 Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]]
 
 
-def _none(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
-    return iter(())
-
-
 def _at_least(num_tokens: int, why: str) -> Problems:
     def problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
         if model.sequence_length < num_tokens:
@@ -137,28 +133,32 @@ def _special_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
 
 
 SPECS = {
-    "causal_lm": ObjectiveSpec(
-        CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:as_it_is",
-        window_tokens=lambda config, model: model.sequence_length,
-        reserved_ids=lambda config, model: 0, problems=_none),
+    "causal_lm": ObjectiveSpec(CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:unchanged"),
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
-        window_tokens=_prefix_tokens, reserved_ids=_special_ids,
+        window_tokens=_prefix_tokens, reserved_ids=_special_ids, special_tokens=SpecialTokens(names={"pad": "<pad>"}),
         problems=_at_least(2, "one token before the cut and one after")),
     "fill_in_the_middle": ObjectiveSpec(
         FillInTheMiddleConfig, {"decoder": CAUSAL}, f"{STAGES}:fill_in_the_middle",
-        window_tokens=lambda config, model: model.sequence_length,
         reserved_ids=lambda config, model: num_special_ids(num_sentinels=3),
+        special_tokens=SpecialTokens(sentinels=("<fim_prefix>", "<fim_suffix>", "<fim_middle>")),
         problems=_at_least(6, "three sentinels and a token of each part")),
     "span_corruption": ObjectiveSpec(
         SpanCorruptionConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:span_corruption",
-        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems),
+        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems,
+        special_tokens=SpecialTokens(names={"pad": "<pad>"}, sentinels="<extra_id_{}>",
+                                     required=("pad", "first_sentinel"), frame=(TEXT, END_OF_TEXT))),
     "denoising": ObjectiveSpec(
         DenoisingConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:denoising",
         window_tokens=lambda config, model: model.sequence_length - 2, reserved_ids=_special_ids,
-        problems=_denoising_problems),
+        problems=_denoising_problems,
+        special_tokens=SpecialTokens(names={"pad": "<pad>", "start": "<s>", "mask": "<mask>"},
+                                     required=("pad", "start", "mask"), frame=("start", TEXT, END_OF_TEXT))),
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,
-        reserved_ids=_special_ids, problems=_masked_problems),
+        reserved_ids=_special_ids, problems=_masked_problems,
+        special_tokens=SpecialTokens(
+            names={"pad": "[PAD]", "start": "[CLS]", "separator": "[SEP]", "mask": "[MASK]"},
+            required=("start", "separator", "mask"), frame=("start", TEXT, "separator"))),
 }

@@ -29,7 +29,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
 
     try:
         return Engine(lambda tp: modules.layers(config.model, tp),
-                      make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
+                      make_loss(config.objective, config.model, TensorParallel(groups, device)), groups,
                       config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
     except NoRoom as error:
         raise UserError(str(error)) from None
