@@ -67,6 +67,10 @@ class SpecialTokens:
     required: tuple[str, ...] = ()
     frame: tuple[str, ...] = (TEXT,)
 
+    def sentinel(self, number: int) -> str:
+        """The usual name of a sentinel, counted from 0."""
+        return self.sentinels.format(number) if isinstance(self.sentinels, str) else self.sentinels[number]
+
 
 def sequence_length(config: ObjectiveConfig, model: FamilyConfig) -> int:
     """The window of an objective that takes a sample as long as the model does."""

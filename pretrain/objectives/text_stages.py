@@ -23,29 +23,32 @@ def prefix_lm(given: StageInputs) -> list:
     if family_spec(model.family).form == "decoder":
         return [each(PrefixCut(given.seed))]
     return [each(PrefixSplit(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
-                             given.special))]
+                             special=given.special))]
 
 
 def fill_in_the_middle(given: StageInputs) -> list:
     """The middle of documents moves to their end."""
     return [each(FillInTheMiddle(given.seed, given.config.rate, given.config.spm_rate, given.special,
-                                 given.dataset.end_of_text))]
+                                 end_of_text=given.dataset.end_of_text))]
 
 
 def span_corruption(given: StageInputs) -> list:
     """Spans move from the source to the target."""
     config, model = given.config, given.model
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
-    return [each(SpanCorruption(given.seed, counts, model.num_targets, given.special, given.dataset.end_of_text))]
+    return [each(SpanCorruption(given.seed, counts, model.num_targets, given.special,
+                                end_of_text=given.dataset.end_of_text))]
 
 
 def denoising(given: StageInputs) -> list:
     """The source is corrupted, the target is the whole text."""
     config, model, dataset = given.config, given.model, given.dataset
     is_end = sentence_ends(dataset.tokenizer) if config.permute_sentences else None
-    return [each(Denoising(given.seed, given.window_tokens, model.sequence_length, model.num_targets, given.special,
-                           dataset.end_of_text, is_end, config.infill_ratio, config.mean_span_length,
-                           config.mask_ratio, config.delete_ratio, config.rotate_rate))]
+    return [each(Denoising(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+                           special=given.special, end_of_text=dataset.end_of_text, is_end=is_end,
+                           infill_ratio=config.infill_ratio, mean_span=config.mean_span_length,
+                           mask_ratio=config.mask_ratio, delete_ratio=config.delete_ratio,
+                           rotate_rate=config.rotate_rate))]
 
 
 def masked_lm(given: StageInputs) -> list:
@@ -53,5 +56,6 @@ def masked_lm(given: StageInputs) -> list:
     config, dataset, window, seed = given.config, given.dataset, given.window_tokens, given.seed
     starts = word_starts(dataset.tokenizer) if config.whole_words else None
     pairs = SegmentPairs(dataset, window, seed) if given.model.next_sentence else None
-    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), given.special, dataset.vocab_size,
-                         config.masked_part, config.random_part, starts, pairs))]
+    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), given.special,
+                         vocab_size=dataset.vocab_size, masked_part=config.masked_part,
+                         random_part=config.random_part, starts=starts, pairs=pairs))]

@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from parallel.engine import Engine
+from parallel.objective import Objective
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 from parallel.zero.offload import NoRoom
@@ -18,8 +19,11 @@ from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
-def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
+def build_engine(config: RunConfig, groups: Groups, device: torch.device, objective: Objective | None = None) -> Engine:
+    """The config's family on these groups, with the config's objective unless another one is given.
+
+    Several engines may be built on the same groups. Raises UserError when a disc has no room for its state.
+    """
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -29,7 +33,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
 
     try:
         return Engine(lambda tp: modules.layers(config.model, tp),
-                      make_loss(config.objective, config.model, TensorParallel(groups, device)), groups,
+                      objective or make_loss(config.objective, config.model, TensorParallel(groups, device)), groups,
                       config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
     except NoRoom as error:
         raise UserError(str(error)) from None

@@ -46,7 +46,7 @@ def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = No
                       device_name=device_name, node=info.node)
             hooks = standard_hooks(config, quiet)
             try:
-                return _run(run, groups, device, hooks, attempt, quiet)
+                return _run(run, groups, device, hooks, attempt=attempt, quiet=quiet)
             except BaseException as error:
                 hooks.on_end(run, f"stopped by {type(error).__name__}")
                 raise
@@ -72,7 +72,7 @@ def _world(info: RankInfo) -> Iterator[None]:
         leave()
 
 
-def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: Attempt,
+def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, *, attempt: Attempt,
          quiet: ThirdPartyOutput | None) -> int:
     config = run.config
     checkpoint = _find_checkpoint(run)
@@ -97,7 +97,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     attempt.begin(run.start_step, checkpoint.folder if checkpoint else None)
     hooks.on_start(run)
     progress = RunProgress(run.start_step, adam_step, run.total_steps)
-    _train_steps(run, task, progress, hooks, attempt)
+    _train_steps(run, task, progress, hooks, attempt=attempt)
     task.close()
     # First of all: a hook may draw for a while, and the time limit may be near.
     code = attempt.stopped(progress.request) if progress.is_interrupted else attempt.done()
@@ -109,7 +109,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
     return code
 
 
-def _train_steps(run: Run, task: Task, progress: RunProgress, hooks: Hooks, attempt: Attempt) -> None:
+def _train_steps(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt: Attempt) -> None:
     """Every step up to the last one, or up to the one at which all ranks agree to stop."""
     log, checkpoint = run.config.log, run.config.checkpoint
     if progress.step == 0:
@@ -124,7 +124,7 @@ def _train_steps(run: Run, task: Task, progress: RunProgress, hooks: Hooks, atte
         if progress.is_evaluation_due(log.evaluate_every):
             _evaluate(run, task, hooks, progress.step)
         if progress.is_checkpoint_due(checkpoint.every):
-            _save(run, task, progress, hooks, attempt)
+            _save(run, task, progress, hooks, attempt=attempt)
 
 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
@@ -156,7 +156,7 @@ def _evaluate(run: Run, task: Task, hooks: Hooks, step: int) -> None:
         hooks.on_evaluation(run, record)
 
 
-def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, attempt: Attempt) -> None:
+def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt: Attempt) -> None:
     """Write a checkpoint of the engine that the run is about."""
     started = time.perf_counter()
     facts = {**facts_of(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}

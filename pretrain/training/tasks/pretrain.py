@@ -44,7 +44,8 @@ class HeldoutBatches:
     def __iter__(self) -> Iterator[Batch]:
         config = self.config
         return heldout_batches(self.dataset, config.window_tokens, config.parallel.micro_batch,
-                               config.log.evaluate_samples, self.data_rank, self.data_size, self.stages)
+                               config.log.evaluate_samples, data_rank=self.data_rank, data_size=self.data_size,
+                               stages=self.stages)
 
     @cached_property
     def _per_epoch(self) -> int:
@@ -68,8 +69,9 @@ class PretrainTask:
         dataset = open_dataset(config, config.data.train)
         stages = make_stages(config.objective, config.model, dataset, NoiseSeed(config.run.seed))
         return Loader(dataset, config.window_tokens, config.run.seed, config.parallel.global_batch,
-                      config.parallel.micro_batch, self.at.dp, self.run.layout.data, config.data.workers,
-                      position, stages, config.data.max_bad_fraction)
+                      config.parallel.micro_batch, data_rank=self.at.dp, data_size=self.run.layout.data,
+                      workers=config.data.workers, start_position=position, stages=stages,
+                      max_bad_fraction=config.data.max_bad_fraction)
 
     def step(self, engines: Engines, step: int) -> Record:
         """Raises UserError for a gradient that is not finite, DataError for damaged data."""
