@@ -39,7 +39,7 @@ class NextAndCopy:
 
     def losses(self, outputs, targets):
         following, next_mask, same, copy_mask = targets
-        return {name: (token_losses(outputs, labels, self.tp)[0] * mask).sum()
+        return {name: (token_losses(outputs, labels, self.tp, keep_logits=True)[0] * mask).sum()
                 for name, labels, mask in (("next", following, next_mask), ("copy", same, copy_mask))}
 
 
