@@ -17,12 +17,18 @@ from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.token_pieces import TokenPiece, Vocabulary, vocabulary
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokenizer
 from pretrain.config.run_config import RunConfig
-from pretrain.objectives import objective
+from pretrain.objectives import OBJECTIVES
 
 TEXT = "$A"  # stands for the text in a frame
 UNKNOWN = "<unk>"
+# What an objective puts around a text in training, and so what transformers shall put around it.
+FRAMES = {
+    "span_corruption": (TEXT, END_OF_TEXT), "denoising": ("<s>", TEXT, END_OF_TEXT),
+    "masked_lm": ("[CLS]", TEXT, "[SEP]"), "contrastive": (TEXT, END_OF_TEXT), "siglip": (TEXT, END_OF_TEXT),
+}
 ROLES = {"<pad>": "pad_token", "[PAD]": "pad_token", "<s>": "bos_token", "<mask>": "mask_token",
          "[MASK]": "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
+MIDDLE_SENTINELS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
 
 def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> None:
@@ -43,7 +49,7 @@ def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> N
         END_OF_TEXT: found.pieces[tokenizer.end_of_text].text,
         UNKNOWN: next(piece.text for piece in found.pieces if piece.kind == "unknown")}
     ids = {names[plain]: token for plain, token in special.items()} | {names[END_OF_TEXT]: tokenizer.end_of_text}
-    frame = tuple(names.get(part, part) for part in frame_of(config))
+    frame = tuple(names.get(part, part) for part in FRAMES.get(config.objective.name, (TEXT,)))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.sequence_length,
         "clean_up_tokenization_spaces": False, "split_special_tokens": True,
@@ -60,19 +66,18 @@ def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> N
 
 def special_ids(config: RunConfig) -> dict[str, int]:
     """Usual names of the ids at the top of the vocabulary that the objective uses, with the ids."""
-    spec, ids = config.objective_spec, SpecialIds(config.model.vocab_size)
-    special, reserved = spec.special_tokens, spec.reserved_ids(config.objective, config.model)
-    if not reserved:
-        return {}
-    fixed = {name: getattr(ids, role) for role, name in special.names.items()}
-    return fixed | {special.sentinel(number): ids.first_sentinel - number for number in range(reserved - NUM_FIXED_IDS)}
-
-
-def frame_of(config: RunConfig) -> tuple[str, ...]:
-    """Usual names of the tokens around a text, in training and so in transformers; TEXT stands for the text."""
-    special = config.objective_spec.special_tokens
-    return tuple({objective.TEXT: TEXT, objective.END_OF_TEXT: END_OF_TEXT}.get(part) or special.names[part]
-                 for part in special.frame)
+    objective, ids = config.objective.name, SpecialIds(config.model.vocab_size)
+    reserved = OBJECTIVES[objective].reserved_ids(config.objective, config.model)
+    sentinels = [ids.first_sentinel - number for number in range(reserved - NUM_FIXED_IDS)]
+    if objective == "span_corruption":
+        return {"<pad>": ids.pad} | {f"<extra_id_{number}>": token for number, token in enumerate(sentinels)}
+    if objective == "denoising":
+        return {"<pad>": ids.pad, "<s>": ids.start, "<mask>": ids.mask}
+    if objective == "masked_lm":
+        return {"[PAD]": ids.pad, "[CLS]": ids.start, "[SEP]": ids.separator, "[MASK]": ids.mask}
+    if objective == "fill_in_the_middle":
+        return dict(zip(MIDDLE_SENTINELS, sentinels, strict=True))
+    return {"<pad>": ids.pad} if reserved else {}
 
 
 def _roles(special: dict[str, int]) -> dict[str, str]:

@@ -11,13 +11,18 @@ from data_pipeline.corruption.special_ids import NUM_FIXED_IDS, GivenIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import Tokenizer
 from pretrain.hf.read_folder import HFError
-from pretrain.hf.tokenizer_export import ROLES
 from pretrain.models.family import FamilyConfig, FamilySpec
 from pretrain.objectives import OBJECTIVES
-from pretrain.objectives.objective import ObjectiveConfig, SpecialTokens
+from pretrain.objectives.objective import ObjectiveConfig
 
+FIRST_SENTINEL = "<extra_id_0>"
 ADVICE = "put the model's own tokenizer files beside config.json"
-FIRST_SENTINEL = "first_sentinel"
+# Ids that an objective needs: the name in GivenIds, and what transformers calls it.
+NEEDED = {
+    "masked_lm": {"start": "cls_token", "separator": "sep_token", "mask": "mask_token"},
+    "denoising": {"pad": "pad_token", "start": "bos_token", "mask": "mask_token"},
+    "span_corruption": {"pad": "pad_token", "first_sentinel": FIRST_SENTINEL},
+}
 
 
 class HFTokenizer:
@@ -68,13 +73,13 @@ class HFTokenizer:
             raise HFError(self.folder, [Problem("tokenizer", f"{self.vocab_size} token ids", f"at most "
                                                 f"{model.vocab_size}, which the model knows by its config.json",
                                                 "take the folder with its own tokenizer")])
-        theirs, special = self._theirs, OBJECTIVES[objective.name].special_tokens
+        theirs, needed = self._theirs, NEEDED.get(objective.name, {})
         found: dict[str, Any] = {"pad": theirs.pad_token_id, "mask": theirs.mask_token_id,
                                  "separator": theirs.sep_token_id,
                                  "start": _first_of(theirs.cls_token_id, theirs.bos_token_id)}
-        if FIRST_SENTINEL in special.required:
+        if "first_sentinel" in needed:
             found["first_sentinel"] = self._first_sentinel(objective, model)
-        missing = [_their_name(role, special) for role in special.required if found[role] is None]
+        missing = [name for ours, name in needed.items() if found[ours] is None]
         if missing:
             raise HFError(self.folder, [Problem(f"tokenizer {name}", "no such token", f"a token for every id that "
                                                 f"{objective.name} needs", "take the folder with its own tokenizer")
@@ -84,17 +89,10 @@ class HFTokenizer:
     def _first_sentinel(self, objective: ObjectiveConfig, model: FamilyConfig) -> int | None:
         """None unless there are as many as a sample needs, one below the other."""
         known = self._theirs.get_vocab()
-        spec = OBJECTIVES[objective.name]
-        names = [spec.special_tokens.sentinel(number)
-                 for number in range(max(1, spec.reserved_ids(objective, model) - NUM_FIXED_IDS))]
-        first = known.get(names[0])
-        in_a_row = all(known.get(name) == (first or 0) - number for number, name in enumerate(names))
+        count = OBJECTIVES[objective.name].reserved_ids(objective, model) - NUM_FIXED_IDS
+        first = known.get(FIRST_SENTINEL)
+        in_a_row = all(known.get(f"<extra_id_{number}>") == (first or 0) - number for number in range(count))
         return first if in_a_row else None
-
-
-def _their_name(role: str, special: SpecialTokens) -> str:
-    """What transformers calls the token of a role."""
-    return special.sentinel(0) if role == FIRST_SENTINEL else ROLES[special.names[role]]
 
 
 def _first_of(*ids: int | None) -> int | None:

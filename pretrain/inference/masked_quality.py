@@ -102,15 +102,15 @@ def _without(end: int, ids: list[int]) -> list[int]:
 
 def readable(trained: Trained, ids: list[int]) -> str:
     """The text of ids, with names for those that only the objective has; what fills up has none."""
-    special, spec = trained.special, OBJECTIVES[trained.objective.name]
-    reserved = spec.reserved_ids(trained.objective, trained.model)
-    names = {getattr(special, role): "" if role == "pad" else name for role, name in spec.special_tokens.names.items()}
+    special = trained.special
+    reserved = OBJECTIVES[trained.objective.name].reserved_ids(trained.objective, trained.model)
+    names = {special.pad: "", special.start: "<s>", special.separator: "<sep>", special.mask: "<mask>"}
 
     def name(token: int) -> str | None:
         if token in names:
             return names[token]
         number = -1 if special.first_sentinel is None else special.first_sentinel - token
-        return spec.special_tokens.sentinel(number) if 0 <= number < reserved - NUM_FIXED_IDS else None
+        return f"<extra_id_{number}>" if 0 <= number < reserved - NUM_FIXED_IDS else None
 
     decode = trained.tokenizer.decode
     parts = [(is_text, list(group)) for is_text, group in groupby(ids, lambda token: name(token) is None)]

@@ -7,7 +7,7 @@ a loss (`parallel.objective.Objective`). One line in `pretrain.objectives.OBJECT
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,8 +17,6 @@ from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
 from parallel.config import STRICT
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-
-TEXT, END_OF_TEXT = "text", "end_of_text"  # parts of `SpecialTokens.frame` that are no special tokens
 
 
 class ObjectiveConfig(BaseModel):
@@ -49,29 +47,6 @@ class StageInputs:
     special: SpecialIds | GivenIds
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpecialTokens:
-    """The tokens that an objective has beside those of the tokenizer, and how they frame a text.
-
-    Roles are the fields of `data_pipeline.corruption.special_ids.GivenIds`: pad, start, separator, mask.
-
-    Args:
-        names: the usual name of each role's token.
-        sentinels: usual names of the sentinels: one for each, or one with `{}` in the place of the number.
-        required: roles (and `first_sentinel`) without which a model trained elsewhere can't take the objective.
-        frame: what stands around a text in training: roles, TEXT, END_OF_TEXT.
-    """
-
-    names: Mapping[str, str] = field(default_factory=dict)
-    sentinels: str | tuple[str, ...] = ()
-    required: tuple[str, ...] = ()
-    frame: tuple[str, ...] = (TEXT,)
-
-    def sentinel(self, number: int) -> str:
-        """The usual name of a sentinel, counted from 0."""
-        return self.sentinels.format(number) if isinstance(self.sentinels, str) else self.sentinels[number]
-
-
 def sequence_length(config: ObjectiveConfig, model: FamilyConfig) -> int:
     """The window of an objective that takes a sample as long as the model does."""
     return model.sequence_length
@@ -99,7 +74,6 @@ class ObjectiveSpec:
             between a window of tokens and a batch.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
-        special_tokens: the names of those ids.
         problems: what does not fit the model.
     """
 
@@ -109,5 +83,4 @@ class ObjectiveSpec:
     _: KW_ONLY
     window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int] = sequence_length
     reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int] = no_ids
-    special_tokens: SpecialTokens = SpecialTokens()
     problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]] = no_problems

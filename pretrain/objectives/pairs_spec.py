@@ -7,7 +7,7 @@ from pydantic import Field
 
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import END_OF_TEXT, TEXT, ObjectiveConfig, ObjectiveSpec, SpecialTokens
+from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
 STAGES = "pretrain.objectives.pairs_stages:unchanged"
 
@@ -33,7 +33,7 @@ def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Found]:
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
-        special_tokens=SpecialTokens(frame=(TEXT, END_OF_TEXT)), problems=_problems)
+        problems=_problems)
 
 
 SPECS = {"contrastive": _spec(ContrastiveConfig, "Contrastive"), "siglip": _spec(SigLIPConfig, "SigLIP")}

@@ -9,7 +9,7 @@ from pydantic import Field
 from data_pipeline.corruption.special_ids import num_special_ids, raw_tokens
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import END_OF_TEXT, TEXT, ObjectiveConfig, ObjectiveSpec, SpecialTokens
+from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
 STAGES = "pretrain.objectives.text_stages"
 CAUSAL = "pretrain.objectives.causal_lm:CausalLM"
@@ -137,29 +137,21 @@ SPECS = {
     "causal_lm": ObjectiveSpec(CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:unchanged"),
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
-        window_tokens=_prefix_tokens, reserved_ids=_special_ids, special_tokens=SpecialTokens(names={"pad": "<pad>"}),
+        window_tokens=_prefix_tokens, reserved_ids=_special_ids,
         problems=_at_least(2, "one token before the cut and one after")),
     "fill_in_the_middle": ObjectiveSpec(
         FillInTheMiddleConfig, {"decoder": CAUSAL}, f"{STAGES}:fill_in_the_middle",
         reserved_ids=lambda config, model: num_special_ids(num_sentinels=3),
-        special_tokens=SpecialTokens(sentinels=("<fim_prefix>", "<fim_suffix>", "<fim_middle>")),
         problems=_at_least(6, "three sentinels and a token of each part")),
     "span_corruption": ObjectiveSpec(
         SpanCorruptionConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:span_corruption",
-        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems,
-        special_tokens=SpecialTokens(names={"pad": "<pad>"}, sentinels="<extra_id_{}>",
-                                     required=("pad", "first_sentinel"), frame=(TEXT, END_OF_TEXT))),
+        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems),
     "denoising": ObjectiveSpec(
         DenoisingConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:denoising",
         window_tokens=lambda config, model: model.sequence_length - 2, reserved_ids=_special_ids,
-        problems=_denoising_problems,
-        special_tokens=SpecialTokens(names={"pad": "<pad>", "start": "<s>", "mask": "<mask>"},
-                                     required=("pad", "start", "mask"), frame=("start", TEXT, END_OF_TEXT))),
+        problems=_denoising_problems),
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,
-        reserved_ids=_special_ids, problems=_masked_problems,
-        special_tokens=SpecialTokens(
-            names={"pad": "[PAD]", "start": "[CLS]", "separator": "[SEP]", "mask": "[MASK]"},
-            required=("start", "separator", "mask"), frame=("start", TEXT, "separator"))),
+        reserved_ids=_special_ids, problems=_masked_problems),
 }
