@@ -234,9 +234,8 @@ def timed(groups: Groups, device: torch.device, device_name: str, speeds: Sequen
 def trained(config: RunConfig, groups: Groups, device: torch.device, compiled: bool, num_steps: int
             ) -> list[tuple[float, float]]:
     """(loss, seconds) of every step. `compiled`: each block goes through torch.compile. All memory is given back."""
-    from pretrain.training.loop import (
-        build_engine,  # DeepSpeed talks as soon as it is imported, so not before it is quiet
-    )
+    # DeepSpeed prints as soon as it is imported, so not before its output is redirected.
+    from pretrain.training.build_engine import build_engine
 
     engine = build_engine(config, groups, device)
     if compiled:

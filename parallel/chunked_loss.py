@@ -40,9 +40,13 @@ def waiting(layer: Callable, cross_entropy: ChunkedCrossEntropy) -> Callable[...
     return call
 
 
-def token_losses(outputs: DeferredHead | Tensor | tuple[Tensor, ...], labels: Tensor, tp: TensorParallel
-                 ) -> tuple[Tensor, ...]:
-    """(losses of the labels [s, b] in fp32, what else the head gave), from logits [s, b, v/t] or a head that waits."""
+def token_losses(outputs: DeferredHead | Tensor | tuple[Tensor, ...], labels: Tensor, tp: TensorParallel,
+                 keep_logits: bool = False) -> tuple[Tensor, ...]:
+    """(losses of the labels [s, b] in fp32, further outputs of the head), from logits [s, b, v/t] or a deferred head.
+
+    `keep_logits`: another term of the loss uses the same logits (`TensorParallel.cross_entropy`).
+    """
     found = outputs(labels) if isinstance(outputs, DeferredHead) else outputs
     first, *others = found if isinstance(found, tuple) else (found,)
-    return (first if isinstance(outputs, DeferredHead) else tp.cross_entropy(first, labels), *others)
+    losses = first if isinstance(outputs, DeferredHead) else tp.cross_entropy(first, labels, keep_logits)
+    return (losses, *others)

@@ -8,10 +8,9 @@ rate, initial weights and the state that checkpoints store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,8 +19,10 @@ from torch import Tensor
 from common.errors import NotFinite
 from parallel.chunked_loss import waiting
 from parallel.config import ParallelConfig, PrecisionConfig
-from parallel.gradient_cache import DataRows, GradientCache, concatenated, surrogate
+from parallel.gradient_cache import TwoPassStep
 from parallel.load_balance import Balances
+from parallel.loss_terms import Losses, LossTerms
+from parallel.objective import Batch, Batches, LossFunction, MicroBatch, Objective
 from parallel.parameter_plan import InitialWeights
 from parallel.pipeline_stages import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
@@ -40,31 +41,22 @@ from parallel.zero.settings import deepspeed_config
 FILL_ELEMENTS = 1 << 22  # read from a source at once: 16 MiB
 
 
-class Objective(Protocol):
-    """What the engine needs of a loss; `batch` is a dict of tensors with the micro-batch as first dim.
-
-    One that couples all samples of the global batch says `two_pass = True`, see parallel/gradient_cache.py. One that
-    can be cut along the sequence has `part(batch, context)`: the batch of this context rank's part, see
-    parallel/context_parallel.py.
-    """
-
-    def inputs(self, batch: dict[str, Tensor]): ...
-    def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]: ...
-    def num_targets(self, batch: dict[str, Tensor]) -> Tensor: ...
-    def loss_sum(self, outputs, targets: tuple[Tensor, ...]) -> Tensor: ...
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """One step: `loss` is the mean over all targets of the global batch, `grad_norm` the norm before clipping.
+    """One step: `losses` are means over the global batch, `grad_norm` is the norm before clipping.
 
-    `routing` is what routers of experts report (`Balances.end_step`); their auxiliary losses are not in `loss`.
+    `routing` is what routers of experts report (`Balances.end_step`); their auxiliary losses are not in `losses`.
     """
 
-    loss: float
+    losses: Losses
     grad_norm: float
     skipped: bool
     routing: dict[str, Any] | None
+
+    @property
+    def loss(self) -> float:
+        """The weighted sum of all terms."""
+        return self.losses.loss
 
 
 class Engine:
@@ -86,7 +78,6 @@ class Engine:
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
         self.clip_norm, self.seed = clip_norm, seed
-        self.two_pass = getattr(objective, "two_pass", False)
         self.is_replicated = parallel.zero_stage == 0
         self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
         at = groups.coordinates
@@ -94,6 +85,7 @@ class Engine:
         init_distributed(dist.get_backend())
 
         self.tp = TensorParallel(groups, device)
+        self.terms = LossTerms(objective, groups, self.tp, self.accumulation)
         specs = list(build_layers(self.tp))
         self.bounds = cut([spec.cost for spec in specs], parallel.num_stages, [spec.with_next for spec in specs])
         self.v_shaped = parallel.v_shaped
@@ -105,8 +97,10 @@ class Engine:
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
         optimizer = make_optimizer(list(stage.named_global_parameters()), adamw(parallel.offload))
-        self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
-                                           optimizer)
+        self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped, self._pipeline_loss, groups,
+                                      optimizer)
+        self.two_pass = TwoPassStep(self.deepspeed, self._forward_backward, self.terms, groups) \
+            if getattr(objective, "two_pass", False) else None
         self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
         if parallel.offload_folder:
             self.state.move_to(MappedFiles(parallel.offload_folder))
@@ -150,12 +144,6 @@ class Engine:
     def _plan(self, name: str):
         return self.slots[name].parameter.plan
 
-    def _weighted_loss(self, outputs, targets: tuple[Tensor, ...] | Callable) -> Tensor:
-        if self.two_pass:  # what is to be done with the outputs differs between the passes
-            return targets(outputs)
-        # The last target is the weight that turns a sum over this micro-batch's targets into its share of the mean.
-        return self.objective.loss_sum(outputs, targets[:-1]) * targets[-1]
-
     # -- the step -----------------------------------------------------------------------------------------------------
 
     @property
@@ -163,7 +151,7 @@ class Engine:
         """Whether this rank reads batches: only those of the first and the last stage do; folded, that is one rank."""
         return self.groups.coordinates.pp in (0, 0 if self.v_shaped else self.layout.pipeline - 1)
 
-    def train_step(self, batches: list[dict[str, Tensor]] | None, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batches: list[Batch] | None, step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
 
         Raises:
@@ -173,108 +161,60 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.balances.begin_step(self._loss_scale() / self.accumulation)
-        items = self._items(batches, weight=None)
+        self.terms.begin_step()
+        micro_batches = self.terms.for_step(batches) if batches is not None else []
         if self.layout.pipeline > 1:
-            loss = self.deepspeed.train_batch(iter(items))
+            self.deepspeed.train_batch(map(MicroBatch.for_pipeline, micro_batches))
             settle_tied(self.deepspeed)
         else:
-            loss = torch.zeros((), device=self.device)
             self.deepspeed.train()
-            for inputs, targets in self._passes(items, loss) if self.two_pass else items:
-                micro_loss = self.deepspeed(inputs, targets)
-                self.deepspeed.backward(micro_loss)
-                self.deepspeed.step()
-                if not self.two_pass:
-                    loss += micro_loss.detach() / (self.accumulation * self.layout.replicas)
-            if self.layout.replicas > 1:
-                dist.all_reduce(loss, group=self.groups.replicas)  # replicas: each saw its share of the batch's tokens
+            if self.two_pass:
+                self.two_pass.run(micro_batches)
+            else:
+                for micro_batch in micro_batches:
+                    self._forward_backward(micro_batch.inputs, self.terms.of(micro_batch))
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return StepResult(float(loss), float(self._grad_norm), skipped, self.balances.end_step(taken=not skipped))
+        return StepResult(self.terms.means(), float(self._grad_norm), skipped,
+                          self.balances.end_step(taken=not skipped))
+
+    def _forward_backward(self, inputs: Any, loss: LossFunction) -> None:
+        """One micro-batch on one stage; DeepSpeed steps the optimizer after the last one."""
+        self.deepspeed.backward(self.deepspeed(inputs, loss))
+        self.deepspeed.step()
+
+    def _pipeline_loss(self, outputs: Any, labels: tuple[Tensor, ...]) -> Tensor:
+        return self.terms.loss(outputs, MicroBatch.of_labels(labels))
 
     def _loss_scale(self) -> float:
         """What DeepSpeed multiplies the loss with before the backward: above 1 in fp16 only."""
         return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
 
-    def _passes(self, items: list, loss: Tensor) -> Iterator[tuple]:
-        """(inputs, what to do with the outputs) of each micro-batch's pass with gradient; adds to `loss`, as a mean.
-
-        With one micro-batch that is the loss itself; with more of them a first pass without gradient comes before.
-        """
-        share = self.accumulation * self.layout.replicas
-
-        def of_all(outputs):
-            whole = self._whole_batch_loss(outputs, items)
-            loss.add_(whole.detach() / share)
-            return whole
-
-        if len(items) == 1:
-            yield items[0][0], of_all
-            return
-        states, parts = [], []
-        for inputs, _ in items:
-            states.append(torch.get_rng_state())  # dropout must drop the same in the second pass
-            with torch.no_grad():
-                parts.append(self.deepspeed(inputs, tuple))
-        cache = GradientCache(parts)
-        of_all(cache.outputs).backward()
-        for (inputs, _), state, gradients in zip(items, states, cache.gradients(), strict=True):
-            torch.set_rng_state(state)
-            yield inputs, partial(surrogate, gradients=gradients)
-
-    def _whole_batch_loss(self, outputs, items: list) -> Tensor:
-        """The weighted loss of this rank's samples among those of all data ranks."""
-        targets = concatenated([targets[:-1] for _, targets in items])
-        return self.objective.loss_sum(outputs, targets, DataRows(self.groups)) * items[0][1][-1]
-
-    def _items(self, batches, weight: float | None) -> list:
-        """(inputs, targets + weight) per micro-batch; with no weight given, the one that makes the mean exact.
-
-        DeepSpeed divides by the number of micro-batches and averages over the replicas, so a token mean over the
-        global batch needs that back: weight = micro-batches * replicas / targets in the global batch.
-        """
-        if batches is None:
-            return []
-        batches = self._own_parts(batches)
-        if weight is None:
-            total = self._total_targets(batches)
-            factor = self.accumulation * self.layout.replicas / total
-        else:
-            factor = torch.full((), weight, device=self.device)
-        return [(self.objective.inputs(b), (*self.objective.targets(b), factor)) for b in batches]
-
-    def _own_parts(self, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Batches on the device, each cut to this context rank's part of the sequence before any layer."""
-        moved = [{key: value.to(self.device, non_blocking=True) for key, value in batch.items()} for batch in batches]
-        return moved if self.layout.context == 1 else [self.objective.part(b, self.tp.context) for b in moved]
-
-    def _total_targets(self, batches: list[dict[str, Tensor]]) -> Tensor:
-        total = torch.stack([self.objective.num_targets(b).double() for b in batches]).sum()
-        if self.layout.replicas > 1:
-            dist.all_reduce(total, group=self.groups.replicas)  # replicas: the batch's tokens are spread over them
-        return total.float()
-
     @torch.no_grad()
-    def evaluate(self, batches: list[dict[str, Tensor]] | None) -> tuple[float, float]:
-        """(sum of losses, number of targets) over all replicas; each rank passes as many micro-batches."""
-        items = self._items(batches, weight=1.0)
-        count = self._total_targets(self._own_parts(batches)) if batches else torch.zeros((), device=self.device)
+    def evaluate(self, batches: Batches | None) -> Losses:
+        """Losses over all replicas without a gradient (`batches` None where `needs_data` is false).
+
+        Batches are read one at a time.
+        """
+        self.terms.begin_evaluation()
+        micro_batches = self.terms.for_evaluation(batches or ())
         if self.layout.pipeline > 1:
-            missing = 2 * self.layout.pipeline - len(items) if self.v_shaped and items else 0  # DualPipeV needs as many
-            items += [(inputs, (*targets[:-1], targets[-1] * 0)) for inputs, targets in items[:1] * missing]
-            num = torch.tensor(len(items), device=self.device)
-            dist.all_reduce(num, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages hold no data
-            dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self.groups.pipeline)
-            mean = self.deepspeed.eval_batch(iter(items), num_micro_batches=int(num))
-            return float(mean) * int(num) * self.layout.replicas, float(count)
-        self.deepspeed.eval()
-        total = torch.zeros((), device=self.device)
-        if self.two_pass and items:
-            total += self._whole_batch_loss(concatenated([self.deepspeed(inputs, tuple) for inputs, _ in items]), items)
-        for inputs, targets in items if not self.two_pass else ():
-            total += self.deepspeed(inputs, targets)
-        if self.layout.replicas > 1:
-            dist.all_reduce(total, group=self.groups.replicas)  # replicas: each evaluated its share
-        return float(total), float(count)
+            self._evaluate_pipeline(micro_batches, len(batches or ()))
+        else:
+            self.deepspeed.eval()
+            if self.two_pass:
+                self.two_pass.evaluate(micro_batches)
+            else:
+                for micro_batch in micro_batches:
+                    self.deepspeed(micro_batch.inputs, self.terms.of(micro_batch))
+        return self.terms.evaluated()
+
+    def _evaluate_pipeline(self, micro_batches: Iterable[MicroBatch], num: int) -> None:
+        least = 2 * self.layout.pipeline if self.v_shaped else 1  # DualPipeV cannot run with fewer
+        agreed = torch.tensor(max(num, least), device=self.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.groups.pipeline)  # middle stages read no batches
+        items = map(MicroBatch.for_pipeline, _padded(micro_batches, least))
+        # The terms are reduced by `LossTerms`, so DeepSpeed need not average and broadcast the loss.
+        self.deepspeed.eval_batch(items, num_micro_batches=int(agreed), reduce_output=None, bcast_loss=False)
 
     # -- gradient norm and clipping -----------------------------------------------------------------------------------
 
@@ -380,3 +320,13 @@ def _fill(tensor: Tensor, wanted: SliceRange, source: Source) -> None:
         start = chunk.start - wanted.start
         found, target = source.read(chunk), tensor[start : start + chunk.count]
         target.zero_() if found is None else target.copy_(found)
+
+
+def _padded(micro_batches: Iterable[MicroBatch], least: int) -> Iterator[MicroBatch]:
+    """The micro-batches, and behind them copies of the last one without weight until there are `least`."""
+    missing, last = least, None
+    for last in micro_batches:
+        missing -= 1
+        yield last
+    for _ in range(missing if last else 0):
+        yield last.without_weight()

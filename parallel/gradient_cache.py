@@ -8,28 +8,31 @@ pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.loss_terms import LossTerms
+from parallel.objective import LossFunction, MicroBatch, Objective
 from parallel.process_groups import Groups
 
 Outputs = tuple[Tensor, ...]
 
 
-class TwoPassObjective(Protocol):
-    """What the engine needs beyond `Objective` of a loss over the whole global batch (`two_pass` is True).
+class TwoPassObjective(Objective, Protocol):
+    """A loss over the whole global batch (`two_pass` is True).
 
-    The model's output is a tuple of real tensors whose first dim is the sample. `loss_sum(outputs, targets, rows)` is
-    the sum of the losses of this rank's samples; `rows` brings in those of the other ranks.
+    The model's output is a tuple of real tensors whose first dim is the sample. `losses(outputs, targets, rows)` gives
+    the sums over this rank's samples; `rows` brings in those of the other ranks.
     """
 
     two_pass: bool
 
-    def loss_sum(self, outputs: Outputs, targets: tuple[Tensor, ...], rows: DataRows) -> Tensor: ...
+    def losses(self, outputs: Outputs, targets: tuple[Tensor, ...], rows: DataRows) -> dict[str, Tensor]: ...
 
 
 class _Gather(torch.autograd.Function):
@@ -87,3 +90,47 @@ class GradientCache:
 def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
     """A scalar whose gradient with respect to `outputs` is `gradients`."""
     return sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
+
+
+class TwoPassStep:
+    """Forward and backward of one step of a `TwoPassObjective`; there is no pipeline then (a rule)."""
+
+    def __init__(self, forward: Callable[[Any, LossFunction], Any], backward: Callable[[Any, LossFunction], None],
+                 terms: LossTerms, groups: Groups):
+        """
+        Args:
+            forward: (inputs, function of the model's outputs) -> its value.
+            backward: the same with the function's gradient, added to that of the step.
+        """
+        self.forward, self.backward, self.terms, self.rows = forward, backward, terms, DataRows(groups)
+
+    def run(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """With one micro-batch its loss is the whole one; with more a first pass without gradient comes before."""
+        if len(micro_batches) == 1:
+            self.backward(micro_batches[0].inputs, self._loss_of(micro_batches))
+            return
+        states, parts = [], []
+        for micro_batch in micro_batches:
+            states.append(torch.get_rng_state())  # dropout must drop the same in the second pass
+            with torch.no_grad():
+                parts.append(self.forward(micro_batch.inputs, tuple))
+        cache = GradientCache(parts)
+        self._loss_of(micro_batches)(cache.outputs).backward()
+        for micro_batch, state, gradients in zip(micro_batches, states, cache.gradients(), strict=True):
+            torch.set_rng_state(state)
+            self.backward(micro_batch.inputs, partial(surrogate, gradients=gradients))
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> None:
+        """The loss of all micro-batches together; outputs of all of them are kept until then, inputs are not."""
+        parts, kept = [], []
+        for micro_batch in micro_batches:
+            parts.append(self.forward(micro_batch.inputs, tuple))
+            kept.append(micro_batch._replace(inputs=None))
+        if kept:
+            self._loss_of(kept)(concatenated(parts))
+
+    def _loss_of(self, micro_batches: Sequence[MicroBatch]) -> LossFunction:
+        """The loss of this rank's samples among those of all data ranks."""
+        whole = MicroBatch(None, concatenated([micro_batch.targets for micro_batch in micro_batches]),
+                           micro_batches[0].weights, sum(micro_batch.counts for micro_batch in micro_batches))
+        return partial(self.terms.loss, micro_batch=whole, rows=self.rows)

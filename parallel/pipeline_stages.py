@@ -166,13 +166,13 @@ class Stage(nn.Module):
 
 
 class WholeModel(nn.Module):
-    """A single stage with its loss: what DeepSpeed's plain engine calls."""
+    """A single stage followed by a loss: what DeepSpeed's plain engine calls."""
 
-    def __init__(self, stage: Stage, wrapped: dict[str, Callable], loss: Callable[[Tensor, tuple], Tensor]):
+    def __init__(self, stage: Stage, wrapped: dict[str, Callable]):
         super().__init__()
         self.stage = stage
         self.wrapped = wrapped
-        self.loss = loss
 
-    def forward(self, inputs, targets: tuple) -> Tensor:
-        return self.loss(self.stage.run(inputs, self.wrapped), targets)
+    def forward(self, inputs, loss: Callable):
+        """What `loss` makes of the stage's outputs."""
+        return loss(self.stage.run(inputs, self.wrapped))

@@ -166,9 +166,13 @@ class TensorParallel:
         dist.all_gather(parts, x.contiguous(), group=self.group)  # tensor group: it holds the column slices
         return torch.cat(parts, dim=-1)
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss per target in fp32: logits [s, b, v/t], targets int64 [s, b] -> [s, b]."""
-        logits = logits.float()
+    def cross_entropy(self, logits: Tensor, targets: Tensor, keep_logits: bool = False) -> Tensor:
+        """Loss per target in fp32: logits [s, b, v/t], targets int64 [s, b] -> [s, b].
+
+        megatron-core computes the softmax in the memory of fp32 logits. `keep_logits` gives it a copy, for logits that
+        are used again; without it nothing may use them afterwards.
+        """
         if self.size == 1:
-            return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+            return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+        logits = logits.to(torch.float32, copy=keep_logits)
         return tensor_parallel.vocab_parallel_cross_entropy(logits, targets)

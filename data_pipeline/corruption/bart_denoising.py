@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.span_corruption import padded, shifted
 from data_pipeline.corruption.special_ids import SpecialIds
@@ -77,7 +78,7 @@ class Denoising:
         rotate_rate: fraction of the samples that are rotated to begin at a random token.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     source_length: int
     target_length: int

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.special_ids import SpecialIds
 from data_pipeline.samples import Dataset
@@ -38,13 +39,13 @@ class SegmentPairs:
     Args:
         dataset: the windows come from its samples.
         window_tokens: n.
-        seed: of the random stream.
-        order_seed: of the order that the windows come in, as in the batch plan.
+        seed: of the random stream, and of the order that the windows come in; held-out windows come in their stored
+            order.
     """
 
-    def __init__(self, dataset: Dataset, window_tokens: int, seed: int | str, order_seed: int | None) -> None:
-        self.seed, self._arguments = seed, (dataset, window_tokens, seed, order_seed)
-        self.samples = dataset.samples(window_tokens, order_seed)
+    def __init__(self, dataset: Dataset, window_tokens: int, seed: NoiseSeed) -> None:
+        self.seed, self._arguments = seed, (dataset, window_tokens, seed)
+        self.samples = dataset.samples(window_tokens, seed.run)
 
     def __reduce__(self) -> tuple:  # a worker makes the order by itself
         return SegmentPairs, self._arguments
@@ -78,7 +79,7 @@ class Masking:
         pairs: makes a pair of segments from a window; None for one segment.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     num_masked: int
     special: SpecialIds

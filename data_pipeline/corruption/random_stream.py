@@ -10,19 +10,20 @@ from math import exp
 import numpy as np
 
 from common.seeding import derive_key
+from data_pipeline.corruption.noise_seed import NoiseSeed
 
 
 class RandomStream:
     """A stream of random numbers.
 
     Args:
-        seed: the run's seed, or a text for held-out data, which is corrupted in the same way in every run.
+        seed: of a run, or HELDOUT for data that is corrupted in the same way in every run.
         position: the sample's position in the run.
         purpose: of the numbers, such as "spans"; two purposes never share numbers.
     """
 
-    def __init__(self, seed: int | str, position: int, purpose: str) -> None:
-        self._bits = np.random.Philox(key=derive_key(seed, position, purpose))
+    def __init__(self, seed: NoiseSeed, position: int, purpose: str) -> None:
+        self._bits = np.random.Philox(key=derive_key(str(seed), position, purpose))
 
     def uniform(self, size: int) -> np.ndarray:
         """float64 [size] in [0, 1)."""

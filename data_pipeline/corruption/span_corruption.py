@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.special_ids import SpanCounts, SpecialIds
 
@@ -60,7 +61,7 @@ class SpanCorruption:
         end_of_text: ends source and target.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     counts: SpanCounts
     target_length: int
     special: SpecialIds
@@ -86,7 +87,7 @@ class PrefixCut:
         seed: of the random stream.
     """
 
-    seed: int | str
+    seed: NoiseSeed
 
     def __call__(self, sample: dict) -> dict:
         """Fields `tokens` [n + 1], unchanged; `prefix` int64 [] in 1 .. n - 1; `weights` [n]."""
@@ -108,7 +109,7 @@ class PrefixSplit:
         special: the id of padding.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     num_raw: int
     source_length: int
     target_length: int
@@ -142,7 +143,7 @@ class FillInTheMiddle:
         end_of_text: ends every document.
     """
 
-    seed: int | str
+    seed: NoiseSeed
     rate: float
     spm_rate: float
     special: SpecialIds

@@ -29,12 +29,16 @@ def partitioned_construction(config: dict, groups: Groups) -> AbstractContextMan
 
 def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
                  loss: Callable[[Tensor, tuple], Tensor], groups: Groups, optimizer: torch.optim.Optimizer):
-    """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise."""
+    """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise.
+
+    Args:
+        loss: (outputs of the last stage, labels) -> scalar; the plain engine is handed one with every micro-batch.
+    """
     layout = groups.layout
     _fit_buckets(config, stage)
     piped = layout.pipeline > 1
     kind = VShapedPipeline if len(stage.spans) == 2 else StagePipeline
-    model = kind(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped, loss)
+    model = kind(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped)
     if layout.expert > 1:
         separate_experts(model, optimizer, groups)
     if piped:

@@ -1,4 +1,4 @@
-"""Experts that are spread over ranks, as DeepSpeed has to be told of them."""
+"""Expert parallelism as DeepSpeed has to be told of it: the groups, and which parameters are experts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from parallel.process_groups import Groups
 
 
 class _ExpertGroups(MoE):
-    """Tells DeepSpeed that parameters are spread over the expert axis, and the groups of that axis.
+    """Registers the groups of the expert axis with DeepSpeed.
 
-    It takes notice of experts only where it finds a module of its own class. This one has no parameters and is never
-    called; DeepSpeed calls `set_deepspeed_parallelism` before it asks for groups.
+    DeepSpeed looks for experts only in a model that holds a module of its own class. This one has no parameters and is
+    never called; DeepSpeed calls `set_deepspeed_parallelism` before it asks for groups.
+
+    DeepSpeed's four tables belong to the process. An entry is found by the expert degree, so engines on the same
+    process groups share one and don't disturb each other; an entry of an earlier layout with this degree is replaced.
     """
 
     def __init__(self, groups: Groups):
@@ -28,7 +31,6 @@ class _ExpertGroups(MoE):
                              (expert_groups._EXPERT_PARALLEL_GROUP_RANKS, layout.group("ep", rank)),
                              (expert_groups._EXPERT_DATA_PARALLEL_GROUP, self.groups.expert_data),
                              (expert_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, layout.group("edp", rank))):
-            table.clear()  # DeepSpeed keeps those of an earlier engine of this process
             table[name] = value
 
 

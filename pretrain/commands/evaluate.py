@@ -80,6 +80,9 @@ def _in_words(found: dict) -> Iterator[str]:
     if "accuracy" in found:
         yield (f"{found['objective']}: loss {found['loss']:.4f}, {found['accuracy']:.1%} of {found['num_targets']:,} "
                "hidden tokens right")
+    if "next_sentence_accuracy" in found:
+        yield (f"next_sentence: loss {found['next_sentence_loss']:.4f}, {found['next_sentence_accuracy']:.1%} of the "
+               "pairs right")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -146,10 +149,11 @@ def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Group
 def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from parallel.tensor_parallel import TensorParallel
     from pretrain.inference.language import language_measures, stream_batches, summed_loss
-    from pretrain.objectives import make_loss
+    from pretrain.objectives import OBJECTIVES, make_loss
 
     text = _first_documents(_dataset(args, trained), args.samples)
-    objective = make_loss("causal_lm", trained.model.family, TensorParallel(groups, trained.device))
+    plain = OBJECTIVES["causal_lm"].config_class()
+    objective = make_loss(plain, trained.model, TensorParallel(groups, trained.device))
     length = args.sequence_length or trained.model.sequence_length
     batches = stream_batches(text, length, args.batch, trained.device)
     nats, num_tokens = summed_loss(trained.stage, objective, _shown(batches))
@@ -162,7 +166,7 @@ def _measure_noised(args: argparse.Namespace, trained: "Trained", groups: "Group
     from pretrain.objectives import make_loss
 
     dataset = _dataset(args, trained)
-    objective = make_loss(trained.objective.name, trained.model.family, TensorParallel(groups, trained.device))
+    objective = make_loss(trained.objective, trained.model, TensorParallel(groups, trained.device))
     found = noised_measures(trained, objective, _shown(noised_batches(trained, dataset, args.batch, args.samples)))
     if args.examples:
         found["examples"] = examples(trained, noised_batches(trained, dataset, 1, args.examples), args.examples)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from parallel.engine import Objective
+from parallel.objective import Objective
 from parallel.pipeline_stages import Stage
 
 MAX_EXPONENT = 700.0
@@ -54,12 +54,13 @@ def _batch(rows: list[list[int]], length: int, filler: int, device: torch.device
 
 @torch.inference_mode()
 def summed_loss(stage: Stage, objective: Objective, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """(sum of losses, number of targets) over batches of any objective whose samples are judged one by one."""
+    """(sum of losses, number of targets) over batches of an objective of one term whose samples are independent."""
+    name, = objective.terms
     total, count = 0.0, 0.0
     for batch in batches:
         outputs = stage.run(objective.inputs(batch))
-        total += float(objective.loss_sum(outputs, objective.targets(batch)))
-        count += float(objective.num_targets(batch))
+        total += float(objective.losses(outputs, objective.targets(batch))[name])
+        count += float(objective.counts(batch)[name])
     return total, round(count)
 
 

@@ -6,6 +6,7 @@ of the held-out evaluations in training.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 
@@ -14,15 +15,16 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.corruption.noise_seed import HELDOUT
 from data_pipeline.corruption.special_ids import NUM_FIXED_IDS
 from data_pipeline.loader import ReadOptions, heldout_batches
 from data_pipeline.tokens.in_memory_dataset import TextDataset
 from data_pipeline.tokens.token_dataset import TokenDataset
-from parallel.engine import Objective
+from parallel.objective import Objective
 from pretrain.inference.generation import answer_tokens
 from pretrain.inference.language import perplexity
 from pretrain.inference.trained_model import Trained
-from pretrain.objectives import HELDOUT_SEED, OBJECTIVES, make_stages
+from pretrain.objectives import OBJECTIVES, make_stages
 
 Batch = dict[str, Tensor]
 
@@ -39,7 +41,7 @@ def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_
     problems = list(spec.problems(objective, trained.model))
     if problems:
         raise ConfigError(problems, str(trained.folder))
-    stages = make_stages(objective, trained.model, dataset, HELDOUT_SEED, trained.special)
+    stages = make_stages(objective, trained.model, dataset, HELDOUT, special=trained.special)
     read = ReadOptions(spec.window_tokens(objective, trained.model), stages=stages)
     for batch in heldout_batches(dataset, BatchPlan.heldout(micro_batch), read, num_samples):
         yield {name: field.to(trained.device) for name, field in batch.items()}
@@ -47,30 +49,30 @@ def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_
 
 @torch.inference_mode()
 def noised_measures(trained: Trained, objective: Objective, batches: Iterable[Batch]) -> dict[str, float | int | str]:
-    """Mean loss of the hidden tokens, and the part of them that the model finds most likely.
+    """Mean loss of the corrupted tokens (the objective's first term), and the fraction that the model predicts right.
 
-    Where the model also judges pairs of segments, its loss and accuracy in that are numbers of their own.
+    Every further term has its own mean loss, `<term>_loss`; next-sentence prediction also has its accuracy.
     """
-    nats = num_targets = hits = 0.0
-    pair_nats = num_pairs = pair_hits = 0.0
+    sums, counts = Counter(), Counter()
+    hits = num_targets = pair_hits = 0.0
     for batch in batches:
         outputs = trained.stage.run(objective.inputs(batch))
-        logits, scores = outputs if isinstance(outputs, tuple) else (outputs, None)
-        labels, weights, *strange = objective.targets(batch)
-        nats += float(objective.loss_sum(logits, (labels, weights)))
+        logits, *scores = outputs if isinstance(outputs, tuple) else (outputs,)
+        labels, weights, *not_next = targets = objective.targets(batch)
+        sums.update({name: float(loss) for name, loss in objective.losses(outputs, targets).items()})
+        counts.update({name: float(count) for name, count in objective.counts(batch).items()})
         num_targets += float(weights.sum())
         hits += float(((logits.argmax(dim=-1) == labels) * weights).sum())
-        if scores is not None:
-            real = weights.sum(dim=0) > 0
-            log_chances = scores.float().log_softmax(dim=-1)[real]
-            pair_nats -= float(log_chances.gather(1, strange[0][real, None]).sum())
-            pair_hits += float((log_chances.argmax(dim=-1) == strange[0][real]).sum())
-            num_pairs += int(real.sum())
-    loss = nats / num_targets
+        if scores:
+            is_real = weights.sum(dim=0) > 0
+            pair_hits += float((scores[0].argmax(dim=-1) == not_next[0])[is_real].sum())
+    first, *others = ((name, sums[name] / counts[name]) for name in objective.terms)
+    loss = first[1]
     told = {"objective": trained.objective.name, "loss": loss, "perplexity": perplexity(loss),
-            "accuracy": hits / num_targets, "num_targets": round(num_targets)}
-    if num_pairs:
-        told |= {"next_sentence_loss": pair_nats / num_pairs, "next_sentence_accuracy": pair_hits / num_pairs}
+            "accuracy": hits / num_targets, "num_targets": round(num_targets),
+            **{f"{name}_loss": mean for name, mean in others}}
+    if "next_sentence" in objective.terms:
+        told["next_sentence_accuracy"] = pair_hits / counts["next_sentence"]
     return told
 
 

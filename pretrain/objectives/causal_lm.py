@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from parallel.chunked_loss import DeferredHead, token_losses
 from parallel.context_parallel import ContextParallel
 from parallel.tensor_parallel import TensorParallel
+from pretrain.models.family import FamilyConfig
+from pretrain.objectives.objective import ObjectiveConfig
 
 
 class CausalLM:
@@ -15,7 +19,9 @@ class CausalLM:
     the number of first tokens that see each other in both directions.
     """
 
-    def __init__(self, tp: TensorParallel):
+    terms: ClassVar = {"next_token": 1.0}
+
+    def __init__(self, config: ObjectiveConfig, model: FamilyConfig, tp: TensorParallel):
         self.tp = tp
 
     def part(self, batch: dict[str, Tensor], context: ContextParallel) -> dict[str, Tensor]:
@@ -35,14 +41,14 @@ class CausalLM:
             return tokens, batch["weights"].transpose(0, 1).contiguous()
         return (tokens,)
 
-    def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many targets count, a scalar."""
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The targets that count."""
         if "weights" in batch:
-            return batch["weights"].sum()
+            return {"next_token": batch["weights"].sum()}
         tokens = batch["tokens"]
-        return torch.full((), tokens.shape[0] * (tokens.shape[1] - 1), device=tokens.device)
+        return {"next_token": torch.full((), tokens.shape[0] * (tokens.shape[1] - 1), device=tokens.device)}
 
-    def loss_sum(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum of cross entropies: logits [s, b, v/t] or the head, targets as above -> scalar fp32."""
+    def losses(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Sum of cross entropies: logits [s, b, v/t] or the head, targets as above."""
         losses, = token_losses(outputs, targets[0], self.tp)
-        return (losses * targets[1]).sum() if len(targets) > 1 else losses.sum()
+        return {"next_token": (losses * targets[1]).sum() if len(targets) > 1 else losses.sum()}

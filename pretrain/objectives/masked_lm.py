@@ -1,4 +1,4 @@
-"""Masked language model with an optional judgement of the pair (Devlin et al. 2019, section 3.1)."""
+"""Masked language model, with next-sentence prediction where the model has a head for it (Devlin et al. 2019, 3.1)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from torch import Tensor
 
 from parallel.chunked_loss import DeferredHead, token_losses
 from parallel.tensor_parallel import TensorParallel
+from pretrain.models.family import FamilyConfig
+from pretrain.objectives.objective import ObjectiveConfig
 
 
 class MaskedLM:
-    """Batch, with p predictions in a sample: `tokens`, `types` int64 [b, s]; `positions`, `labels` int64 [b, p];
-    `weights` [b, p]. `mask` int64 [b, s] where samples may be filled up; `not_next` int64 [b, 1] where they are pairs.
+    """The paper's sum of two means: over masked tokens (`masked_lm`) and over pairs of segments (`next_sentence`).
+
+    Batch, with p predictions in a sample: `tokens`, `types` int64 [b, s]; `positions`, `labels` int64 [b, p]; `weights`
+    [b, p], 0 where a prediction does not count. `mask` int64 [b, s], 0 on padding, where samples may be padded;
+    `not_next` int64 [b, 1] where samples are pairs, 1 for a second segment from elsewhere. A sample without a
+    prediction that counts is padding of the batch, and no pair.
     """
 
-    def __init__(self, tp: TensorParallel):
+    def __init__(self, config: ObjectiveConfig, model: FamilyConfig, tp: TensorParallel):
         self.tp = tp
+        self.has_pairs: bool = model.next_sentence
+        self.terms = {"masked_lm": 1.0, "next_sentence": 1.0} if self.has_pairs else {"masked_lm": 1.0}
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """(ids, segment types [b, s], positions to predict [b, p]) and the mask where there is one."""
@@ -23,24 +31,27 @@ class MaskedLM:
         return (batch["tokens"], batch["types"], batch["positions"], *mask)
 
     def targets(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Hidden tokens and their weights, [p, b] both, and [b] whether the second segment is a strange one."""
-        pair = (batch["not_next"][:, 0].contiguous(),) if "not_next" in batch else ()
+        """Masked tokens and their weights, [p, b] both; of pairs also [b], whether the second segment is not next."""
+        pair = (batch["not_next"][:, 0].contiguous(),) if self.has_pairs else ()
         return batch["labels"].transpose(0, 1).contiguous(), batch["weights"].transpose(0, 1).contiguous(), *pair
 
-    def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many hidden tokens count, a scalar."""
-        return batch["weights"].sum()
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Masked tokens that count, and pairs."""
+        tokens = {"masked_lm": batch["weights"].sum()}
+        return {**tokens, "next_sentence": _is_real(batch["weights"], dim=1).sum()} if self.has_pairs else tokens
 
-    def loss_sum(self, outputs: Tensor | tuple[Tensor, Tensor] | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum over hidden tokens, scalar fp32: logits [p, b, v/tp], or (logits, scores [b, 2] of the pair), or the
-        head.
-
-        A pair's loss counts as often as its sample has hidden tokens, so that the mean over hidden tokens is the
-        paper's sum of the two means.
-        """
-        labels, weights, *pair = targets
+    def losses(self, outputs: Tensor | tuple[Tensor, Tensor] | DeferredHead, targets: tuple[Tensor, ...]
+               ) -> dict[str, Tensor]:
+        """Sums of cross entropies: logits [p, b, v/tp], or (logits, scores [b, 2] of the pair), or the head."""
+        labels, weights, *not_next = targets
         losses, *scores = token_losses(outputs, labels, self.tp)
-        loss = (losses * weights).sum()
-        if not scores:
-            return loss
-        return loss + (F.cross_entropy(scores[0].float(), pair[0], reduction="none") * weights.sum(0)).sum()
+        tokens = {"masked_lm": (losses * weights).sum()}
+        if not self.has_pairs:
+            return tokens
+        pairs = F.cross_entropy(scores[0].float(), not_next[0], reduction="none")
+        return {**tokens, "next_sentence": (pairs * _is_real(weights, dim=0)).sum()}
+
+
+def _is_real(weights: Tensor, dim: int) -> Tensor:
+    """[b] whether a sample has a prediction that counts."""
+    return weights.sum(dim) > 0

@@ -1,17 +1,20 @@
-"""The contract an objective fulfils (facts: no torch).
+"""The contract an objective fulfils (no torch).
 
 An objective is what the loss is, and what is done to a sample before: a config class (the fields of the `objective`
-section), an `ObjectiveSpec` with what can be said of it without data or model, a function that makes the webdataset
-stages which turn a window of tokens into the fields of a batch, and a class that turns a batch into inputs, targets and
-a loss (`parallel.engine.Objective`). One line in `pretrain.objectives.OBJECTIVES` makes it known.
+section), an `ObjectiveSpec` with what follows from the config alone, a function that makes the webdataset stages which
+turn a window of tokens into the fields of a batch, and a class that turns a batch into inputs, targets and the terms of
+a loss (`parallel.objective.Objective`). One line in `pretrain.objectives.OBJECTIVES` makes it known.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from pydantic import BaseModel
 
 from common.errors import Problem
+from data_pipeline.corruption.noise_seed import NoiseSeed
+from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
 from parallel.config import STRICT
 from pretrain.models.family import FamilyConfig
 
@@ -24,16 +27,56 @@ class ObjectiveConfig(BaseModel):
     name: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """What the function that makes an objective's stages is given.
+
+    Args:
+        dataset: open for reading: of a folder or in memory. Its tokenizer is used, and its windows for pairs of
+            segments.
+        window_tokens: tokens of one sample before anything is done to it (`ObjectiveSpec.window_tokens`).
+        seed: that of the noise.
+        special: the ids of the objective's special tokens.
+    """
+
+    config: ObjectiveConfig
+    model: FamilyConfig
+    dataset: Any
+    window_tokens: int
+    seed: NoiseSeed
+    special: SpecialIds | GivenIds
+
+
+def sequence_length(config: ObjectiveConfig, model: FamilyConfig) -> int:
+    """The window of an objective that takes a sample as long as the model does."""
+    return model.sequence_length
+
+
+def all_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int | None:
+    """Predictions of an objective whose head makes logits for every token of a sample."""
+    return None
+
+
+def no_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
+    """Reserved ids of an objective without special tokens."""
+    return 0
+
+
+def no_problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
+    """Problems of an objective that fits every model."""
+    return iter(())
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """What is known of an objective from the sections `objective` and `model` alone.
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by the form of the family (`FamilySpec.form`), "module:Class"; the class is made with the tensor tp.
-        stages: "module:function"; called with (objective config, model config, open dataset, seed, special ids), it
-            returns the webdataset stages between a window of tokens and a batch. The seed is a number, or a text for
-            held-out data.
+        losses: by the form of the family (`FamilySpec.form`), "module:Class", loaded on demand because it imports
+            torch; the class is made with (objective config, model config, tensor axis).
+        stages: "module:function", loaded on demand for the same reason; from `StageInputs` to the webdataset stages
+            between a window of tokens and a batch.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
         problems: what does not fit the model.
@@ -41,9 +84,10 @@ class ObjectiveSpec:
     """
 
     config_class: type[ObjectiveConfig]
-    losses: dict[str, str]
+    losses: Mapping[str, str]
     stages: str
-    window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int]
-    reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int]
-    problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]
-    num_predictions: Callable[[ObjectiveConfig, FamilyConfig], int | None] = lambda config, model: None
+    _: KW_ONLY
+    window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int] = sequence_length
+    reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int] = no_ids
+    problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]] = no_problems
+    num_predictions: Callable[[ObjectiveConfig, FamilyConfig], int | None] = all_tokens

@@ -1,4 +1,4 @@
-"""Facts of the objectives on pairs of image and caption (no torch)."""
+"""The objectives on pairs of image and caption (no torch)."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,7 +9,7 @@ from common.errors import Problem
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
 
-STAGES = "pretrain.objectives.pairs_stages:as_they_are"
+STAGES = "pretrain.objectives.pairs_stages:unchanged"
 
 
 class ContrastiveConfig(ObjectiveConfig):
@@ -33,7 +33,6 @@ def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
-        window_tokens=lambda config, model: model.sequence_length, reserved_ids=lambda config, model: 0,
         problems=_problems)
 
 

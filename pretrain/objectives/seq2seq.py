@@ -1,20 +1,26 @@
-"""A target text from a source text (Sutskever et al. 2014, eq. 1), whatever noise or cut made the source."""
+"""Predicts a target text from a source text (Sutskever et al. 2014, eq. 1)."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import Tensor
 
 from parallel.chunked_loss import DeferredHead, token_losses
 from parallel.tensor_parallel import TensorParallel
+from pretrain.models.family import FamilyConfig
+from pretrain.objectives.objective import ObjectiveConfig
 
 
 class Seq2Seq:
     """Batch: `source` int64 [b, s], `tokens` int64 [b, t + 1], `weights` [b, t], 0 where a target does not count.
 
-    `source_mask` int64 [b, s] is there where a source may be filled up; without it attention has nothing to leave out.
+    `source_mask` int64 [b, s] is 0 on padding; a batch whose sources are never padded has none.
     """
 
-    def __init__(self, tp: TensorParallel):
+    terms: ClassVar = {"next_token": 1.0}
+
+    def __init__(self, config: ObjectiveConfig, model: FamilyConfig, tp: TensorParallel):
         self.tp = tp
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -26,11 +32,11 @@ class Seq2Seq:
         """Next tokens and their weights, [t, b] both, in the order of the logits."""
         return batch["tokens"][:, 1:].transpose(0, 1).contiguous(), batch["weights"].transpose(0, 1).contiguous()
 
-    def num_targets(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many targets count, a scalar."""
-        return batch["weights"].sum()
+    def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The targets that count."""
+        return {"next_token": batch["weights"].sum()}
 
-    def loss_sum(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> Tensor:
-        """Sum of cross entropies: logits [t, b, v/tp] or the head, targets as above -> scalar fp32."""
+    def losses(self, outputs: Tensor | DeferredHead, targets: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Sum of cross entropies: logits [t, b, v/tp] or the head, targets as above."""
         losses, = token_losses(outputs, targets[0], self.tp)
-        return (losses * targets[1]).sum()
+        return {"next_token": (losses * targets[1]).sum()}

@@ -1,4 +1,4 @@
-"""Facts of the objectives on text: fields, length of a sample, ids they need, what does not fit (no torch)."""
+"""The objectives on text: fields, length of a sample, special tokens, what does not fit (no torch)."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -24,7 +24,7 @@ class CausalLMConfig(ObjectiveConfig):
 
 
 class PrefixLMConfig(ObjectiveConfig):
-    """Sees a random part of the sample in both directions and predicts the rest (Raffel et al. 2020, section 3.2.1)."""
+    """Attends to a random prefix in both directions and predicts the rest (Raffel et al. 2020, section 3.2.1)."""
 
     name: Literal["prefix_lm"] = Field("prefix_lm", description="the objective")
 
@@ -33,9 +33,10 @@ class FillInTheMiddleConfig(ObjectiveConfig):
     """Predicts every next token, with the middle of some documents moved to their end (Bavarian et al. 2022)."""
 
     name: Literal["fill_in_the_middle"] = Field("fill_in_the_middle", description="the objective")
-    rate: float = Field(0.5, ge=0, le=1, description="part of the documents that are rearranged")
+    rate: float = Field(0.5, ge=0, le=1, description="fraction of the documents that are rearranged")
     spm_rate: float = Field(
-        0.5, ge=0, le=1, description="part of those in the order suffix, prefix, middle; others: prefix, suffix, middle"
+        0.5, ge=0, le=1,
+        description="fraction of those in the order suffix, prefix, middle; others: prefix, suffix, middle"
     )
 
 
@@ -43,39 +44,35 @@ class SpanCorruptionConfig(ObjectiveConfig):
     """Predicts random spans, each replaced by one sentinel (Raffel et al. 2020, section 3.1.4)."""
 
     name: Literal["span_corruption"] = Field("span_corruption", description="the objective")
-    noise_density: float = Field(0.15, gt=0, le=0.9, description="part of the tokens that is hidden")
-    mean_span_length: float = Field(3.0, ge=1, description="mean number of tokens in a hidden span")
+    noise_density: float = Field(0.15, gt=0, le=0.9, description="fraction of the tokens that are masked")
+    mean_span_length: float = Field(3.0, ge=1, description="mean number of tokens in a masked span")
 
 
 class DenoisingConfig(ObjectiveConfig):
-    """Restores a damaged sample (Lewis et al. 2020). Kinds of damage act in the order of their fields."""
+    """Restores a corrupted sample (Lewis et al. 2020). Kinds of corruption are applied in the order of their fields."""
 
     name: Literal["denoising"] = Field("denoising", description="the objective")
     permute_sentences: bool = Field(True, description="shuffle sentences; lines and end-of-text end one as well")
-    infill_ratio: float = Field(0.3, ge=0, lt=1, description="part of the tokens in spans that become one mask each")
+    infill_ratio: float = Field(0.3, ge=0, lt=1, description="fraction of the tokens in spans that become a mask each")
     mean_span_length: float = Field(3.0, ge=1, description="mean of the Poisson distribution of span lengths")
-    mask_ratio: float = Field(0.0, ge=0, lt=1, description="part of the tokens replaced by a mask each")
-    delete_ratio: float = Field(0.0, ge=0, lt=1, description="part of the tokens left out without a trace")
-    rotate_rate: float = Field(0.0, ge=0, le=1, description="part of the samples that start at a random token instead")
+    mask_ratio: float = Field(0.0, ge=0, lt=1, description="fraction of the tokens replaced by a mask each")
+    delete_ratio: float = Field(0.0, ge=0, lt=1, description="fraction of the tokens deleted")
+    rotate_rate: float = Field(0.0, ge=0, le=1, description="fraction of the samples rotated to a random first token")
 
 
 class MaskedLMConfig(ObjectiveConfig):
-    """Predicts hidden tokens from both sides, hidden anew in every epoch (Devlin et al. 2019, Liu et al. 2019)."""
+    """Predicts masked tokens from both sides, masked anew in every epoch (Devlin et al. 2019, Liu et al. 2019)."""
 
     name: Literal["masked_lm"] = Field("masked_lm", description="the objective")
-    mask_ratio: float = Field(0.15, gt=0, le=0.9, description="part of the tokens that are predicted")
-    masked_part: float = Field(0.8, ge=0, le=1, description="part of the predicted tokens that become a mask")
+    mask_ratio: float = Field(0.15, gt=0, le=0.9, description="fraction of the tokens that are predicted")
+    masked_part: float = Field(0.8, ge=0, le=1, description="fraction of the predicted tokens that become a mask")
     random_part: float = Field(
-        0.1, ge=0, le=1, description="part of the predicted tokens that become a random token; others are left as is"
+        0.1, ge=0, le=1, description="fraction of the predicted tokens that become a random token; the others stay"
     )
-    whole_words: bool = Field(False, description="hide all pieces of a word or none")
+    whole_words: bool = Field(False, description="mask all pieces of a word or none")
 
 
 Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]
-
-
-def _none(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
-    return iter(())
 
 
 def _at_least(num_tokens: int, why: str) -> Problems:
@@ -139,17 +136,13 @@ def _special_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
 
 
 SPECS = {
-    "causal_lm": ObjectiveSpec(
-        CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:as_it_is",
-        window_tokens=lambda config, model: model.sequence_length,
-        reserved_ids=lambda config, model: 0, problems=_none),
+    "causal_lm": ObjectiveSpec(CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:unchanged"),
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
         window_tokens=_prefix_tokens, reserved_ids=_special_ids,
         problems=_at_least(2, "one token before the cut and one after")),
     "fill_in_the_middle": ObjectiveSpec(
         FillInTheMiddleConfig, {"decoder": CAUSAL}, f"{STAGES}:fill_in_the_middle",
-        window_tokens=lambda config, model: model.sequence_length,
         reserved_ids=lambda config, model: num_special_ids(num_sentinels=3),
         problems=_at_least(6, "three sentinels and a token of each part")),
     "span_corruption": ObjectiveSpec(

@@ -1,76 +1,61 @@
-"""The stages between a window of tokens and a batch, for the objectives in text_spec.py.
-
-Each function takes (objective config, model config, open dataset, seed of the noise, special ids) and returns
-webdataset stages. A dataset is a folder's or one in memory: what is asked of it is its tokenizer and, for pairs of
-segments, its windows.
-"""
+"""The stages between a window of tokens and a batch, for the objectives in text_spec.py."""
 
 from __future__ import annotations
 
 from data_pipeline.corruption.bart_denoising import Denoising
 from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds, num_masked, raw_tokens
+from data_pipeline.corruption.special_ids import num_masked, raw_tokens
 from data_pipeline.loader import each
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
-from data_pipeline.tokens.in_memory_dataset import TextDataset
-from data_pipeline.tokens.token_dataset import TokenDataset
 from pretrain.models import family_spec
-from pretrain.models.family import FamilyConfig
-from pretrain.objectives import OBJECTIVES
-from pretrain.objectives import text_spec as spec
-from pretrain.objectives.objective import ObjectiveConfig
-
-Data = TokenDataset | TextDataset
-Ids = SpecialIds | GivenIds
+from pretrain.objectives.objective import StageInputs
 
 
-def as_it_is(config: spec.CausalLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
+def unchanged(given: StageInputs) -> list:
     """Windows are batches already."""
     return []
 
 
-def prefix_lm(config: spec.PrefixLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
+def prefix_lm(given: StageInputs) -> list:
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
+    model = given.model
     if family_spec(model.family).form == "decoder":
-        return [each(PrefixCut(seed))]
-    return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
-                             special=special))]
+        return [each(PrefixCut(given.seed))]
+    return [each(PrefixSplit(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+                             special=given.special))]
 
 
-def fill_in_the_middle(config: spec.FillInTheMiddleConfig, model: FamilyConfig, dataset: Data, seed: int | str,
-                       special: Ids) -> list:
+def fill_in_the_middle(given: StageInputs) -> list:
     """The middle of documents moves to their end."""
-    return [each(FillInTheMiddle(seed, config.rate, config.spm_rate, special, end_of_text=dataset.end_of_text))]
+    return [each(FillInTheMiddle(given.seed, given.config.rate, given.config.spm_rate, given.special,
+                                 end_of_text=given.dataset.end_of_text))]
 
 
-def span_corruption(config: spec.SpanCorruptionConfig, model: FamilyConfig, dataset: Data, seed: int | str,
-                    special: Ids) -> list:
+def span_corruption(given: StageInputs) -> list:
     """Spans move from the source to the target."""
+    config, model = given.config, given.model
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
-    return [each(SpanCorruption(seed, counts, model.num_targets, special, end_of_text=dataset.end_of_text))]
+    return [each(SpanCorruption(given.seed, counts, model.num_targets, given.special,
+                                end_of_text=given.dataset.end_of_text))]
 
 
-def denoising(config: spec.DenoisingConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
-    """The source is the corrupted sample, the target the original one."""
+def denoising(given: StageInputs) -> list:
+    """The source is corrupted, the target is the whole text."""
+    config, model, dataset = given.config, given.model, given.dataset
     is_end = sentence_ends(dataset.tokenizer) if config.permute_sentences else None
-    return [each(Denoising(seed, _window_tokens(config, model), model.sequence_length, model.num_targets,
-                           special=special, end_of_text=dataset.end_of_text, is_end=is_end,
+    return [each(Denoising(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+                           special=given.special, end_of_text=dataset.end_of_text, is_end=is_end,
                            infill_ratio=config.infill_ratio, mean_span=config.mean_span_length,
                            mask_ratio=config.mask_ratio, delete_ratio=config.delete_ratio,
                            rotate_rate=config.rotate_rate))]
 
 
-def masked_lm(config: spec.MaskedLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
+def masked_lm(given: StageInputs) -> list:
     """Tokens are masked; a model with a head for next-sentence prediction gets pairs of segments."""
-    window = _window_tokens(config, model)
+    config, dataset, window, seed = given.config, given.dataset, given.window_tokens, given.seed
     starts = word_starts(dataset.tokenizer) if config.whole_words else None
-    order_seed = seed if isinstance(seed, int) else None  # held-out windows come in their stored order
-    pairs = SegmentPairs(dataset, window, seed, order_seed) if model.next_sentence else None
-    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), special, vocab_size=dataset.vocab_size,
-                         masked_part=config.masked_part, random_part=config.random_part, starts=starts, pairs=pairs))]
-
-
-def _window_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:
-    return OBJECTIVES[config.name].window_tokens(config, model)
-
+    pairs = SegmentPairs(dataset, window, seed) if given.model.next_sentence else None
+    return [each(Masking(seed, window, num_masked(window, config.mask_ratio), given.special,
+                         vocab_size=dataset.vocab_size, masked_part=config.masked_part,
+                         random_part=config.random_part, starts=starts, pairs=pairs))]

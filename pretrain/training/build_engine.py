@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from parallel.engine import Engine
+from parallel.objective import Objective
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 from parallel.tensor_slice import Source
@@ -16,11 +17,13 @@ from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
-def build_engine(config: RunConfig, groups: Groups, device: torch.device, source: Source | None = None) -> Engine:
-    """The config's family and objective on these groups.
+def build_engine(config: RunConfig, groups: Groups, device: torch.device, source: Source | None = None, *,
+                 objective: Objective | None = None) -> Engine:
+    """The config's family on these groups; several engines may be built on the same groups.
 
     Args:
         source: where weights and moments come from; None for weights drawn from `run.seed`.
+        objective: in place of the config's own.
 
     Raises:
         NoRoom: a disk has no room for the optimizer state.
@@ -32,6 +35,6 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device, source
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     return Engine(lambda tp: layer_list(config.model, tp, config.num_predictions),
-                  make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
+                  objective or make_loss(config.objective, config.model, TensorParallel(groups, device)), groups,
                   config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed,
                   source)

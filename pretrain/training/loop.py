@@ -5,92 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.errors import NodeSuspected, UserError
 from common.files import writing
-from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.folder.manifest import TOKENIZER_FILE
-from data_pipeline.loader import Loader, ReadOptions, heldout_batches
-from parallel.engine import Engine, NotFinite
 from parallel.layout import Layout
 from parallel.process_groups import Groups, build_groups, destroy_groups
-from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from pretrain.checkpoint.locate import CHECKPOINTS, checkpoints_at
+from pretrain.checkpoint.locate import checkpoints_at
 from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_folder
 from pretrain.checkpoint.store import newest_whole, open_whole, save
 from pretrain.config.run_config import RunConfig
-from pretrain.objectives import HELDOUT_SEED, make_stages
 from pretrain.training.attempt import Attempt
 from pretrain.training.build_engine import build_engine
-from pretrain.training.datasets import open_dataset
 from pretrain.training.devices import choose_device
 from pretrain.training.hooks import Hooks, standard_hooks
-from pretrain.training.metrics import mfu, throughput
-from pretrain.training.optim import learning_rate
 from pretrain.training.resume import check_same_run, facts_of
+from pretrain.training.run import MODEL, Run, RunProgress
 from pretrain.training.stop_signals import request_name
+from pretrain.training.tasks.pretrain import PretrainTask
+from pretrain.training.tasks.task import Task
 from pretrain.training.third_party_output import ThirdPartyOutput
-
-
-@dataclass
-class Run:
-    """What hooks may read of a run."""
-
-    config: RunConfig
-    layout: Layout
-    rank: int
-    world_size: int
-    folder: Path
-    device_name: str
-    node: str
-    start_step: int = 0
-    engine: Engine | None = None  # built after the run folder has been looked at
-    plan: BatchPlan | None = None  # of the training samples, from the checkpoint's position on
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.run.steps
-
-    @property
-    def num_parameters(self) -> int:
-        return self.config.spec.parameter_count(self.config.model)
-
-    @property
-    def num_active_parameters(self) -> int:
-        return self.num_parameters - self.config.spec.idle_parameter_count(self.config.model)
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.parallel.global_batch * self.units_per_sample
-
-    @property
-    def units_per_sample(self) -> int:
-        return self.config.window_tokens if self.unit == "tokens" else 1
-
-    @property
-    def unit(self) -> str:
-        """What progress is counted in: tokens, or samples."""
-        return self.config.spec.unit
-
-    def position_after(self, step: int) -> int:
-        """Samples that the whole run has consumed when `step` is done."""
-        return self.plan.position_after(step - self.start_step)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / CHECKPOINTS
 
 
 def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = None) -> int:
@@ -103,10 +43,11 @@ def train(config: RunConfig, info: RankInfo, quiet: ThirdPartyOutput | None = No
     folder = Path(config.run.dir)
     with Attempt(folder, info) as attempt, _world(info):
         groups = build_groups(Layout.of(config.parallel, info.world_size))
-        run = Run(config, groups.layout, info.rank, info.world_size, folder, device_name, info.node)
+        run = Run(config=config, layout=groups.layout, rank=info.rank, world_size=info.world_size, folder=folder,
+                  device_name=device_name, node=info.node)
         hooks = standard_hooks(config, quiet)
         try:
-            return _run(run, groups, device, hooks, attempt, quiet)
+            return _run(run, groups, device, hooks, attempt=attempt, quiet=quiet)
         except BaseException as error:
             hooks.on_end(run, f"stopped by {type(error).__name__}")
             raise
@@ -128,7 +69,7 @@ def _world(info: RankInfo) -> Iterator[None]:
         leave()
 
 
-def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: Attempt,
+def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, *, attempt: Attempt,
          quiet: ThirdPartyOutput | None) -> int:
     config = run.config
     checkpoint = _find_checkpoint(run)
@@ -139,48 +80,47 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, attempt: 
         with writing(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
             config.save(run.folder / "config.yaml")
-    at, position = groups.coordinates, checkpoint.manifest["position_samples"] if checkpoint else 0
-    run.plan = BatchPlan(seed=config.run.seed, global_batch=config.parallel.global_batch,
-                         micro_batch=config.parallel.micro_batch, data_rank=at.dp, data_ranks=run.layout.data,
-                         first_position=position)
     source = checkpoint or _start_weights(config.checkpoint.start_from)
-    engine = run.engine = build_engine(config, groups, device, source)
+    engine = build_engine(config, groups, device, source)
     adam_step = source.adam_step if source else 0
     if source:
         source.close()
+    run.engines = {MODEL: engine}
     if quiet:
         quiet.release()
-    loader = _open_loader(run, engine)
+    task = PretrainTask(run, engine.needs_data, groups.coordinates,
+                        checkpoint.manifest["position_samples"] if checkpoint else 0)
     attempt.begin(run.start_step, checkpoint.folder if checkpoint else None)
     hooks.on_start(run)
-    if run.start_step == 0:
-        _evaluate(run, engine, hooks, step=0)
-    request = 0
-    for step in range(run.start_step + 1, run.total_steps + 1):
-        record = _step(run, engine, loader, step)
-        adam_step += not record.get("skipped", False)
-        hooks.on_step_end(run, record)
-        request = attempt.step_done(step)
-        last = step == run.total_steps
-        if request and not last and attempt.no_time_to_save():
-            break
-        if last or (config.log.evaluate_every and step % config.log.evaluate_every == 0 and not request):
-            _evaluate(run, engine, hooks, step)
-        if request or (config.checkpoint.every and (last or step % config.checkpoint.every == 0)):
-            started = time.perf_counter()
-            path = _save(run, engine, hooks, step, adam_step)
-            attempt.saved(path, step, time.perf_counter() - started)
-        if request and not last:
-            break
-    if loader:
-        loader.close()
-    stopped = request and attempt.last_step < run.total_steps
+    progress = RunProgress(run.start_step, adam_step, run.total_steps)
+    _train_steps(run, task, progress, hooks, attempt=attempt)
+    task.close()
     # First of all: a hook may draw for a while, and the time limit may be near.
-    code = attempt.stopped(request) if stopped else attempt.done()
+    code = attempt.stopped(progress.request) if progress.is_interrupted else attempt.done()
     saved = "no time was left to save" if attempt.is_too_late else "saved"
-    hooks.on_end(run, f"{request_name(request)}; {saved}, and goes on when started again" if stopped else "done")
-    engine.close()
+    hooks.on_end(run, f"{request_name(progress.request)}; {saved}, and goes on when started again"
+                 if progress.is_interrupted else "done")
+    for engine in run.engines.values():
+        engine.close()
     return code
+
+
+def _train_steps(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt: Attempt) -> None:
+    """Every step up to the last one, or up to the one at which all ranks agree to stop."""
+    log, checkpoint = run.config.log, run.config.checkpoint
+    if progress.step == 0:
+        _evaluate(run, task, hooks, step=0)
+    while not progress.is_last and not progress.is_interrupted:
+        record = task.step(run.engines, progress.step + 1)
+        progress.advance(was_skipped=record.get("skipped", False))
+        hooks.on_step_end(run, record)
+        progress.request = attempt.step_done(progress.step)
+        if progress.is_interrupted and attempt.no_time_to_save():
+            return
+        if progress.is_evaluation_due(log.evaluate_every):
+            _evaluate(run, task, hooks, progress.step)
+        if progress.is_checkpoint_due(checkpoint.every):
+            _save(run, task, progress, hooks, attempt=attempt)
 
 
 def _find_checkpoint(run: Run) -> Checkpoint | None:
@@ -208,66 +148,18 @@ def _start_weights(path: str | None) -> StartWeights | None:
     return StartWeights(open_whole(folder))
 
 
-def _open_loader(run: Run, engine: Engine) -> Loader | None:
-    """The training batches of this rank from the plan's first position on; None on stages that read none."""
-    if not engine.needs_data:
-        return None
-    config = run.config
-    dataset = open_dataset(config, config.data.train)
-    read = ReadOptions(config.window_tokens, stages=make_stages(config.objective, config.model, dataset,
-                                                                config.run.seed),
-                       workers=config.data.workers, max_bad_fraction=config.data.max_bad_fraction)
-    return Loader(dataset, run.plan, read)
+def _evaluate(run: Run, task: Task, hooks: Hooks, step: int) -> None:
+    record = task.evaluate(run.engines, step)
+    if record is not None:
+        hooks.on_evaluation(run, record)
 
 
-def _step(run: Run, engine: Engine, loader: Loader | None, step: int) -> dict[str, Any]:
-    """One optimizer step and its line in metrics.jsonl."""
-    config = run.config
-    rate = learning_rate(config.schedule, config.optimizer, step, run.total_steps)
+def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt: Attempt) -> None:
+    """Write a checkpoint of the engine that the run is about."""
     started = time.perf_counter()
-    try:
-        result = engine.train_step(next(loader) if loader else None, step, rate)
-    except NotFinite as error:
-        raise NotFinite(f"step {step}: {error}. No weight was changed in this step. Go on from the last checkpoint in "
-                        f"{run.checkpoints} with a lower optimizer.lr or a longer schedule.warmup_steps.") from None
-    seconds = time.perf_counter() - started
-    record = {
-        "step": step, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate,
-        run.unit: run.position_after(step) * run.units_per_sample, "step_seconds": seconds,
-        f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
-    }
-    if config.spec.reads == "pairs":  # each data rank has counted its own, and all its tensor ranks the same
-        record["bad_samples"] = sum_over_ranks(loader.num_bad) // run.layout.tensor
-    if result.routing:
-        record.update(result.routing)
-    if result.skipped:
-        record["skipped"] = True
-    flops = config.spec.flops_per_unit(config.model, config.window_tokens, config.num_predictions)
-    used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
-    return record if used is None else {**record, "mfu": used}
-
-
-def _evaluate(run: Run, engine: Engine, hooks: Hooks, step: int) -> None:
-    """Held-out loss, where the config names a held-out set."""
-    config = run.config
-    if not config.data.heldout or not config.log.evaluate_every:
-        return
-    batches = None
-    if engine.needs_data:
-        dataset = open_dataset(config, config.data.heldout)
-        stages = make_stages(config.objective, config.model, dataset, HELDOUT_SEED)
-        plan = BatchPlan.heldout(config.parallel.micro_batch, run.plan.data_rank, run.plan.data_ranks)
-        read = ReadOptions(config.window_tokens, stages=stages)
-        batches = list(heldout_batches(dataset, plan, read, config.log.evaluate_samples))
-    total, count = engine.evaluate(batches)
-    hooks.on_evaluation(run, {"step": step, run.unit: run.position_after(step) * run.units_per_sample,
-                              "heldout_loss": total / count})
-
-
-def _save(run: Run, engine: Engine, hooks: Hooks, step: int, adam_step: int) -> Path:
-    facts = facts_of(run.config, run.world_size, step, run.position_after(step), adam_step)
+    facts = {**facts_of(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
-    path = save(run.checkpoints, step, engine.owned_fragments(), facts, run.config.checkpoint.keep,
-                companions=[tokenizer])
-    hooks.on_checkpoint(run, path, step)
-    return path
+    path = save(run.checkpoints, progress.step, run.engines[MODEL].owned_fragments(), facts,
+                run.config.checkpoint.keep, companions=[tokenizer])
+    hooks.on_checkpoint(run, path, progress.step)
+    attempt.saved(path, progress.step, time.perf_counter() - started)

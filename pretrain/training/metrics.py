@@ -5,10 +5,13 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.files import write_aside, writing
 from parallel.planner.hardware import peak_flops
+
+if TYPE_CHECKING:
+    from parallel.loss_terms import Losses
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +65,20 @@ def read_metrics(path: Path) -> list[Record]:
     A half-written last line is left out in silence (the run may still be writing), damage elsewhere with a warning.
     """
     return [record for _, record in _records(Path(path))]
+
+
+def loss_fields(name: str, losses: "Losses") -> Record:
+    """`name` with the loss; of several terms also `name/<term>` with each term's own mean, without its weight.
+
+    A term without a target in the global batch has None.
+    """
+    terms = losses.terms.items() if len(losses.terms) > 1 else ()
+    return {name: losses.loss, **{f"{name}/{term}": mean for term, mean in terms}}
+
+
+def term_names(record: Mapping[str, Any], name: str) -> list[str]:
+    """The keys of a record that hold the terms of the loss `name`, in their order."""
+    return [key for key in record if key.startswith(f"{name}/")]
 
 
 def throughput(num_items: int, seconds: float) -> float:

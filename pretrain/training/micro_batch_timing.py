@@ -12,6 +12,7 @@ import time
 import torch
 
 from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.loader import ReadOptions, heldout_batches
 from parallel.pipeline_stages import Stage
 from parallel.precision import DTYPES
@@ -34,16 +35,16 @@ def micro_batch_seconds(config: RunConfig, compute: str) -> float:
         for parameter in stage.parameters():
             parameter.data.normal_(0.0, 0.02)
         stage.to(DTYPES[compute])
-        objective = make_loss(config.objective.name, config.model.family, tp)
+        objective = make_loss(config.objective, config.model, tp)
         dataset = open_dataset(config, config.data.train)
-        stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+        stages = make_stages(config.objective, config.model, dataset, NoiseSeed(config.run.seed))
         size = config.parallel.micro_batch
         batch = next(heldout_batches(dataset, BatchPlan.heldout(size), ReadOptions(config.window_tokens, stages=stages),
                                      num_samples=size))
         times = []
         for _ in range(WARM_UP + TIMED):
             started = time.perf_counter()
-            objective.loss_sum(stage.run(objective.inputs(batch)), objective.targets(batch)).backward()
+            sum(objective.losses(stage.run(objective.inputs(batch)), objective.targets(batch)).values()).backward()
             times.append(time.perf_counter() - started)
             stage.zero_grad()
         return min(times[WARM_UP:])

@@ -20,13 +20,13 @@ def dataset_fingerprint(folder: str | Path) -> str:
     return hashlib.sha256((Path(folder) / "dataset.json").read_bytes()).hexdigest()
 
 
-def facts_of(config: RunConfig, world_size: int, step: int, position: int, adam_step: int) -> dict[str, Any]:
-    """What the manifest holds besides files: enough to continue, to refuse, and to say who wrote it."""
+def facts_of(config: RunConfig, world_size: int, adam_step: int) -> dict[str, Any]:
+    """What the manifest holds besides files and the task's state: enough to continue, to refuse, to say who wrote it.
+    """
     return {
         "config": json.loads(config.model_dump_json()),
         "dataset": dataset_fingerprint(config.data.train),
         "world_size": world_size,
-        "position_samples": position,
         "adam_step": adam_step,
         "parameters": config.spec.built_parameter_count(config.model),
     }

@@ -146,8 +146,10 @@ def test_flops_grow_with_the_model(family, tmp_path):
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_objectives_of_a_family_have_its_form(family, name, tmp_path):
     assert family_spec(family).form in OBJECTIVES[name].losses
-    loss = make_loss(name, family, TensorParallel(None, torch.device("cpu")))
-    assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "num_targets", "loss_sum"))
+    loss = make_loss(OBJECTIVES[name].config_class(), config_of(family, tmp_path).model,
+                     TensorParallel(None, torch.device("cpu")))
+    assert all(callable(getattr(loss, part)) for part in ("inputs", "targets", "counts", "losses"))
+    assert loss.terms and all(weight > 0 for weight in loss.terms.values())
     in_parts = not family_spec(family).traits(config_of(family, tmp_path).model).why_no_context
     assert callable(getattr(loss, "part", None)) == in_parts
 

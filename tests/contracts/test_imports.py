@@ -15,7 +15,8 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in
 # Modules that a login node can import: they load no torch.
 PARALLEL_LIGHT = ("parallel.config", "parallel.layout", "parallel.rules", "parallel.rules.*", "parallel.planner.*",
                   "parallel.zero.settings", "parallel.ranks.rank_info", "parallel.ranks.slurm_node_list")
-DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids")
+DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids",
+              "data_pipeline.corruption.noise_seed")
 FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.shapes",
                 "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
@@ -46,9 +47,10 @@ TABLE = {
     "parallel/*": ("common.*", *PARALLEL_LIGHT, *(f"parallel.{name}" for name in (
         "process_groups", "tensor_parallel", "context_parallel", "expert_parallel", "load_balance", "pipeline_stages",
         "parameter_plan", "normal_numbers", "tensor_slice", "gradient_cache", "chunked_loss", "random_streams",
-        "recompute", "precision"))),
+        "recompute", "precision", "objective", "loss_terms"))),
     "data_pipeline/config.py": ("common.*", "data_pipeline.folder.manifest"),
     "data_pipeline/corruption/special_ids.py": (),
+    "data_pipeline/corruption/noise_seed.py": (),
     "data_pipeline/folder/*": ("common.*", "data_pipeline.folder.*"),
     "data_pipeline/text/*": ("common.*", "data_pipeline.text.*"),
     "data_pipeline/order.py": ("common.*",),
@@ -90,6 +92,8 @@ TABLE = {
     "pretrain/training/stop_watchdog.py": ("common.*", "pretrain.training.stop_signals"),
     "pretrain/training/hooks/*": ("common.*", *LIGHT, "parallel.*", "pretrain.training.metrics",
                                   "pretrain.training.third_party_output", "pretrain.training.hooks*"),
+    "pretrain/training/tasks/*": ("common.*", *LIGHT, "parallel.*", "data_pipeline.*", "pretrain.models*",
+                                  "pretrain.objectives*", "pretrain.training.*"),
     "pretrain/training/*": ("common.*", *LIGHT, "parallel.*", "data_pipeline.*", "pretrain.models*",
                             "pretrain.objectives*", "pretrain.checkpoint.*", "pretrain.training.*"),
     "pretrain/inference/*": ("common.*", *LIGHT, "parallel.*", "data_pipeline.*", "pretrain.models*",

@@ -142,11 +142,11 @@ def measure_activations(info, tensor: int, sequence: bool) -> list[tuple[int, in
         engine = open_engine(groups, model_of(shape), {"micro_batch": MICRO_BATCH, "global_batch": 4 * MICRO_BATCH,
                                                        "tensor": tensor, "sequence": sequence,
                                                        "recompute": recompute})
-        (inputs, targets), = engine._items([{"tokens": torch.randint(VOCAB_SIZE, (MICRO_BATCH, SEQUENCE_LENGTH + 1))}],
-                                           weight=1.0)
+        micro_batch, = engine.terms.for_evaluation(
+            [{"tokens": torch.randint(VOCAB_SIZE, (MICRO_BATCH, SEQUENCE_LENGTH + 1))}])
         for _ in range(2):
             with LiveBytes() as live:
-                loss = engine.deepspeed(inputs, targets)
+                loss = engine.deepspeed(micro_batch.inputs, engine.terms.of(micro_batch))
                 kept = live.current_bytes
                 engine.deepspeed.backward(loss)
             del loss

@@ -63,19 +63,19 @@ def formats(info, values: dict) -> dict:
     for module in engine.stage.modules():
         if isinstance(module, Norm):
             module.register_forward_hook(watch)
-    loss_sum, clip = engine.objective.loss_sum, engine._clip
+    losses, clip = engine.objective.losses, engine._clip
 
     def noted_loss(logits, targets):
         note("logits", logits)
-        loss = loss_sum(logits, targets)
-        note("loss", loss)
-        return loss
+        found = losses(logits, targets)
+        note("loss", *found.values())
+        return found
 
     def noted_clip():
         note("gradients", *(fragment.tensor for fragment in engine.state.gradients()))
         clip()
 
-    engine.objective.loss_sum, engine._clip = noted_loss, noted_clip
+    engine.objective.losses, engine._clip = noted_loss, noted_clip
     engine.train_step(batches, 1, 1e-3)
     note("master weights", *(fragment.tensor for fragment in engine.state.fragments("weight")))
     for kind in ("exp_avg", "exp_avg_sq"):

@@ -33,7 +33,7 @@ def one_step(info, values: dict, objective: str) -> tuple[dict, list[float], flo
     first, micro = groups.coordinates.dp * share, config.parallel.micro_batch
     batches = [{"pixels": pixels[i : i + micro], "tokens": tokens[i : i + micro], "ends": ends[i : i + micro]}
                for i in range(first, first + share, micro)]
-    total, count = engine.evaluate(batches)
+    evaluated = engine.evaluate(batches).loss
     gradients = {}
     clip = engine._clip
 
@@ -45,7 +45,7 @@ def one_step(info, values: dict, objective: str) -> tuple[dict, list[float], flo
     engine._clip = keep
     results = [engine.train_step(batches, step, 1e-3) for step in (1, 2)]
     engine.close()
-    return gradients, [(r.loss, r.grad_norm) for r in results], total / count
+    return gradients, [(r.loss, r.grad_norm) for r in results], evaluated
 
 
 def values(micro_batch: int, **parallel) -> dict:

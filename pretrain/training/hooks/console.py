@@ -17,7 +17,7 @@ from rich.text import Text
 from common.wording import count, duration, short_number
 from pretrain.training.hooks.curve import CURVE_FILE
 from pretrain.training.hooks.hook import Hook, RunView
-from pretrain.training.metrics import METRICS_FILE, counted_in
+from pretrain.training.metrics import METRICS_FILE, counted_in, term_names
 from pretrain.training.third_party_output import ThirdPartyOutput
 
 LOG_FILE = Path("logs") / "train.log"
@@ -46,9 +46,9 @@ class ConsoleHook(Hook):
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
         self._started_seconds = time.monotonic()
         self._drawn_seconds = 0.0
-        self._first_loss: float | None = None
+        self._first: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
-        self._heldout_loss: float | None = None
+        self._heldout: dict[str, Any] = {}
         self._checkpoint: Path | None = None
 
     def on_start(self, run: RunView) -> None:
@@ -68,8 +68,7 @@ class ConsoleHook(Hook):
 
     def on_step_end(self, run: RunView, record: dict[str, Any]) -> None:
         self._last = record
-        if self._first_loss is None:
-            self._first_loss = record["loss"]
+        self._first = self._first or record
         self._recent.append((record["step_seconds"], record.get(f"{counted_in(record)}_per_second") or 0.0))
         due = record["step"] % run.config.log.every == 0 or record["step"] in (1, run.total_steps)
         if due:
@@ -79,8 +78,9 @@ class ConsoleHook(Hook):
             self._draw(record["step"], self._facts(run, record), force=record["step"] == run.total_steps)
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
-        self._heldout_loss = record["heldout_loss"]
-        self._say(Text(_stamped(f"step {record['step']}/{run.total_steps}  held-out loss {self._heldout_loss:.4f}")))
+        self._heldout = record
+        told = _with_terms(f"held-out loss {record['heldout_loss']:.4f}", record, "heldout_loss")
+        self._say(Text(_stamped(f"step {record['step']}/{run.total_steps}  {told}")))
 
     def on_checkpoint(self, run: RunView, path: Path, step: int) -> None:
         self._checkpoint = Path(path)
@@ -99,11 +99,12 @@ class ConsoleHook(Hook):
             self._quiet.show_through(None)
 
     def _facts(self, run: RunView, record: dict[str, Any], in_full: bool = False) -> list[str]:
-        """The words of one line: loss, speed, utilisation, time left; in full also gradient norm and learning rate.
+        """The words of one line: loss, speed, utilisation, time left; in full also its terms, gradient norm and
+        learning rate.
 
         The live line has to fit into 80 columns.
         """
-        facts = [f"loss {record['loss']:.4f}"]
+        facts = [_with_terms(f"loss {record['loss']:.4f}", record, "loss") if in_full else f"loss {record['loss']:.4f}"]
         if in_full and record.get("grad_norm") is not None:
             facts.append(f"grad norm {record['grad_norm']:.3f}")
         if in_full:
@@ -142,9 +143,11 @@ class ConsoleHook(Hook):
             head = Text(f"Stopped at step {step:,} of {run.total_steps:,} after {elapsed}: {reason}", "bold yellow")
         facts = []
         if self._last:
-            facts.append(("loss", f"{self._first_loss:.4f} -> {self._last['loss']:.4f}"))
-        if self._heldout_loss is not None:
-            facts.append(("held-out", f"{self._heldout_loss:.4f}"))
+            facts.append(("loss", _with_terms(f"{self._first['loss']:.4f} -> {self._last['loss']:.4f}", self._last,
+                                              "loss")))
+        if self._heldout:
+            facts.append(("held-out", _with_terms(f"{self._heldout['heldout_loss']:.4f}", self._heldout,
+                                                  "heldout_loss")))
         if self._last.get("bad_samples"):
             facts.append(("passed over", f"{self._last['bad_samples']:,} samples that could not be used, the first "
                           f"named in {run.folder / 'logs'}"))
@@ -203,6 +206,13 @@ def banner(run: RunView) -> list[tuple[str, str]]:
     else:
         facts.append(("steps", f"{run.total_steps:,}"))
     return facts
+
+
+def _with_terms(told: str, record: dict[str, Any], name: str) -> str:
+    """`told`, and behind it each term of the loss `name` where it has several; `-` for one without a target."""
+    terms = [f"{key.removeprefix(f'{name}/')} {'-' if record[key] is None else f'{record[key]:.4f}'}"
+             for key in term_names(record, name)]
+    return f"{told} ({', '.join(terms)})" if terms else told
 
 
 def _progress(console: Console) -> Progress:

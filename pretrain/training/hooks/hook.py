@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class RunView(Protocol):
-    """What a hook may read of a run (`pretrain.training.loop.Run`). Hooks change nothing of it."""
+    """What a hook may read of a run (`pretrain.training.run.Run`). Hooks change nothing of it."""
 
     config: Any
     layout: Any
@@ -39,7 +39,7 @@ class Hook:
         """After every step. record: one line of metrics.jsonl."""
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
-        """After an evaluation. record: `step`, `tokens` or `samples`, `heldout_loss`."""
+        """After an evaluation. record: `step`, `tokens` or `samples`, `heldout_loss` and its terms."""
 
     def on_checkpoint(self, run: RunView, path: Path, step: int) -> None:
         """After a checkpoint was written and verified."""

@@ -1,9 +1,11 @@
 """Scalars for TensorBoard, under tensorboard/ in the run folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.training.hooks.hook import Hook, RunView
+from pretrain.training.metrics import term_names
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -27,13 +29,16 @@ class TensorBoardHook(Hook):
         self._writer = SummaryWriter(log_dir=str(run.folder / "tensorboard"), purge_step=run.start_step + 1)
 
     def on_step_end(self, run: RunView, record: dict[str, Any]) -> None:
-        for name in SCALARS:
-            if record.get(name) is not None:
-                self._writer.add_scalar(name, record[name], record["step"])
+        self._add(record, (*SCALARS, *term_names(record, "loss")))
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
-        self._writer.add_scalar("heldout_loss", record["heldout_loss"], record["step"])
+        self._add(record, ("heldout_loss", *term_names(record, "heldout_loss")))
         self._writer.flush()
+
+    def _add(self, record: dict[str, Any], names: Iterable[str]) -> None:
+        for name in names:
+            if record.get(name) is not None:
+                self._writer.add_scalar(name, record[name], record["step"])
 
     def on_checkpoint(self, run: RunView, path: Path, step: int) -> None:
         self._writer.flush()

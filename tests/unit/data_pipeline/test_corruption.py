@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.corruption.bart_denoising import Denoising, draw_spans, infill, permute_sentences
 from data_pipeline.corruption.masked_tokens import Masking, choose_words
+from data_pipeline.corruption.noise_seed import HELDOUT, NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
 from data_pipeline.corruption.special_ids import SpecialIds, num_special_ids, raw_tokens, span_counts
@@ -58,7 +59,7 @@ def test_inputs_fill_exactly(length, density, mean_span):
 @pytest.mark.parametrize("length", [512, 128, 9])
 def test_span_corruption(length):
     counts = raw_tokens(length, 0.15, 3.0)
-    stage = SpanCorruption(7, counts, counts.num_targets + 3, SPECIAL, end_of_text=END)
+    stage = SpanCorruption(NoiseSeed(7), counts, counts.num_targets + 3, SPECIAL, end_of_text=END)
     masked, firsts, spans = 0, [], []
     for sample in documents(counts.num_raw, NUM_DOCUMENTS if length == 128 else 500):
         out = stage(sample)
@@ -90,7 +91,7 @@ def test_span_corruption(length):
 def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, seed):
     """10,000 documents: 100 of each size, density and mean length."""
     counts = span_counts(num_raw, density, mean_span)
-    stage = SpanCorruption(seed, counts, counts.num_targets, SPECIAL, end_of_text=END)
+    stage = SpanCorruption(NoiseSeed(seed), counts, counts.num_targets, SPECIAL, end_of_text=END)
     in_order = SPECIAL.first_sentinel - np.arange(counts.num_spans)
     for sample in documents(num_raw, 100, seed % 1000):
         out = stage(sample)
@@ -106,10 +107,10 @@ def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, 
 
 
 @pytest.mark.parametrize("stage", [
-    lambda seed: SpanCorruption(seed, span_counts(40, 0.15, 3.0), 12, SPECIAL, end_of_text=END),
+    lambda seed: SpanCorruption(NoiseSeed(seed), span_counts(40, 0.15, 3.0), 12, SPECIAL, end_of_text=END),
     PrefixCut,
-    lambda seed: FillInTheMiddle(seed, 1.0, 0.5, SPECIAL, end_of_text=END),
-    lambda seed: Masking(seed, 40, 6, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1),
+    lambda seed: FillInTheMiddle(NoiseSeed(seed), 1.0, 0.5, SPECIAL, end_of_text=END),
+    lambda seed: Masking(NoiseSeed(seed), 40, 6, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1),
     lambda seed: denoising(40, seed=seed),
 ])  # fmt: skip
 def test_corruption_depends_on_seed_and_position_alone(stage):
@@ -117,12 +118,13 @@ def test_corruption_depends_on_seed_and_position_alone(stage):
         out = stage(seed)({**documents(40, 1)[0], "position": position})
         return str({name: value.tolist() for name, value in out.items() if isinstance(value, np.ndarray)})
 
-    assert text(7, 3) == text(7, 3)
-    assert len({text(seed, position) for seed in (7, 8, "heldout") for position in range(5)}) >= 10
+    assert text(NoiseSeed(7), 3) == text(NoiseSeed(7), 3)
+    seeds = (NoiseSeed(7), NoiseSeed(8), HELDOUT)
+    assert len({text(seed, position) for seed in seeds for position in range(5)}) >= 10
 
 
 def test_uniform_numbers():
-    random = RandomStream(1, 2, "test")
+    random = RandomStream(NoiseSeed(1), 2, "test")
     assert random.uniform(10**5).mean() == pytest.approx(0.5, abs=0.01)
     assert np.bincount(random.below(10, 10**5)).min() > 9_000
     lengths = random.poisson(3.0, 10**5)
@@ -136,11 +138,11 @@ def test_uniform_numbers():
 def test_prefixes_are_uniform_and_nothing_is_lost():
     prefixes = []
     for sample in documents(16, 2_000):
-        cut = PrefixCut(3)(sample)
+        cut = PrefixCut(NoiseSeed(3))(sample)
         prefix = int(cut["prefix"])
         assert np.array_equal(cut["tokens"], sample["tokens"])
         assert cut["weights"].tolist() == [float(target >= prefix) for target in range(1, 17)]
-        split = PrefixSplit(3, 16, 16, 16, special=SPECIAL)(sample)
+        split = PrefixSplit(NoiseSeed(3), 16, 16, 16, special=SPECIAL)(sample)
         num_source, num_target = split["source_mask"].sum(), int(split["weights"].sum())
         both = np.concatenate([split["source"][:num_source], split["tokens"][1 : num_target + 1]])
         assert np.array_equal(both, sample["tokens"][:16])
@@ -157,7 +159,7 @@ def test_fill_in_the_middle_can_be_undone():
         text = documents(30, 1, seed=number)[0]["tokens"]
         text[text == END] = 2
         room = np.full(4, END)  # empty documents, so that nothing is cut off
-        row = FillInTheMiddle(5, 0.5, 0.4, SPECIAL, end_of_text=END)(
+        row = FillInTheMiddle(NoiseSeed(5), 0.5, 0.4, SPECIAL, end_of_text=END)(
             {"position": number, "tokens": np.concatenate([text, [END], room])})["tokens"]
         if pre not in row:
             kinds["as it was"] += 1
@@ -179,10 +181,11 @@ def test_fill_in_the_middle_can_be_undone():
 # -- BART --------------------------------------------------------------------------------------------------------------
 
 
-def denoising(num_raw, seed=7, **options):
+def denoising(num_raw, seed=None, **options):
     plain = {"is_end": None, "infill_ratio": 0.3, "mean_span": 3.0, "mask_ratio": 0.0, "delete_ratio": 0.0,
              "rotate_rate": 0.0}
-    return Denoising(seed, num_raw, num_raw + 2, num_raw + 2, special=SPECIAL, end_of_text=END, **{**plain, **options})
+    return Denoising(seed or NoiseSeed(7), num_raw, num_raw + 2, num_raw + 2, special=SPECIAL, end_of_text=END,
+                     **{**plain, **options})
 
 
 def test_infilling():
@@ -190,7 +193,7 @@ def test_infilling():
     lengths = []
     for sample in documents(num_tokens):
         tokens = sample["tokens"][:num_tokens]
-        spans = draw_spans(RandomStream(7, sample["position"], "infill"), num_tokens, num_masked, 3.0)
+        spans = draw_spans(RandomStream(NoiseSeed(7), sample["position"], "infill"), num_tokens, num_masked, 3.0)
         corrupted = infill(tokens, spans, SPECIAL.mask)
         assert spans.lengths.sum() == num_masked, "the density is exact"
         assert (corrupted == SPECIAL.mask).sum() == spans.lengths.size
@@ -212,7 +215,8 @@ def test_infilling_of_any_size_can_be_undone(num_tokens, ratio, mean_span, seed)
     num_masked = round(num_tokens * ratio)
     for sample in documents(num_tokens, 100, seed % 1000):
         tokens = sample["tokens"][:num_tokens]
-        spans = draw_spans(RandomStream(seed, sample["position"], "infill"), num_tokens, num_masked, mean_span)
+        random = RandomStream(NoiseSeed(seed), sample["position"], "infill")
+        spans = draw_spans(random, num_tokens, num_masked, mean_span)
         corrupted = infill(tokens, spans, SPECIAL.mask)
         assert spans.lengths.sum() == num_masked
         assert (corrupted != SPECIAL.mask).sum() == num_tokens - num_masked
@@ -237,7 +241,7 @@ def test_sentences_are_shuffled_whole():
     first_places = []
     for sample in documents(50, 2_000):
         tokens = sample["tokens"]
-        shuffled = permute_sentences(RandomStream(7, sample["position"], "sentences"), tokens, is_end)
+        shuffled = permute_sentences(RandomStream(NoiseSeed(7), sample["position"], "sentences"), tokens, is_end)
         cut = np.flatnonzero(is_end[tokens[:-1]]) + 1
         before = [part.tolist() for part in np.split(tokens, cut)]
         assert sorted(shuffled.tolist()) == sorted(tokens.tolist())
@@ -270,7 +274,7 @@ def test_kinds_of_corruption_and_the_original_target():
 
 
 def test_masking():
-    stage = Masking(7, 126, 19, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1)
+    stage = Masking(NoiseSeed(7), 126, 19, SPECIAL, vocab_size=VOCAB_SIZE, masked_part=0.8, random_part=0.1)
     parts, places = [], np.zeros(126)
     for sample in documents(126, 4_000):
         tokens = sample["tokens"][:126]
@@ -294,7 +298,7 @@ def test_whole_words():
     for number in range(2_000):
         starts = chance.random(60) < 0.4
         starts[0] = True
-        chosen = choose_words(RandomStream(3, number, "mask"), starts, 9)
+        chosen = choose_words(RandomStream(NoiseSeed(3), number, "mask"), starts, 9)
         word = np.cumsum(starts)
         assert all(len(set(chosen[word == each])) == 1 for each in np.unique(word)) or chosen.sum() == 9
         assert 1 <= chosen.sum() <= 9
@@ -305,7 +309,7 @@ def test_whole_words():
 def test_a_word_longer_than_the_tokens_to_mask():
     starts = np.zeros(20, dtype=bool)
     starts[0] = True
-    assert choose_words(RandomStream(3, 0, "mask"), starts, 3).tolist() == [True] * 3 + [False] * 17
+    assert choose_words(RandomStream(NoiseSeed(3), 0, "mask"), starts, 3).tolist() == [True] * 3 + [False] * 17
 
 
 def test_special_ids_do_not_meet():

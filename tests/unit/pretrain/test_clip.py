@@ -19,6 +19,7 @@ from pretrain.models import family_spec
 from pretrain.models.clip.modules import layers
 from pretrain.models.clip.spec import CLIPConfig
 from pretrain.objectives.contrastive import Contrastive, SigLIP
+from pretrain.objectives.objective import ObjectiveConfig
 from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, write_recipe
@@ -29,6 +30,10 @@ ROWS = DataRows()
 
 def small(**changes) -> CLIPConfig:
     return CLIPConfig(**{**CLIP["model"], "logit_bias": None, **changes})
+
+
+def objective_of(kind):
+    return kind(ObjectiveConfig(name=kind.name), small(), SHARD)
 
 
 def in_one_process(info, work: str):
@@ -79,7 +84,7 @@ def test_contrastive_by_hand():
     image, text = 10 * unit_vectors(6, 0), unit_vectors(6, 1)
     logits = image @ text.t()
     expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
-    found = Contrastive(SHARD).loss_sum((image, text), (torch.ones(6),), ROWS) / 6
+    found = objective_of(Contrastive).losses((image, text), (torch.ones(6),), ROWS)["contrastive"] / 6
     assert found == pytest.approx(float(expected), rel=1e-6)
 
 
@@ -90,7 +95,7 @@ def test_siglip_by_hand():
         for j in range(5):
             logit = float(image[i] @ text[j]) - 10.0
             expected += math.log1p(math.exp(-logit if i == j else logit))
-    found = SigLIP(SHARD).loss_sum((image, text, torch.full((5,), -10.0)), (torch.ones(5),), ROWS)
+    found = objective_of(SigLIP).losses((image, text, torch.full((5,), -10.0)), (torch.ones(5),), ROWS)["siglip"]
     assert found == pytest.approx(expected, rel=1e-5)
 
 
@@ -98,8 +103,8 @@ def test_siglip_by_hand():
 def test_fillers_are_nobody(objective):
     image, text = 10 * unit_vectors(6, 0), unit_vectors(6, 1)
     weights = torch.tensor([1.0, 1, 1, 1, 0, 0])
-    found = objective(SHARD).loss_sum((image, text), (weights,), ROWS)
-    expected = objective(SHARD).loss_sum((image[:4], text[:4]), (weights[:4],), ROWS)
+    (found,), (expected,) = (objective_of(objective).losses((image[:n], text[:n]), (weights[:n],), ROWS).values()
+                             for n in (6, 4))
     assert found == pytest.approx(float(expected), rel=1e-6)
 
 

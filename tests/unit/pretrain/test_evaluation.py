@@ -20,7 +20,7 @@ from data_pipeline.tokens.token_writer import write_dataset
 from pretrain.cli import main
 from pretrain.inference.language import Text, language_measures, stream_batches
 from pretrain.inference.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
-from pretrain.training.metrics import EVALUATIONS_FILE, read_metrics
+from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE, read_metrics
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
@@ -109,7 +109,8 @@ def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_pat
     recipe = write_recipe(tmp_path / "recipe.yaml", dataset, recipe_of(family))
     assert train_on(1, recipe, [f"run.dir={tmp_path / 'run'}", "run.steps=2", "log.evaluate_every=2",
                                 "log.evaluate_samples=7"]) == [0]
-    expected = read_metrics(tmp_path / "run" / EVALUATIONS_FILE)[-1]["heldout_loss"]
+    record = read_metrics(tmp_path / "run" / EVALUATIONS_FILE)[-1]
+    expected = record["heldout_loss"]
     argv = [str(tmp_path / "run"), "--samples", "7"]
     if family != "bert":
         argv += ["--examples", "2"]
@@ -124,6 +125,11 @@ def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_pat
     assert (first["num_targets"], first["accuracy"]) == (second["num_targets"], second["accuracy"])
     assert 0 <= first["accuracy"] <= 1
     if family == "bert":
+        assert (record["heldout_loss/masked_lm"], record["heldout_loss/next_sentence"]) \
+            == pytest.approx((first["loss"], first["next_sentence_loss"]), rel=1e-5)
+        steps = read_metrics(tmp_path / "run" / METRICS_FILE)
+        assert all(step["loss"] == pytest.approx(step["loss/masked_lm"] + step["loss/next_sentence"]) for step in steps)
+        assert "next_sentence" in (tmp_path / "run" / "logs" / "train.log").read_text(encoding="utf-8")
         assert 0 <= first["next_sentence_accuracy"] <= 1
         return
     assert first["examples"] == second["examples"]

@@ -140,6 +140,28 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert (tmp_path / "logs" / "train.log").read_text().splitlines() == lines
 
 
+def test_terms_of_a_loss_reach_the_person_and_tensorboard(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(tmp_path, total_steps=2)
+    hooks = Hooks([TensorBoardHook(), ConsoleHook()])
+    hooks.on_start(run)
+    for step, pairs in ((1, 0.7), (2, None)):
+        hooks.on_step_end(run, {**step_record(step), "loss/masked_lm": 7.5, "loss/next_sentence": pairs})
+    hooks.on_evaluation(run, {"step": 2, "tokens": 4096, "heldout_loss": 8.0, "heldout_loss/masked_lm": 7.25,
+                              "heldout_loss/next_sentence": 0.75})
+    hooks.on_end(run, "done")
+    told = capsys.readouterr().out
+    assert "step 1/2  loss 8.0000 (masked_lm 7.5000, next_sentence 0.7000)  grad norm" in told
+    assert "  loss       8.0000 -> 4.0000 (masked_lm 7.5000, next_sentence -)" in told
+    assert "  held-out   8.0000 (masked_lm 7.2500, next_sentence 0.7500)" in told
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/masked_lm")] == [1, 2]
+    assert [event.step for event in events.Scalars("loss/next_sentence")] == [1]
+    assert [event.step for event in events.Scalars("heldout_loss/next_sentence")] == [2]
+
+
 def test_a_stop_says_where_and_why(tmp_path, capsys):
     hook, run = ConsoleHook(), make_run(tmp_path)
     hook.on_start(run)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel.loss_terms import Losses
 from parallel.planner.hardware import DEVICES, find_device, peak_flops
-from pretrain.training.metrics import MetricsWriter, counted_in, mfu, read_metrics, throughput
+from pretrain.training.metrics import MetricsWriter, counted_in, loss_fields, mfu, read_metrics, term_names, throughput
 
 
 def write(path, steps, resumed_step=0):
@@ -107,6 +108,15 @@ def test_lines_are_json_even_for_a_loss_that_is_no_number(tmp_path):
 
 def test_a_missing_file_has_no_records(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_terms_stand_beside_the_loss_where_there_are_several():
+    one, two = Losses(2.0, {"a": 2.0}), Losses(2.5, {"a": 2.0, "b": None})
+    assert loss_fields("loss", one) == {"loss": 2.0}
+    record = loss_fields("heldout_loss", two)
+    assert record == {"heldout_loss": 2.5, "heldout_loss/a": 2.0, "heldout_loss/b": None}
+    assert term_names(record, "heldout_loss") == ["heldout_loss/a", "heldout_loss/b"]
+    assert term_names(record, "loss") == []
 
 
 def test_throughput_and_units():

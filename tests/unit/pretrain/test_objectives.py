@@ -8,6 +8,7 @@ import yaml
 
 from common.errors import ConfigError, UserError
 from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.corruption.noise_seed import HELDOUT, NoiseSeed
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.in_memory_dataset import TextDataset
@@ -19,7 +20,7 @@ from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import load_config, load_run
 from pretrain.models import FAMILIES, family_spec
 from pretrain.models.build import layer_list
-from pretrain.objectives import HELDOUT_SEED, make_loss, make_stages
+from pretrain.objectives import make_loss, make_stages
 from tests.helpers.recipes import TEXT_VOCAB_SIZE, recipe_of
 
 TEXT_FAMILIES = [family for family in FAMILIES if family != "clip"]  # pictures: tests/unit/pretrain/test_clip.py
@@ -93,23 +94,24 @@ def test_target_is_split_over_tensor_ranks(config_of):
 def test_batches_of_every_objective_go_through_the_model(family, name, config_of):
     config = load_config(config_of(family, {"name": name}))
     dataset = TokenDataset.open(config.data.train)
-    stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+    stages = make_stages(config.objective, config.model, dataset, NoiseSeed(config.run.seed))
     with open_loader(dataset, config, stages) as loader:
         batches = next(loader)
-    held = list(heldout(dataset, config, 3, make_stages(config.objective, config.model, dataset, "heldout")))
+    held = list(heldout(dataset, config, 3, make_stages(config.objective, config.model, dataset, HELDOUT)))
     assert held[1]["weights"][1].sum() == 0 < held[1]["weights"][0].sum()
     with single_rank() as groups:
         tp = TensorParallel(groups, torch.device("cpu"))
         specs = layer_list(config.model, tp)
         stage = Stage(specs, (0, len(specs)))
-        loss = make_loss(name, family, tp)
+        loss = make_loss(config.objective, config.model, tp)
         with torch.no_grad():
             for key, parameter in stage.named_global_parameters():
                 parameter.copy_(draw(key, tuple(parameter.shape), parameter.plan, 3))
             means = []
             for batch in [*batches, *held]:
-                total = loss.loss_sum(stage.run(loss.inputs(batch)), loss.targets(batch))
-                means.append(float(total / loss.num_targets(batch)))
+                sums, counts = loss.losses(stage.run(loss.inputs(batch)), loss.targets(batch)), loss.counts(batch)
+                assert sums.keys() == counts.keys() == loss.terms.keys()
+                means.append(float(sum(sums[term] / counts[term] for term in loss.terms)))
         for mean in means:
             assert abs(mean - np.log(TEXT_VOCAB_SIZE)) < 3, "about as good as a guess"
 
@@ -121,7 +123,7 @@ def test_documents_shorter_than_a_span(family, name, config_of, dataset, tmp_pat
     tokenizer = Tokenizer.load(dataset / "tokenizer.model")
     short = TextDataset(["", "a", "if", "\n"] * 400, tokenizer)
     assert short.token_counts.max() <= 3
-    for seed in (1, HELDOUT_SEED):
+    for seed in (NoiseSeed(1), HELDOUT):
         stages = make_stages(config.objective, config.model, short, seed)
         for batch in heldout(short, config, 8, stages):
             assert batch["weights"].sum() > 0
@@ -136,7 +138,7 @@ def test_corruption_is_the_same_for_any_ranks_workers_and_place_of_resumption(fa
     dataset = TokenDataset.open(config.data.train)
 
     def take(num_steps, **options):
-        stages = make_stages(config.objective, config.model, dataset, config.run.seed)
+        stages = make_stages(config.objective, config.model, dataset, NoiseSeed(config.run.seed))
         with open_loader(dataset, config, stages, **options) as loader:
             return [batch for _ in range(num_steps) for batch in next(loader)]
 
@@ -151,7 +153,7 @@ def test_segment_pairs(config_of):
     """Half of the second segments come from elsewhere, and the frame is where it should be."""
     config = load_config(config_of("bert", {"name": "masked_lm", "mask_ratio": 0.05}))
     dataset = TokenDataset.open(config.data.train)
-    stages = make_stages(config.objective, config.model, dataset, 1)
+    stages = make_stages(config.objective, config.model, dataset, NoiseSeed(1))
     with open_loader(dataset, config, stages, global_batch=64, micro_batch=64) as loader, \
             open_loader(dataset, config, global_batch=64, micro_batch=64) as plain:
         not_next_flags = []
@@ -173,7 +175,7 @@ def test_whole_words_follow_the_pieces(config_of):
                                    sequence_length=128))
     dataset = TokenDataset.open(config.data.train)
     pieces = Tokenizer.load(dataset.folder / "tokenizer.model").pieces()
-    stages = make_stages(config.objective, config.model, dataset, 1)
+    stages = make_stages(config.objective, config.model, dataset, NoiseSeed(1))
     with open_loader(dataset, config, stages, global_batch=64, micro_batch=64) as loader:
         [batch] = next(loader)
     broken = words = 0
