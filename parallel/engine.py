@@ -29,10 +29,11 @@ from parallel.random_streams import seed_step
 from parallel.recompute import recompute_selectively, recomputed
 from parallel.tensor_parallel import TensorParallel
 from parallel.zero.engine import init_distributed, partitioned_construction, settle_tied, start_engine
+from parallel.zero.frozen_weights import open_state
 from parallel.zero.fused_loss import chunked_cross_entropy
 from parallel.zero.host_adam import adamw
 from parallel.zero.offload import MappedFiles
-from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, open_state, set_adam_step
+from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, set_adam_step
 from parallel.zero.settings import deepspeed_config
 
 
@@ -102,10 +103,10 @@ class Engine:
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
-        optimizer = make_optimizer(list(stage.named_global_parameters()), adamw(parallel.offload))
+        optimizer = make_optimizer(list(stage.named_trained_parameters()), adamw(parallel.offload))
         self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped, self._weighted_loss, groups,
                                            optimizer)
-        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
+        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups)
         if parallel.offload_folder:
             self.state.move_to(MappedFiles(parallel.offload_folder))
         self._grad_norm = torch.zeros(())
@@ -293,7 +294,7 @@ class Engine:
     def _hold_bounds(self) -> None:
         """Hold planned upper bounds in the fp32 weights, before DeepSpeed copies them out: right after Adam's step."""
         bounded = [(fragment.tensor, self._plan(fragment.name).max_value) for fragment in self.state.fragments("weight")
-                   if self._plan(fragment.name).max_value is not None]
+                   if self._plan(fragment.name).max_value is not None and self._plan(fragment.name).trainable]
         inner = self.state.base.step
 
         def step(*args, **kwargs):
@@ -327,7 +328,7 @@ class Engine:
             if self.deepspeed.fp16_enabled():
                 return  # DeepSpeed sees the overflow too, skips the update and lowers the scale
             raise NotFinite(f"the gradient norm is {norm}")
-        if self.clip_norm and norm > self.clip_norm:
+        if self.clip_norm and norm > self.clip_norm and gradients:
             torch._foreach_mul_([g.tensor for g in gradients], self.clip_norm / (norm + 1e-6))
 
     def _counts(self, name: str) -> bool:

@@ -45,6 +45,8 @@ class Balance(nn.Module):
             load: [experts], how many choices fell on each.
             statistics: scalars by the names of STATISTICS.
         """
+        if not x.requires_grad:  # a frozen router counts as well: the backward has to come by
+            x = x.detach().requires_grad_()
         told = torch.cat([load.double(), torch.stack([statistics[name].detach().double() for name in STATISTICS])])
         return _Attach.apply(x, loss, told, self)
 

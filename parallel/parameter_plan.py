@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ class ParameterPlan:
     max_value: float | None = None  # each element is held at or below this after every step
     stack: Stack | None = None
     keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
+    trainable: bool = True  # else it is filled and stored, and has no gradient, moments or weight decay
 
 
 def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0, slice_dim: int | None = None,
@@ -54,6 +55,12 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
     dims = len(shape) - (stack is not None)
     parameter.no_decay = dims < 2 if no_decay is None else no_decay
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """Keep a planned parameter as it is filled: no gradient is computed for it, and no optimizer holds it."""
+    parameter.plan = replace(parameter.plan, trainable=False)
+    parameter.requires_grad_(False)
 
 
 def draw(name: str, shape: tuple[int, ...], plan: ParameterPlan, seed: int) -> Tensor:

@@ -16,8 +16,11 @@ from pretrain.models import FAMILIES
 from pretrain.models.family import FamilyConfig
 
 
-def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> Stage:
-    """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled."""
+def build_stage(model: FamilyConfig, groups: Groups | None, device: torch.device) -> Stage:
+    """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled.
+
+    With `groups` None the layers know of no other rank: enough for names.
+    """
     modules = import_module(f"{FAMILIES[model.family]}.modules")
     with torch.device(device):
         specs = modules.layers(model, TensorParallel(groups, device))

@@ -15,11 +15,18 @@ from parallel.zero.offload import NoRoom
 from pretrain.config.run_config import RunConfig
 from pretrain.models import FAMILIES
 from pretrain.objectives import make_loss
+from pretrain.training.frozen_parameters import check_freeze, frozen_layers
 from pretrain.training.optim import parameter_groups
 
 
 def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Engine:
-    """The config's family and objective on these groups. Raises UserError when a disc has no room for its state."""
+    """The config's family and objective on these groups.
+
+    Raises:
+        ConfigError: `model.freeze` does not fit the names of the model's parameters.
+        UserError: a disc has no room for the optimizer's state.
+    """
+    check_freeze(config.model)
     modules = import_module(f"{FAMILIES[config.model.family]}.modules")
     optimizer = config.optimizer
 
@@ -28,7 +35,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
     try:
-        return Engine(lambda tp: modules.layers(config.model, tp),
+        return Engine(lambda tp: frozen_layers(modules.layers(config.model, tp), config.model.freeze),
                       make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
                       config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
     except NoRoom as error:
