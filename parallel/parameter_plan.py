@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class ParameterPlan:
     slice_dim: int | None
     max_value: float | None = None  # each element is held at or below this after every step
     stack: Stack | None = None
+    _: KW_ONLY
     keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
     trainable: bool = True  # else it is filled and stored, and has no gradient, moments or weight decay
 
@@ -49,7 +50,7 @@ def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0
                    no_decay: bool | None = None, max_value: float | None = None, stack: Stack | None = None,
                    keep_fp32: bool = False) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value, stack, keep_fp32)
+    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack, keep_fp32=keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-
-from parallel.parameter_plan import plan_parameter
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,6 @@ class Stage(nn.Module):
                 self._add(next(s for s in specs if s.name == spec.tied_to))
         # ModuleList, since a global name may hold dots; global names come from `named_global_parameters`
         self.modules_in_order = nn.ModuleList(self.by_name.values())
-        self.placeholder: nn.Parameter | None = None
-        if not any(parameter.requires_grad for parameter in self.parameters()):
-            # DeepSpeed's optimizers fail without a parameter; nothing computes with this one
-            self.placeholder = nn.Parameter(torch.zeros(2, device=self._device()))
-            plan_parameter(self.placeholder)
-
-    def _device(self) -> torch.device:
-        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     def _add(self, spec: LayerSpec) -> None:
         self.by_name[spec.name] = spec.build()
@@ -108,12 +97,6 @@ class Stage(nn.Module):
         for layer, module in self.by_name.items():
             for name, parameter in module.named_parameters():
                 yield f"{layer}.{name}", parameter
-
-    def named_trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What an optimizer gets: the parameters that are not frozen, or a placeholder where all of a stage are."""
-        yield from ((name, parameter) for name, parameter in self.named_global_parameters() if parameter.requires_grad)
-        if self.placeholder is not None:
-            yield "placeholder", self.placeholder
 
     def named_global_buffers(self) -> Iterator[tuple[str, Tensor]]:
         """(global name, buffer) of what a layer learns without a gradient; whole on every rank, and part of a

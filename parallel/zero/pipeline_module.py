@@ -20,7 +20,7 @@ from parallel.pipeline_stages import LayerSpec, Stage
 class StagePipeline(PipelineModule):
     """DeepSpeed's pipeline module around a stage we built and cut ourselves."""
 
-    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
+    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable], *,
                  loss: Callable, layout: Layout):
         self._bounds = bounds
         self._built = (stage, wrapped)

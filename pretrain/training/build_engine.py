@@ -37,6 +37,7 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device) -> Eng
     try:
         return Engine(lambda tp: frozen_layers(modules.layers(config.model, tp), config.model.freeze),
                       make_loss(config.objective.name, config.model.family, TensorParallel(groups, device)), groups,
-                      config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed)
+                      config.parallel, precision=config.precision, device=device, make_optimizer=make_optimizer,
+                      clip_norm=optimizer.clip_norm, seed=config.run.seed)
     except NoRoom as error:
         raise UserError(str(error)) from None

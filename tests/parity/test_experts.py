@@ -139,10 +139,10 @@ def poisoned_step(info, values: dict) -> str:
     """What a step says when one router's weight is not a number."""
     import torch
 
-    from parallel.engine import NotFinite
     from parallel.layout import Layout
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
+    from parallel.step_hooks import NotFinite
     from pretrain.config.run_config import config_from
     from pretrain.training.build_engine import build_engine
 

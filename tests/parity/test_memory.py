@@ -71,7 +71,7 @@ def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int,
     batches = [{"tokens": torch.randint(VOCAB_SIZE, (1, 33))} for _ in range(2)]
     engine.train_step(batches, 1, 1e-3)
     largest: dict[str, int] = {}
-    clip, step = engine._clip, engine.deepspeed.step
+    clip, step = engine.step_hooks.clip, engine.deepspeed.step
 
     def look() -> None:
         for kind, size in states_of(engine).items():
@@ -86,7 +86,7 @@ def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int,
         look()
         clip()
 
-    engine._clip, engine.deepspeed.step = before_optimizer, after_backward
+    engine.step_hooks.clip, engine.deepspeed.step = before_optimizer, after_backward
     engine.train_step(batches, 2, 1e-3)
     kept = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
     return largest, sum(numels), sum(parameter.ds_numel for parameter in kept)
