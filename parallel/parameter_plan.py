@@ -40,8 +40,8 @@ class ParameterPlan:
     std: Std
     slice_dim: int | None
     max_value: float | None = None  # each element is held at or below this after every step
-    stack: Stack | None = None
     _: KW_ONLY
+    stack: Stack | None = None
     keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
     trainable: bool = True  # else it is filled and stored, and has no gradient, moments or weight decay
 

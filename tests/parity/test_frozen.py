@@ -101,3 +101,32 @@ def test_the_curve_is_the_same(family, options, layout, tmp_path, dataset, refer
     assert not ours.incomplete()
     for name in names:
         assert torch.equal(ours.tensor(name), theirs.tensor(name)), name
+
+
+@pytest.mark.parametrize(("options", "layout"), [(HALF, "zero3"), (HALF, "bf16-pipeline"), (EXPERTS, "experts")],
+                         ids=lambda value: str(value).replace(" ", ""))  # fmt: skip
+def test_frozen_weights_are_the_same_after_100_steps(options, layout, tmp_path, dataset, reference):
+    ranks, extra = LAYOUTS[layout]
+    train(tmp_path, dataset, "gpt", ranks, [*options, *extra, "run.steps=100", "model.hidden=32"])
+    _, folder = reference("gpt", [*options, "model.hidden=32"])
+    late, early = weights(tmp_path, 100), weights(folder, STEPS)
+    names = frozen_names(early)
+    assert names == frozen_names(late)
+    for name in late.shapes:
+        assert torch.equal(late.tensor(name), early.tensor(name)) == (name in names), name
+
+
+@pytest.mark.parametrize(("first", "second"), [("pipeline-zero1", "zero3"), ("bf16-pipeline", "sequence"),
+                                               ("bf16-zero3", "zero0")])
+def test_a_checkpoint_goes_to_another_layout(first, second, tmp_path, dataset, reference):
+    expected, folder = reference("gpt", HALF)
+    ranks, extra = LAYOUTS[first]
+    train(tmp_path, dataset, "gpt", ranks, [*HALF, *extra, "run.steps=3"])
+    ranks, other = LAYOUTS[second]
+    found = train(tmp_path, dataset, "gpt", ranks, [*HALF, *other])
+    bound = 2e-2 if BF16[0] in extra else 1e-5
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=bound)
+    between, ours, theirs = weights(tmp_path, 3), weights(tmp_path, STEPS), weights(folder, STEPS)
+    for name in frozen_names(theirs):
+        assert torch.equal(between.tensor(name), theirs.tensor(name)), name
+        assert torch.equal(ours.tensor(name), theirs.tensor(name)), name
