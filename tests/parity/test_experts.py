@@ -82,6 +82,7 @@ def check(found: list[dict], expected: list[dict], bound: float = 1e-5) -> None:
     (TOP_2, Case(data=4, zero=2, expert=4)),
     (TOP_2, Case(tensor=2, data=2, zero=1, expert=2, sequence=True)),
     (TOP_2, Case(pipeline=2, data=2, zero=1, expert=2)),
+    ((*TOP_2[:3], "model.expert_every=4"), Case(pipeline=2, data=2, zero=1, expert=2)),  # experts on one stage only
     (TOP_1, Case(tensor=2, data=2, zero=0, expert=2)),
     (TOP_1, Case(data=2, zero=2, expert=2)),
     (TOP_1, Case(tensor=2, pipeline=2, zero=0, sequence=True)),

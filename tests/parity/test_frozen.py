@@ -130,3 +130,8 @@ def test_a_checkpoint_goes_to_another_layout(first, second, tmp_path, dataset, r
     for name in frozen_names(theirs):
         assert torch.equal(between.tensor(name), theirs.tensor(name)), name
         assert torch.equal(ours.tensor(name), theirs.tensor(name)), name
+
+
+def test_a_pattern_that_matches_nothing_ends_every_rank_before_training(tmp_path, recipe):
+    assert train_on(2, recipe, [f"run.dir={tmp_path}", "model.freeze=[embeding.*]"]) == [2, 2]
+    assert not (tmp_path / METRICS_FILE).exists()
