@@ -319,7 +319,8 @@ class Engine:
         at = self.groups.coordinates
         if self.groups.replica == at.tp == 0:
             for name, buffer in self.stage.named_global_buffers():
-                yield OwnedFragment(name, "weight", tuple(buffer.shape), None, 0, 1, 0, buffer.view(-1))
+                yield OwnedFragment(name, "weight", tuple(buffer.shape), None, slice_rank=0, slice_size=1, start=0,
+                                    tensor=buffer.view(-1))
         if self.is_replicated and self.groups.replica >= self.layout.expert:  # the first expert group holds everything
             return
         for kind in KINDS:
@@ -327,7 +328,8 @@ class Engine:
                 if self._counts(name):
                     sliced = self.slots[name].slice_dim is not None
                     yield OwnedFragment(name, kind, self.global_shape(name), self.slots[name].slice_dim,
-                                        at.tp if sliced else 0, self.layout.tensor if sliced else 1, start, tensor)
+                                        slice_rank=at.tp if sliced else 0,
+                                        slice_size=self.layout.tensor if sliced else 1, start=start, tensor=tensor)
 
     def close(self) -> None:
         """Give back what DeepSpeed holds, so that another engine can be built in this process."""

@@ -4,7 +4,7 @@ Sources: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5, for states; Kort
 equations 1 to 6, for activations, with the terms of our blocks. docs/memory.md compares both with what was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from parallel.zero.settings import BUCKET_ELEMENTS
 
@@ -21,6 +21,7 @@ class StateBytes:
     gradients: float
     optimizer: float  # moments, and the fp32 master weights where they are not the weights themselves
     communication: float  # buffers that stay
+    _: KW_ONLY
     # In host memory with or without offload, so not part of `total`: fp32 copies of frozen weights of 16 bits.
     host: float = 0.0
 
@@ -46,14 +47,14 @@ def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, *
     share = num_parameters / data
     optimizer = (FULL_BYTES + moments) * share
     if zero_stage == 1:
-        return StateBytes(low * num_parameters + frozen, FULL_BYTES * num_parameters, optimizer, 0, host)
+        return StateBytes(low * num_parameters + frozen, FULL_BYTES * num_parameters, optimizer, 0, host=host)
     if zero_stage == 2:
-        return StateBytes(low * num_parameters + frozen, FULL_BYTES * share, optimizer, 0, host)
+        return StateBytes(low * num_parameters + frozen, FULL_BYTES * share, optimizer, 0, host=host)
     bucket = FULL_BYTES * min(num_parameters, BUCKET_ELEMENTS)
-    return StateBytes(low * (share + num_gathered) + frozen, FULL_BYTES * share, optimizer, bucket, host)
+    return StateBytes(low * (share + num_gathered) + frozen, FULL_BYTES * share, optimizer, bucket, host=host)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Activations:
     """Activations of a decoder of equal pre-norm blocks on one tensor rank, for one micro-batch.
 

@@ -10,7 +10,7 @@ no optimizer holds, come in by parallel/zero/frozen_weights.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from math import prod
 from typing import NamedTuple, Protocol
 
@@ -38,6 +38,7 @@ class OwnedFragment:
     kind: str
     global_shape: tuple[int, ...]
     slice_dim: int | None
+    _: KW_ONLY
     slice_rank: int
     slice_size: int
     start: int
