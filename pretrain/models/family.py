@@ -15,7 +15,6 @@ One line in `pretrain.models.FAMILIES` makes the family known.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 from pydantic import BaseModel, Field
 
@@ -32,7 +31,7 @@ class FamilyConfig(BaseModel):
     family: str
     vocab_size: int
     sequence_length: int
-    freeze: list[Annotated[str, Field(min_length=1)]] = Field(
+    freeze: list[str] = Field(
         [], description="patterns of parameter names (`*` and `?` as in file names, such as `embedding.*` or "
         "`blocks.0.*`); the parameters that they match are not trained"
     )

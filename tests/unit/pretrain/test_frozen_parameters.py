@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 
 from common.errors import ConfigError
 from parallel.single_rank import single_rank
 from pretrain.config.run_config import config_from, load_config
+from pretrain.models import FAMILIES
 from pretrain.models.build import build_stage
 from pretrain.training.frozen_parameters import check_freeze, frozen_layers
 from pretrain.training.optim import parameter_groups
@@ -50,7 +53,7 @@ def test_all_problems_at_once():
     assert len(refused.value.problems) == 2
 
 
-@pytest.mark.parametrize(("text", "words"), [("embedding.*", "list"), ("[1]", "a text in quotes"), ("['']", "1")])
+@pytest.mark.parametrize(("text", "words"), [("embedding.*", "a list in brackets"), ("[1]", "a text in quotes")])
 def test_values_that_are_no_list_of_patterns(text, words, recipe):
     with pytest.raises(ConfigError, match="model.freeze") as refused:
         load_config(recipe, [f"model.freeze={text}"])
@@ -59,12 +62,9 @@ def test_values_that_are_no_list_of_patterns(text, words, recipe):
 
 @pytest.mark.parametrize("family", ["gpt", "t5", "bart", "bert", "clip"])
 def test_what_matches_is_frozen_and_in_no_group(family, groups, monkeypatch):
-    model = model_of(family, freeze=["*.0.attention.*", "*norm*"], **({} if family == "clip" else EXPERTS))
+    experts = EXPERTS if family in ("gpt", "t5", "bart") else {}
+    model = model_of(family, freeze=["*.0.attention.*", "*norm*"], **experts)
     check_freeze(model)
-    from importlib import import_module
-
-    from pretrain.models import FAMILIES
-
     modules = import_module(f"{FAMILIES[family]}.modules")
     whole = modules.layers
     monkeypatch.setattr(modules, "layers", lambda config, tp: frozen_layers(whole(config, tp), config.freeze))
