@@ -27,7 +27,6 @@ from parallel.precision import DTYPES, CastOnUse
 from parallel.process_groups import Groups
 from parallel.random_streams import seed_step
 from parallel.recompute import recompute_selectively, recomputed
-from parallel.step_hooks import StepHooks
 from parallel.tensor_parallel import TensorParallel
 from parallel.zero.engine import init_distributed, partitioned_construction, settle_tied, start_engine
 from parallel.zero.frozen_weights import open_state
@@ -37,6 +36,7 @@ from parallel.zero.offload import MappedFiles
 from parallel.zero.optimizer_state import KINDS, OwnedFragment, Slot, set_adam_step
 from parallel.zero.placeholders import trained_parameters
 from parallel.zero.settings import deepspeed_config
+from parallel.zero.step_hooks import StepHooks
 
 
 class Objective(Protocol):
@@ -169,7 +169,7 @@ class Engine:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
 
         Inside DeepSpeed's `step` (and the pipeline engine's `train_batch`) `step_hooks` measures the gradient norm,
-        clips, and holds bounds of weights: parallel/step_hooks.py.
+        clips, and holds bounds of weights: parallel/zero/step_hooks.py.
 
         Raises:
             NotFinite: the global gradient norm is NaN or infinite outside fp16 (the same on every rank).

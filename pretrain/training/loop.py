@@ -20,7 +20,7 @@ from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.agreement import sum_over_ranks
 from parallel.ranks.rank_info import RankInfo
 from parallel.ranks.rendezvous import RendezvousError, join, leave
-from parallel.step_hooks import NotFinite
+from parallel.zero.step_hooks import NotFinite
 from pretrain.checkpoint.manifest import CheckpointError, published
 from pretrain.checkpoint.start_weights import start_folder
 from pretrain.checkpoint.store import Checkpoint, StorageError, newest_whole, open_whole, save, starting_weights

@@ -64,7 +64,7 @@ USED = {  # file of ours: where the names are defined, and the names
                                          "get_expert_data_parallel_group", "destroy_global_memory_buffer"),
         "torch.cuda": ("current_device",),  # replaced on machines without CUDA
     },
-    "parallel/step_hooks.py": {"torch": ("_foreach_mul_", "_foreach_norm")},
+    "parallel/zero/step_hooks.py": {"torch": ("_foreach_mul_", "_foreach_norm")},
     "parallel/ranks/agreement.py": {"torch.distributed.distributed_c10d": ("_get_default_store",)},
     "parallel/ranks/rendezvous.py": {"torch.distributed.distributed_c10d": ("_get_default_store",
                                                                            "_abort_process_group")},

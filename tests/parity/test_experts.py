@@ -143,7 +143,7 @@ def poisoned_step(info, values: dict) -> str:
     from parallel.layout import Layout
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
-    from parallel.step_hooks import NotFinite
+    from parallel.zero.step_hooks import NotFinite
     from pretrain.config.run_config import config_from
     from pretrain.training.build_engine import build_engine
 

@@ -134,7 +134,7 @@ def test_what_stays_fp32_is_what_the_table_says(zero_stage):
 
 def poisoned(info, values: dict) -> tuple[str, bool]:
     """What a step says when one rank alone has a gradient that is NaN, and whether every weight stayed as it was."""
-    from parallel.step_hooks import NotFinite
+    from parallel.zero.step_hooks import NotFinite
 
     engine, batches = prepared(info, values)
     if info.rank == info.world_size - 1:
