@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import NotFinite
 from parallel.chunked_loss import waiting
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.gradient_cache import TwoPassStep
@@ -32,11 +31,14 @@ from parallel.recompute import recompute_selectively, recomputed
 from parallel.tensor_parallel import TensorParallel
 from parallel.tensor_slice import OwnedFragment, SliceRange, Source
 from parallel.zero.engine import init_distributed, partitioned_construction, settle_tied, start_engine
+from parallel.zero.frozen_weights import open_state
 from parallel.zero.fused_loss import chunked_cross_entropy
 from parallel.zero.host_adam import adamw
 from parallel.zero.offload import MappedFiles
-from parallel.zero.optimizer_state import KINDS, Slot, open_state, set_adam_step
+from parallel.zero.optimizer_state import KINDS, Slot, set_adam_step
+from parallel.zero.placeholders import trained_parameters
 from parallel.zero.settings import deepspeed_config
+from parallel.zero.step_hooks import StepHooks
 
 FILL_ELEMENTS = 1 << 22  # read from a source at once: 16 MiB
 
@@ -63,7 +65,7 @@ class Engine:
     """A model on a layout, ready to step."""
 
     def __init__(self, build_layers: Callable[[TensorParallel], Sequence[LayerSpec]], objective: Objective,
-                 groups: Groups, parallel: ParallelConfig, precision: PrecisionConfig, device: torch.device,
+                 groups: Groups, parallel: ParallelConfig, *, precision: PrecisionConfig, device: torch.device,
                  make_optimizer: Callable[[list, Callable], torch.optim.Optimizer], clip_norm: float, seed: int,
                  source: Source | None = None):
         """
@@ -77,7 +79,7 @@ class Engine:
             NoRoom: the disc of `parallel.offload_folder` is full.
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
-        self.clip_norm, self.seed = clip_norm, seed
+        self.seed = seed
         self.is_replicated = parallel.zero_stage == 0
         self.accumulation = parallel.global_batch // (parallel.micro_batch * self.layout.data)
         at = groups.coordinates
@@ -96,17 +98,18 @@ class Engine:
         self.slots = {name: slot for slot in slots for name in slot.names}
         self.stage, self._borrowed, self.balances = stage, stage.borrowed(), Balances(stage, groups, device)
         wrapped = self._wrap(specs, precision, parallel)
-        optimizer = make_optimizer(list(stage.named_global_parameters()), adamw(parallel.offload))
-        self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped, self._pipeline_loss, groups,
-                                      optimizer)
+        optimizer = make_optimizer(trained_parameters(stage, groups, device), adamw(parallel.offload))
+        self.deepspeed = start_engine(config, specs, self.bounds, stage, wrapped=wrapped, loss=self._pipeline_loss,
+                                      groups=groups, optimizer=optimizer)
         self.two_pass = TwoPassStep(self.deepspeed, self._forward_backward, self.terms, groups) \
             if getattr(objective, "two_pass", False) else None
-        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups.replica)
+        self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups)
         if parallel.offload_folder:
             self.state.move_to(MappedFiles(parallel.offload_folder))
-        self._grad_norm = torch.zeros(())
-        self._own_optimizer_step()
-        self._hold_bounds()
+        max_values = {name: slot.parameter.plan.max_value for name, slot in self.slots.items()
+                      if slot.parameter.plan.max_value is not None and slot.parameter.plan.trainable}
+        self.step_hooks = StepHooks(self.deepspeed, self.state, groups, clip_norm, is_counted=self._counts,
+                                    max_values=max_values, is_replicated=self.is_replicated)
         self.fill(source or InitialWeights({name: slot.parameter.plan for name, slot in self.slots.items()}, seed))
 
     # -- construction -------------------------------------------------------------------------------------------------
@@ -154,13 +157,16 @@ class Engine:
     def train_step(self, batches: list[Batch] | None, step: int, learning_rate: float) -> StepResult:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
 
+        Inside DeepSpeed's `step` (and the pipeline engine's `train_batch`) `step_hooks` measures the gradient norm,
+        clips, and holds bounds of weights: parallel/zero/step_hooks.py.
+
         Raises:
             NotFinite: the global gradient norm is NaN or infinite outside fp16 (the same on every rank).
         """
         seed_step(self.seed, step, self.groups)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.balances.begin_step(self._loss_scale() / self.accumulation)
+        self.balances.begin_step(self.step_hooks.loss_scale() / self.accumulation)
         self.terms.begin_step()
         micro_batches = self.terms.for_step(batches) if batches is not None else []
         if self.layout.pipeline > 1:
@@ -174,7 +180,7 @@ class Engine:
                 for micro_batch in micro_batches:
                     self._forward_backward(micro_batch.inputs, self.terms.of(micro_batch))
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
-        return StepResult(self.terms.means(), float(self._grad_norm), skipped,
+        return StepResult(self.terms.means(), float(self.step_hooks.grad_norm), skipped,
                           self.balances.end_step(taken=not skipped))
 
     def _forward_backward(self, inputs: Any, loss: LossFunction) -> None:
@@ -184,10 +190,6 @@ class Engine:
 
     def _pipeline_loss(self, outputs: Any, labels: tuple[Tensor, ...]) -> Tensor:
         return self.terms.loss(outputs, MicroBatch.of_labels(labels))
-
-    def _loss_scale(self) -> float:
-        """What DeepSpeed multiplies the loss with before the backward: above 1 in fp16 only."""
-        return float(getattr(self.deepspeed.optimizer, "loss_scale", 1.0) or 1.0)
 
     @torch.no_grad()
     def evaluate(self, batches: Batches | None) -> Losses:
@@ -216,57 +218,7 @@ class Engine:
         # The terms are reduced by `LossTerms`, so DeepSpeed need not average and broadcast the loss.
         self.deepspeed.eval_batch(items, num_micro_batches=int(agreed), reduce_output=None, bcast_loss=False)
 
-    # -- gradient norm and clipping -----------------------------------------------------------------------------------
-
-    def _own_optimizer_step(self) -> None:
-        """Put our norm and clipping where every DeepSpeed path meets: just before the optimizer's own step."""
-        inner = self.deepspeed.optimizer.step
-
-        def step(*args, **kwargs):
-            self._clip()
-            return inner(*args, **kwargs)
-
-        self.deepspeed.optimizer.step = step
-
-    def _hold_bounds(self) -> None:
-        """Hold planned upper bounds in the fp32 weights, before DeepSpeed copies them out: right after Adam's step."""
-        bounded = [(fragment.tensor, self._plan(fragment.name).max_value) for fragment in self.state.fragments("weight")
-                   if self._plan(fragment.name).max_value is not None]
-        inner = self.state.base.step
-
-        def step(*args, **kwargs):
-            result = inner(*args, **kwargs)
-            with torch.no_grad():
-                for weights, most in bounded:
-                    weights.clamp_(max=most)
-            return result
-
-        if bounded:
-            self.state.base.step = step
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        """Global L2 norm with every parameter counted once, then scale so that it is at most `clip_norm`.
-
-        A tensor-sliced parameter counts on each tensor rank, a full one on the first; an expert where it is, the rest
-        on the first of the expert group; a tied copy not at all; ZeRO pieces on the rank that holds them.
-        """
-        gradients = list(self.state.gradients())
-        counted = [g.tensor for g in gradients if self._counts(g.name)]
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        if counted:
-            square = torch.stack(torch._foreach_norm(counted)).double().square().sum().to(self.device)  # from the host
-        # stage 0: replicas hold equal gradients, so only tp x ep x pp is summed; else every rank holds its own pieces
-        group = self.groups.model if self.is_replicated else None
-        dist.all_reduce(square, group=group)
-        self._grad_norm = (square.sqrt() / self._loss_scale()).float()
-        norm = float(self._grad_norm)
-        if not norm < float("inf"):
-            if self.deepspeed.fp16_enabled():
-                return  # DeepSpeed sees the overflow too, skips the update and lowers the scale
-            raise NotFinite(f"the gradient norm is {norm}")
-        if self.clip_norm and norm > self.clip_norm:
-            torch._foreach_mul_([g.tensor for g in gradients], self.clip_norm / (norm + 1e-6))
+    # -- state by global name -----------------------------------------------------------------------------------------
 
     def _counts(self, name: str) -> bool:
         """Whether this rank's piece of a tensor is the one that counts, and is stored."""
@@ -276,7 +228,6 @@ class Engine:
             first = first and at.dp % self.layout.expert == 0
         return name not in self._borrowed and first
 
-    # -- state by global name -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def fill(self, source: Source) -> None:

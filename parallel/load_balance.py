@@ -34,15 +34,19 @@ class Balance(nn.Module):
         self.totals: Tensor | None = None
 
     def attach(self, x: Tensor, loss: Tensor, load: Tensor, statistics: dict[str, Tensor]) -> Tensor:
-        """x unchanged; in its backward the auxiliary loss gets its gradient, and the statistics are counted.
+        """x unchanged; its backward gives the auxiliary loss its gradient and counts the statistics, once per forward.
 
-        Counting in the backward counts each micro-batch once, also where activations are computed again.
+        Both happen in the backward, because a forward may run again to recompute activations. They happen in its first
+        traversal only, because a graph may be traversed more than once: DeepSpeed's pipeline engine calls `backward`
+        for each floating-point tensor that a stage sends on.
 
         Args:
             loss: scalar, the mean over this micro-batch's sequences, coefficients included.
             load: [experts], how many choices fell on each.
             statistics: scalars by the names of STATISTICS.
         """
+        if not x.requires_grad:  # a frozen router counts as well: the backward has to come by
+            x = x.detach().requires_grad_()
         told = torch.cat([load.double(), torch.stack([statistics[name].detach().double() for name in STATISTICS])])
         return _Attach.apply(x, loss, told, self)
 
@@ -56,11 +60,14 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor, told: Tensor, balance: Balance) -> Tensor:
         ctx.save_for_backward(told)
-        ctx.balance, ctx.loss_type = balance, loss.dtype
+        ctx.balance, ctx.loss_type, ctx.is_counted = balance, loss.dtype, False
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        if ctx.is_counted:  # a further traversal of the same graph
+            return gradient, None, None, None
+        ctx.is_counted = True
         (told,) = ctx.saved_tensors
         balance = ctx.balance
         balance.totals = told if balance.totals is None else balance.totals + told

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from math import prod
 
 import numpy as np
@@ -55,19 +55,25 @@ class ParameterPlan:
     max_value: float | None = None  # each element is held at or below this after every step
     stack: Stack | None = None
     keep_fp32: bool = False  # not cast to the compute type where parallel/precision.py casts
+    trainable: bool = True  # else it is filled and stored, and has no gradient, moments or weight decay
 
 
 def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0, slice_dim: int | None = None,
                    no_decay: bool | None = None, max_value: float | None = None, stack: Stack | None = None,
                    keep_fp32: bool = False) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack,
-                                   keep_fp32=keep_fp32)
+    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack, keep_fp32=keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
     parameter.tensor_model_parallel = slice_dim is not None
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
     dims = len(shape) - (stack is not None)
     parameter.no_decay = dims < 2 if no_decay is None else no_decay
+
+
+def freeze(parameter: nn.Parameter) -> None:
+    """Keep a planned parameter as it is filled: no gradient is computed for it, and no optimizer holds it."""
+    parameter.plan = replace(parameter.plan, trainable=False)
+    parameter.requires_grad_(False)
 
 
 def draw(name: str, shape: tuple[int, ...], plan: ParameterPlan, seed: int) -> Tensor:

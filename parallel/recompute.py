@@ -62,6 +62,8 @@ class Recomputable(nn.Module):
             return product(function(*inputs))
         between = self.recompute(function, *inputs)
         result = product(between)
+        if not result.requires_grad:  # frozen, and so is everything before: nothing is kept for a backward
+            return result
         storage, again = between.untyped_storage(), tuple(tensor.detach() for tensor in inputs)
         num_bytes = storage.nbytes()
 
@@ -75,7 +77,8 @@ class Recomputable(nn.Module):
 
         storage.resize_(0)
         result.register_hook(fill)
-        between.register_hook(empty)
+        if between.requires_grad:  # else only the weight of the product is trained, and the graph ends here
+            between.register_hook(empty)
         return result
 
     def _recomputes(self) -> bool:

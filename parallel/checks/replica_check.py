@@ -69,10 +69,10 @@ def differences(engine: Engine) -> list[Difference]:
 def _held(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """(identity, tensor) of every weight of this rank; ranks that have an identity in common must agree on it."""
     tensor_rank = engine.groups.coordinates.tp
-    for name, data_piece, tensor in engine.state.weights():
-        slice_rank = None if engine.slots[name].slice_dim is None else tensor_rank
-        if tensor.numel():
-            yield json.dumps([name, slice_rank, data_piece]), tensor
+    for held in engine.state.weights():
+        slice_rank = None if engine.slots[held.name].slice_dim is None else tensor_rank
+        if held.tensor.numel():
+            yield json.dumps([held.name, slice_rank, held.replica]), held.tensor
 
 
 def _number(identity: str) -> int:

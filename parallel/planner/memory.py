@@ -4,7 +4,7 @@ Sources: Rajbhandari et al. 2020 (arXiv 1910.02054), section 5, for states; Kort
 equations 1 to 6, for activations, with the terms of our blocks. docs/memory.md compares both with what was measured.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from common.number_formats import NUMBER_FORMATS
 from parallel.zero.settings import BUCKET_ELEMENTS
@@ -21,29 +21,37 @@ class StateBytes:
     gradients: float
     optimizer: float  # moments, and the fp32 master weights where they are not the weights themselves
     communication: float  # buffers that stay
+    _: KW_ONLY
+    # In host memory with or without offload, so not part of `total`: fp32 copies of frozen weights of 16 bits.
+    host: float = 0.0
 
     @property
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.communication
 
 
-def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, *, num_gathered: int = 0) -> StateBytes:
-    """Model states of a rank whose tensor slice and stage have `num_parameters`, over `data` ranks (`Layout.replicas`).
+def state_bytes(num_parameters: int, zero_stage: int, data: int, compute: str, *, num_gathered: int = 0,
+                num_frozen: int = 0) -> StateBytes:
+    """Model states of a rank whose tensor slice and stage have `num_parameters` that are trained and `num_frozen` that
+    are not, over `data` ranks (`Layout.replicas`).
 
     Gradients are summed in fp32 whatever the compute type is, where the paper has 2 bytes. Stage 0 keeps fp32 weights
     in every compute type and has no others. Stage 3 keeps `num_gathered` elements whole, those of small parameters.
     """
     low, moments = NUMBER_FORMATS[compute].num_bytes, NUM_MOMENTS * FULL_BYTES
     if zero_stage == 0:
-        return StateBytes(FULL_BYTES * num_parameters, FULL_BYTES * num_parameters, moments * num_parameters, 0)
+        weights = FULL_BYTES * (num_parameters + num_frozen)
+        return StateBytes(weights, FULL_BYTES * num_parameters, moments * num_parameters, 0)
+    frozen = low * num_frozen / (data if zero_stage == 3 else 1)
+    host = 0 if low == FULL_BYTES else FULL_BYTES * num_frozen / data
     share = num_parameters / data
     optimizer = (FULL_BYTES + moments) * share
     if zero_stage == 1:
-        return StateBytes(low * num_parameters, FULL_BYTES * num_parameters, optimizer, 0)
+        return StateBytes(low * num_parameters + frozen, FULL_BYTES * num_parameters, optimizer, 0, host=host)
     if zero_stage == 2:
-        return StateBytes(low * num_parameters, FULL_BYTES * share, optimizer, 0)
+        return StateBytes(low * num_parameters + frozen, FULL_BYTES * share, optimizer, 0, host=host)
     bucket = FULL_BYTES * min(num_parameters, BUCKET_ELEMENTS)
-    return StateBytes(low * (share + num_gathered), FULL_BYTES * share, optimizer, bucket)
+    return StateBytes(low * (share + num_gathered) + frozen, FULL_BYTES * share, optimizer, bucket, host=host)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from parallel.pipeline_stages import LayerSpec, Stage, WholeModel
-from parallel.planner.memory import BUCKET_ELEMENTS
 from parallel.process_groups import Groups, Units
 from parallel.zero.expert_groups import separate_experts
 from parallel.zero.pipeline_module import StagePipeline, VShapedPipeline
+from parallel.zero.settings import BUCKET_ELEMENTS
 
 
 def partitioned_construction(config: dict, groups: Groups) -> AbstractContextManager:
@@ -27,18 +27,20 @@ def partitioned_construction(config: dict, groups: Groups) -> AbstractContextMan
     return deepspeed.zero.Init(data_parallel_group=groups.replicas, config_dict_or_path=config, mpu=Units())
 
 
-def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
-                 loss: Callable[[Tensor, tuple], Tensor], groups: Groups, optimizer: torch.optim.Optimizer):
+def start_engine(config: dict, specs: list[LayerSpec], bounds: list[int], stage: Stage, *,
+                 wrapped: dict[str, Callable], loss: Callable[[Tensor, tuple], Tensor], groups: Groups,
+                 optimizer: torch.optim.Optimizer):
     """DeepSpeed's pipeline engine when the layout has stages, its plain engine otherwise.
 
     Args:
         loss: (outputs of the last stage, labels) -> scalar; the plain engine is handed one with every micro-batch.
     """
     layout = groups.layout
-    _fit_buckets(config, stage)
+    config = with_fitting_buckets(config, stage)
     piped = layout.pipeline > 1
     kind = VShapedPipeline if len(stage.spans) == 2 else StagePipeline
-    model = kind(specs, bounds, stage, wrapped, loss, layout) if piped else WholeModel(stage, wrapped)
+    model = (kind(specs, bounds, stage, wrapped, loss=loss, layout=layout) if piped
+             else WholeModel(stage, wrapped))
     if layout.expert > 1:
         separate_experts(model, optimizer, groups)
     if piped:
@@ -59,11 +61,16 @@ def _keep_own_share(optimizer) -> None:
     optimizer._use_compact_grad_partition_buffer = lambda group: True
 
 
-def _fit_buckets(config: dict, stage: Stage) -> None:
-    """No bucket larger than what is to be exchanged: ZeRO-3 holds one all the time."""
-    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters())
-    for key in ("reduce_bucket_size", "allgather_bucket_size"):
-        config["zero_optimization"][key] = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # an even number
+def with_fitting_buckets(config: dict, stage: Stage) -> dict:
+    """A copy of the config with no bucket larger than what is exchanged: ZeRO-3 holds one all the time.
+
+    `zero.Init` has read the config before the parameters could be counted; it takes no bucket from it.
+    """
+    num_parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in stage.parameters()
+                         if parameter.requires_grad)
+    size = min(BUCKET_ELEMENTS, num_parameters + num_parameters % 2)  # an even number
+    buckets = dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), size)
+    return {**config, "zero_optimization": {**config["zero_optimization"], **buckets}}
 
 
 @torch.no_grad()

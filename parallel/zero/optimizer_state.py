@@ -1,17 +1,18 @@
 """Where an engine keeps fp32 weights, Adam's moments and gradients, as flat fragments of named parameters.
 
 DeepSpeed lays state out in four ways: a torch optimizer over whole parameters (stage 0), a flat partition per parameter
-group (its bf16 optimizer and stages 1 and 2), and partitions inside sub-groups (stage 3). `open_state` hides which.
+group (its bf16 optimizer and stages 1 and 2), and partitions inside sub-groups (stage 3). `StateView` hides which.
 The rest of the project sees one thing: this rank holds elements [start, start + len) of the flattened local tensor of
-parameter `name`. That is what initialisation fills, clipping measures, and checkpoints store.
+parameter `name`. That is what initialisation fills, clipping measures, and checkpoints store. Frozen parameters, which
+no optimizer holds, come in by parallel/zero/frozen_weights.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,58 @@ class Slot:
                 yield Fragment(name, begin - index * size, tensor[begin - start : stop - start])
 
 
-def whole_weights(slots: list[Slot]) -> Iterator[tuple[str, int | None, Tensor]]:
-    """(name, None, the weights as the model computes with them) where no rank holds less than its tensor slice."""
+class HeldWeight(NamedTuple):
+    """A weight, or a piece of one, in the type that the model computes with. `replica` is None where every replica
+    holds it whole, else the replica (of the cp x dp ranks) whose piece it is.
+    """
+
+    name: str
+    replica: int | None
+    tensor: Tensor
+
+
+class StateView(Protocol):
+    """One view of the state that DeepSpeed's optimizers lay out in different ways.
+
+    All views yield tensors of this rank by global name. `base` is the optimizer that steps: torch's AdamW or
+    DeepSpeed's for the CPU.
+    """
+
+    base: torch.optim.Optimizer
+
+    def fragments(self, kind: str) -> Iterator[Fragment]:
+        """What this rank owns of a kind of KINDS, in fp32. A fragment is a view: who writes to it calls `refresh`."""
+
+    def weights(self) -> Iterator[HeldWeight]:
+        """The weights that the model computes with, in its compute type, as far as this rank holds them."""
+
+    def gradients(self) -> Iterator[Fragment]:
+        """Between the backward and the optimizer's step: what this rank holds of the reduced gradients, as views."""
+
+    def move_to(self, files: MappedFiles) -> None:
+        """Keep master weights and moments in files, from the first step on."""
+
+    def refresh(self) -> None:
+        """Bring changed fragments of weights into the model, on every rank that computes with them. A collective."""
+
+
+def whole_weights(slots: Iterable[Slot]) -> Iterator[HeldWeight]:
+    """The weights as the model computes with them, where no rank holds less than its tensor slice."""
     for slot in slots:
-        yield from ((name, None, weights) for name, _, weights in slot.fragments(0, slot.parameter.data.view(-1)))
+        yield from (HeldWeight(name, None, weights)
+                    for name, _, weights in slot.fragments(0, slot.parameter.data.view(-1)))
+
+
+def zero3_weights(slot: Slot, replica: int) -> Iterator[HeldWeight]:
+    """This replica's piece of a parameter, and all of it where DeepSpeed keeps it gathered."""
+    parameter = slot.parameter
+    if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
+        held = parameter.partition_numel()
+        count = max(0, min(held, parameter.ds_numel - replica * held))  # behind it lies padding
+        start, piece = replica * held, parameter.ds_tensor.view(-1)[:count]
+        yield from (HeldWeight(name, replica, weights) for name, _, weights in slot.fragments(start, piece))
+    if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
+        yield from whole_weights([slot])
 
 
 class WholeState:
@@ -68,13 +117,17 @@ class WholeState:
             whole = slot.parameter.data if kind == "weight" else _moment(self.base, slot.parameter, kind)
             yield from slot.fragments(0, whole.view(-1))
 
-    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+    def weights(self) -> Iterator[HeldWeight]:
         return whole_weights(self.slots)
 
     def gradients(self) -> Iterator[Fragment]:
         for slot in self.slots:
             if slot.parameter.grad is not None:
                 yield from slot.fragments(0, slot.parameter.grad.view(-1))
+
+    def move_to(self, files: MappedFiles) -> None:
+        """Offload needs ZeRO 1 to 3 (a rule of parallel/rules/table.py)."""
+        raise NotImplementedError("at stage 0 the optimizer's state stays in memory")
 
     def refresh(self) -> None:
         """Nothing to do: the weights are the fragments."""
@@ -87,6 +140,7 @@ class PartitionedState:
         self.optimizer = optimizer
         self.base = optimizer.optimizer
         self.all_slots = slots
+        # DeepSpeed maps a parameter to this rank's partition where the two overlap
         self.slots = [slot for slot in slots if slot.parameter._hp_mapping is not None]
 
     def fragments(self, kind: str) -> Iterator[Fragment]:
@@ -98,7 +152,7 @@ class PartitionedState:
             piece = source.narrow(0, address.start, address.numel)
             yield from slot.fragments(mapping.lp_fragment_address.start, piece)
 
-    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
+    def weights(self) -> Iterator[HeldWeight]:
         return whole_weights(self.all_slots)
 
     def gradients(self) -> Iterator[Fragment]:
@@ -149,17 +203,9 @@ class Zero3State:
             if count:
                 yield from slot.fragments(start, source.narrow(0, offset, count))
 
-    def weights(self) -> Iterator[tuple[str, int | None, Tensor]]:
-        """This rank's pieces, and whole what DeepSpeed keeps gathered."""
+    def weights(self) -> Iterator[HeldWeight]:
         for slot in self.by_parameter.values():
-            parameter = slot.parameter
-            if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
-                held = parameter.partition_numel()
-                count = max(0, min(held, parameter.ds_numel - self.replica * held))  # behind it lies padding
-                start, piece = self.replica * held, parameter.ds_tensor.view(-1)[:count]
-                yield from ((name, self.replica, weights) for name, _, weights in slot.fragments(start, piece))
-            if parameter.ds_persist and parameter.ds_status.name == "AVAILABLE":
-                yield from whole_weights([slot])
+            yield from zero3_weights(slot, self.replica)
 
     def gradients(self) -> Iterator[Fragment]:
         for slot, group, index, offset, start, count in self._places():
@@ -219,8 +265,8 @@ def _step_count(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int) 
     return step
 
 
-def open_state(engine, slots: list[Slot], zero_stage: int, replica: int):
-    """The view that fits the optimizer DeepSpeed chose."""
+def open_optimizer_state(engine, slots: list[Slot], zero_stage: int, replica: int) -> StateView:
+    """The view that fits the optimizer DeepSpeed chose; `slots` are those that it trains."""
     if zero_stage == 0:
         return WholeState(engine.optimizer, slots)
     if zero_stage == 3:

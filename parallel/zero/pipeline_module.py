@@ -6,11 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
+import torch
 from deepspeed.pipe import LayerSpec as _PipeLayer
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import nn
+from torch import Tensor, nn
 
 from parallel.layout import Layout
 from parallel.pipeline_stages import LayerSpec, Stage
@@ -19,7 +20,7 @@ from parallel.pipeline_stages import LayerSpec, Stage
 class StagePipeline(PipelineModule):
     """DeepSpeed's pipeline module around a stage we built and cut ourselves."""
 
-    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable],
+    def __init__(self, specs: list[LayerSpec], bounds: list[int], stage: Stage, wrapped: dict[str, Callable], *,
                  loss: Callable, layout: Layout):
         self._bounds = bounds
         self._built = (stage, wrapped)
@@ -60,15 +61,16 @@ class StagePipeline(PipelineModule):
         for spec in specs:
             call = wrapped.get(spec.name, stage.by_name[spec.name])
             calls.append(partial(_call_tied, call, stage.by_name[spec.tied_to]) if spec.tied_to else call)
+        calls[-1] = partial(_call_with_gradients, calls[-1])
         return calls
 
     def get_tied_weights_and_groups(self) -> list:
         """Tied weights with the groups of stages that hold them, for the sum of their gradients.
 
-        DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16, or with offload) has
-        moved it to an fp32 sum, and the tied stages would each step with their own part of it.
+        A frozen weight has none. DeepSpeed looks for the gradient at the weight. Its ZeRO 1 optimizer in 16 bits (fp16,
+        or with offload) has moved it to an fp32 sum, and the tied stages would each step with their own part of it.
         """
-        found = super().get_tied_weights_and_groups()
+        found = [(weight, group) for weight, group in super().get_tied_weights_and_groups() if weight.requires_grad]
         sums = [getattr(weight, "grad_accum", None) for weight, _ in found]
         return [(weight if total is None else SimpleNamespace(grad=total), group)
                 for (weight, group), total in zip(found, sums, strict=True)]
@@ -87,6 +89,24 @@ class VShapedPipeline(StagePipeline, DualPipeVModule):
         self.phase_funcs = [self._calls(span) for span in self.stage.spans]
         self.phase_checkpointable = [[], []]
         self.activate_phase(0)
+
+
+def _call_with_gradients(layer: Callable, *arguments):
+    """The last layer of a stage, its outputs ready for a gradient.
+
+    The next stage sends a gradient for every real tensor, and DeepSpeed calls `backward` on each. Where all that leads
+    to one is frozen, that ends at once.
+    """
+    outputs = layer(*arguments)
+    if not torch.is_grad_enabled():
+        return outputs
+    return tuple(map(_needing_gradient, outputs)) if isinstance(outputs, tuple) else _needing_gradient(outputs)
+
+
+def _needing_gradient(output):
+    if isinstance(output, Tensor) and output.is_floating_point() and not output.requires_grad:
+        return output.detach().requires_grad_()
+    return output
 
 
 def _call_tied(layer: Callable, tied: nn.Module, state):

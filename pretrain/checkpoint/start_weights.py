@@ -15,7 +15,7 @@ from pretrain.models.family import FamilyConfig
 KEY = "checkpoint.start_from"
 # Fields that change neither what the tensors mean nor, but for their padding or length, what shape they have.
 MAY_DIFFER = ("pad_vocab_to", "dropout", "attention_dropout", "init_std", "sequence_length", "target_length",
-              "max_positions", "init_temperature", "capacity_factor", "balance_loss", "z_loss")
+              "max_positions", "freeze", "init_temperature", "capacity_factor", "balance_loss", "z_loss")
 
 
 def start_folder(start_from: str | Path) -> Path | None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from typing import get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -47,6 +48,8 @@ def _table(title: str, section: type[BaseModel]) -> str:
 def _kind(field: FieldInfo) -> str:
     """The type and its limits in words."""
     names = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    if get_origin(field.annotation) is list:
+        return "list of texts"
     options = getattr(field.annotation, "__args__", (field.annotation,))
     kinds = [names.get(option, f"`{option}`") for option in options]
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

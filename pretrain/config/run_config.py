@@ -216,6 +216,7 @@ def _field_problem(raw: RawConfig, section: str, cls: type[BaseModel], detail: d
         return _choice_problem(where, key, detail["input"], choices)
     wanted = detail["msg"].removeprefix("Input should be ").replace("a valid integer", "a whole number")
     wanted = wanted.replace("a valid boolean", "true or false").replace("a valid string", "a text in quotes")
+    wanted = wanted.replace("a valid list", "a list in brackets")
     return Problem(where, f"{name}: {shown(detail['input'])}", f"{wanted} ({meaning})", f"give {key} {wanted}")
 
 

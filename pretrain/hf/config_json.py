@@ -186,7 +186,8 @@ def misfits(architecture: Architecture, model: FamilyConfig) -> Iterator[Problem
                               ", ".join(sorted({str(mine) for mine, _ in rule.words})),
                               "keep the model in Trainyard's format: transformers' class has no such part")
         said[getattr(rule, "ours", "")] = True
-    silent = set(type(model).model_fields) - set(said) - set(architecture.free_of_ours)
+    # `freeze` says what is trained and nothing of the model itself
+    silent = set(type(model).model_fields) - set(said) - {*architecture.free_of_ours, "freeze"}
     if silent:
         raise LookupError(f"the map of {architecture.model_type} does not say what becomes of {sorted(silent)}")
 

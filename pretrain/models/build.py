@@ -28,8 +28,11 @@ def layer_list(model: FamilyConfig, tp: TensorParallel, num_predictions: int | N
     return [replace(spec, cost=float(shapes[spec.name].cost)) for spec in specs]
 
 
-def build_stage(model: FamilyConfig, groups: Groups, device: torch.device) -> Stage:
-    """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled."""
+def build_stage(model: FamilyConfig, groups: Groups | None, device: torch.device) -> Stage:
+    """All layers as one stage; matrices sliced over the tensor axis of `groups`. Weights are not filled.
+
+    With `groups` None the layers know of no other rank: enough for names.
+    """
     with torch.device(device):
         specs = layer_list(model, TensorParallel(groups, device))
         return Stage(specs, (0, len(specs)))

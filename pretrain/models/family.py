@@ -37,6 +37,10 @@ class FamilyConfig(BaseModel):
     family: str
     vocab_size: int
     sequence_length: int
+    freeze: list[str] = Field(
+        [], description="patterns of parameter names (`*` and `?` as in file names, such as `embedding.*` or "
+        "`blocks.0.*`); the parameters that they match are not trained"
+    )
 
 
 class TextConfig(FamilyConfig):

@@ -93,7 +93,7 @@ class Router(nn.Module):
         kept = None
         if self.training and self.mixture.capacity_factor is not None:
             kept = within_capacity(chosen, self.mixture.experts, self.mixture.capacity_factor)
-        if self.training and weights.requires_grad:
+        if self.training and torch.is_grad_enabled():
             weights = self._balanced(weights, logits, probabilities, chosen, kept=kept)
         return chosen, weights, kept
 

@@ -14,6 +14,7 @@ from parallel.tensor_slice import Source
 from pretrain.config.run_config import RunConfig
 from pretrain.models.build import layer_list
 from pretrain.objectives import make_loss
+from pretrain.training.frozen_parameters import check_freeze, frozen_layers
 from pretrain.training.optim import parameter_groups
 
 
@@ -26,15 +27,17 @@ def build_engine(config: RunConfig, groups: Groups, device: torch.device, source
         objective: in place of the config's own.
 
     Raises:
+        ConfigError: `model.freeze` does not fit the names of the model's parameters.
         NoRoom: a disk has no room for the optimizer state.
     """
+    check_freeze(config.model)
     optimizer = config.optimizer
 
     def make_optimizer(named: list, adamw: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
         return adamw(parameter_groups(named, optimizer.weight_decay), lr=optimizer.lr,
                      betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
 
-    return Engine(lambda tp: layer_list(config.model, tp, config.num_predictions),
+    return Engine(lambda tp: frozen_layers(layer_list(config.model, tp, config.num_predictions), config.model.freeze),
                   objective or make_loss(config.objective, config.model, TensorParallel(groups, device)), groups,
-                  config.parallel, config.precision, device, make_optimizer, optimizer.clip_norm, config.run.seed,
-                  source)
+                  config.parallel, precision=config.precision, device=device, make_optimizer=make_optimizer,
+                  clip_norm=optimizer.clip_norm, seed=config.run.seed, source=source)

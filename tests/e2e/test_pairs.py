@@ -15,15 +15,20 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> set[pairs.Pair]:
-    """The pairs in the configs that the tests of `tests/parity` train, read from those tests as they run."""
+def runs(tmp_path_factory) -> list[dict]:
+    """The configs that the tests of `tests/parity` train, read from those tests as they run."""
     record = tmp_path_factory.mktemp("record") / "runs.jsonl"
     done = subprocess.run([sys.executable, "-m", "pytest", "tests/parity", "-q", "-p", "no:cacheprovider", "-p",
                            "tests.helpers.recorder", "--record", str(record)], cwd=ROOT, capture_output=True, text=True,
                           check=False)
     assert record.exists(), done.stdout[-2000:] + done.stderr[-2000:]
-    runs = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    assert len(runs) > 100
+    found = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert len(found) > 100
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(runs) -> set[pairs.Pair]:
     return set().union(*(pairs.trained_pairs(run) for run in runs))
 
 
@@ -35,6 +40,16 @@ def test_every_pair_is_trained_or_refused(trained):
             neither.append(f"{verdict.kind} {told(pair)}: {verdict.words or pairs.overrides(verdict.choices)}")
         assert not (verdict.kind == "refused" and pair in trained), f"trained and refused: {told(pair)}"
     assert not neither, f"{len(neither)} pairs are neither trained nor refused:\n" + "\n".join(neither)
+
+
+def test_every_option_is_trained_where_two_tensors_cross_a_stage_boundary(runs):
+    """Together with experts, whose auxiliary loss enters in the backward: a third value beside each pair of those."""
+    crossing = [pairs.trained_values(run) for run in runs if run["model"].get("experts")
+                and run["parallel"]["pipeline"] > 1 and pairs.crosses_two_tensors(run)]
+    assert {values["model.family"] for values in crossing} == set(pairs.ENCODER_DECODERS)
+    trained = {item for values in crossing for item in values.items()}
+    missing = [f"{key}={value}" for key, value in pairs.boundary_pairs() if (key, value) not in trained]
+    assert not missing, f"never trained with experts and a cut inside a decoder: {', '.join(missing)}"
 
 
 def told(pair: pairs.Pair) -> str:

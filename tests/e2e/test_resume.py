@@ -25,6 +25,7 @@ CASES = {  # name: (ranks, overrides)
     "dropout": (2, ["parallel.zero_stage=1", "model.dropout=0.1", "model.attention_dropout=0.1"]),
     "offload": (2, ["parallel.zero_stage=3", "parallel.offload=optimizer",
                     f"parallel.offload_folder={tempfile.gettempdir()}"]),
+    "frozen": (2, ["parallel.zero_stage=1", "precision.compute=bf16", "model.freeze=[embedding.*, blocks.0.*]"]),
     "workers": (2, ["parallel.zero_stage=2", "data.workers=2"]),
 }
 

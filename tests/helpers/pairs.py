@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import combinations, product
+from importlib import import_module
+from itertools import combinations, pairwise, product
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from common.errors import ConfigError, Problem
 from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.layout import Layout
+from parallel.pipeline_stages import cut
 from pretrain.config.config_file import RawConfig, apply_overrides
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.models import FAMILIES, family_spec
@@ -34,6 +36,7 @@ MODEL_VALUES: dict[str, tuple] = {
     "model.family": tuple(FAMILIES), "objective.name": tuple(OBJECTIVES), "model.tied_head": (True, False),
     "model.experts": (0, 4),
 }  # fmt: skip
+ENCODER_DECODERS = tuple(name for name in FAMILIES if family_spec(name).form == "encoder_decoder")
 DATA, MICRO_BATCHES = "data degree", "micro-batches"  # they follow from other fields and from the number of ranks
 ASSIGNMENT = re.compile(r"\b((?:parallel|precision|model|objective)\.[a-z_]+)"
                         r"(?:=| to (?:one of |a multiple of )?)([A-Za-z0-9_.]+)")
@@ -72,8 +75,8 @@ def all_pairs() -> Iterator[Pair]:
         yield from (((first, value), (second, other)) for value, other in product(values, others))
 
 
-def trained_pairs(record: Mapping[str, Any]) -> set[Pair]:
-    """The pairs that occur together in a run: its config as plain values, and `world_size`."""
+def trained_values(record: Mapping[str, Any]) -> Choices:
+    """Every option's declared value in a run: its config as plain values, and `world_size`."""
     parallel = ParallelConfig(**record["parallel"])
     data = Layout.of(parallel, record["world_size"]).data
     found = {DATA: data, MICRO_BATCHES: parallel.global_batch // (parallel.micro_batch * data)}
@@ -81,13 +84,45 @@ def trained_pairs(record: Mapping[str, Any]) -> set[Pair]:
         section, _, name = key.partition(".")
         if name and name in record[section]:
             found[key] = record[section][name]
-    return set(combinations([(key, _class_of(values, found[key])) for key, values in options().items() if key in found],
-                            2))
+    return {key: _class_of(values, found[key]) for key, values in options().items() if key in found}
 
 
-def judge(pair: Pair) -> Verdict:
-    """Tries the pair with everything else as usual. Where rules refuse that, follows a remedy that leaves the pair
-    alone; where every remedy changes the pair, it is refused, and the remedy has to clear the refusal."""
+def trained_pairs(record: Mapping[str, Any]) -> set[Pair]:
+    """The pairs that occur together in a run."""
+    return set(combinations(trained_values(record).items(), 2))
+
+
+def boundary_pairs() -> Iterator[tuple[str, Any]]:
+    """Every option value that can go with experts and a pipeline of an encoder-decoder: at a boundary inside the
+    decoder two real tensors cross, and both lead back to the routers of the encoder.
+    """
+    for key, values in options().items():
+        yield from ((key, value) for value in values if any(_meets_experts(key, value, family)
+                                                            for family in ENCODER_DECODERS))
+
+
+def _meets_experts(key: str, value: Any, family: str) -> bool:
+    choices = {"model.family": family, "model.experts": 4, "parallel.pipeline": 2}
+    return choices.get(key, value) == value and judge(tuple({**choices, key: value}.items())).kind == "legal"
+
+
+def crosses_two_tensors(record: Mapping[str, Any]) -> bool:
+    """Whether a boundary between two stages of a run lies inside a decoder that has an encoder before it: the decoder's
+    activations and the encoder's output cross it.
+    """
+    config = config_from({name: record[name] for name in RunConfig.model_fields}, "record")
+    if config.model.family not in ENCODER_DECODERS:
+        return False
+    specs = import_module(f"{FAMILIES[config.model.family]}.modules").layers(config.model, None)
+    bounds = cut([spec.cost for spec in specs], config.parallel.num_stages, [spec.with_next for spec in specs])
+    inside = [spec.name.startswith("decoder.") and not spec.name.endswith("final_norm") for spec in specs]
+    return any(inside[before] and inside[after] for before, after in pairwise(range(len(specs))) if after in bounds)
+
+
+def judge(pair: tuple[tuple[str, Any], ...]) -> Verdict:
+    """Tries the pair (or more choices) with everything else as usual. Where rules refuse that, follows a remedy that
+    leaves the pair alone; where every remedy changes the pair, it is refused, and the remedy has to clear the refusal.
+    """
     choices, names_own_change = dict(pair), False
     for _ in range(MAX_REMEDIES):
         found = problems(choices)

@@ -82,6 +82,7 @@ def check(found: list[dict], expected: list[dict], bound: float = 1e-5) -> None:
     (TOP_2, Case(data=4, zero=2, expert=4)),
     (TOP_2, Case(tensor=2, data=2, zero=1, expert=2, sequence=True)),
     (TOP_2, Case(pipeline=2, data=2, zero=1, expert=2)),
+    ((*TOP_2[:3], "model.expert_every=4"), Case(pipeline=2, data=2, zero=1, expert=2)),  # experts on one stage only
     (TOP_1, Case(tensor=2, data=2, zero=0, expert=2)),
     (TOP_1, Case(data=2, zero=2, expert=2)),
     (TOP_1, Case(tensor=2, pipeline=2, zero=0, sequence=True)),
@@ -139,10 +140,10 @@ def poisoned_step(info, values: dict) -> str:
     """What a step says when one router's weight is not a number."""
     import torch
 
-    from parallel.engine import NotFinite
     from parallel.layout import Layout
     from parallel.process_groups import build_groups
     from parallel.ranks.rendezvous import join
+    from parallel.zero.step_hooks import NotFinite
     from pretrain.config.run_config import config_from
     from pretrain.training.build_engine import build_engine
 

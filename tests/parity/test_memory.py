@@ -63,17 +63,20 @@ def _is_tensor(found) -> bool:
     return type(found) in (torch.Tensor, torch.nn.Parameter)
 
 
-def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int, int]:
-    """(largest bytes by kind over a step, parameters, those that ZeRO-3 keeps whole)."""
+def measure_states(info, compute: str, stage: int, freeze: list[str]) -> tuple[dict[str, int], int, int, int]:
+    """(largest bytes by kind over a step, trained parameters, frozen ones, those that ZeRO-3 keeps whole)."""
     import torch
 
     groups = joined(info)
-    engine = open_engine(groups, {"hidden": 192}, {"micro_batch": 1, "global_batch": 8, "zero_stage": stage}, compute)
-    numels = [getattr(slot.parameter, "ds_numel", slot.parameter.numel()) for slot in engine.slots.values()]
+    parallel = {"micro_batch": 1, "global_batch": 8, "zero_stage": stage}
+    engine = open_engine(groups, {"hidden": 192, "freeze": freeze}, parallel, compute)
+    numels = {True: 0, False: 0}
+    for slot in engine.slots.values():
+        numels[slot.parameter.plan.trainable] += getattr(slot.parameter, "ds_numel", slot.parameter.numel())
     batches = [{"tokens": torch.randint(VOCAB_SIZE, (1, 33))} for _ in range(2)]
     engine.train_step(batches, 1, 1e-3)
     largest: dict[str, int] = {}
-    clip, step = engine._clip, engine.deepspeed.step
+    clip, step = engine.step_hooks.clip, engine.deepspeed.step
 
     def look() -> None:
         for kind, size in states_of(engine).items():
@@ -88,18 +91,21 @@ def measure_states(info, compute: str, stage: int) -> tuple[dict[str, int], int,
         look()
         clip()
 
-    engine._clip, engine.deepspeed.step = before_optimizer, after_backward
+    engine.step_hooks.clip, engine.deepspeed.step = before_optimizer, after_backward
     engine.train_step(batches, 2, 1e-3)
     kept = getattr(engine.deepspeed.optimizer, "persistent_parameters", [])
-    return largest, sum(numels), sum(parameter.ds_numel for parameter in kept)
+    return largest, numels[True], numels[False], sum(parameter.ds_numel for parameter in kept)
 
 
-@pytest.mark.parametrize(("compute", "stage"), STATES)
-def test_model_states(compute, stage):
-    for found, num_parameters, num_gathered in run_ranks(measure_states, 4, compute, stage):
-        expected = state_bytes(num_parameters, stage, 4, compute, num_gathered=num_gathered)
+@pytest.mark.parametrize(("compute", "stage", "freeze"), [
+    *((*state, []) for state in STATES),
+    *((*state, ["embedding.*", "blocks.0.*", "blocks.1.*"]) for state in (("fp32", 0), ("bf16", 1), ("bf16", 3))),
+])  # fmt: skip
+def test_model_states(compute, stage, freeze):
+    for found, num_parameters, num_frozen, num_gathered in run_ranks(measure_states, 4, compute, stage, freeze):
+        expected = state_bytes(num_parameters, stage, 4, compute, num_gathered=num_gathered, num_frozen=num_frozen)
         assert found["weights"] == pytest.approx(expected.weights, rel=0.03)
-        assert found["optimizer"] == pytest.approx(expected.optimizer, rel=0.03)
+        assert found["optimizer"] == pytest.approx(expected.optimizer + expected.host, rel=0.03)  # all on one host
         assert found["others"] == pytest.approx(expected.gradients + expected.communication, rel=0.03)
 
 

@@ -63,7 +63,7 @@ def formats(info, values: dict) -> dict:
     for module in engine.stage.modules():
         if isinstance(module, Norm):
             module.register_forward_hook(watch)
-    losses, clip = engine.objective.losses, engine._clip
+    losses, clip = engine.objective.losses, engine.step_hooks.clip
 
     def noted_loss(logits, targets):
         note("logits", logits)
@@ -75,7 +75,7 @@ def formats(info, values: dict) -> dict:
         note("gradients", *(fragment.tensor for fragment in engine.state.gradients()))
         clip()
 
-    engine.objective.losses, engine._clip = noted_loss, noted_clip
+    engine.objective.losses, engine.step_hooks.clip = noted_loss, noted_clip
     engine.train_step(batches, 1, 1e-3)
     note("master weights", *(fragment.tensor for fragment in engine.state.fragments("weight")))
     for kind in ("exp_avg", "exp_avg_sq"):
@@ -134,7 +134,7 @@ def test_what_stays_fp32_is_what_the_table_says(zero_stage):
 
 def poisoned(info, values: dict) -> tuple[str, bool]:
     """What a step says when one rank alone has a gradient that is NaN, and whether every weight stayed as it was."""
-    from parallel.engine import NotFinite
+    from parallel.zero.step_hooks import NotFinite
 
     engine, batches = prepared(info, values)
     if info.rank == info.world_size - 1:

@@ -35,14 +35,14 @@ def one_step(info, values: dict, objective: str) -> tuple[dict, list[float], flo
                for i in range(first, first + share, micro)]
     evaluated = engine.evaluate(batches).loss
     gradients = {}
-    clip = engine._clip
+    clip = engine.step_hooks.clip
 
     def keep():
         for name, _, tensor in engine.state.gradients():
             gradients.setdefault(name, tensor.clone().numpy())
         clip()
 
-    engine._clip = keep
+    engine.step_hooks.clip = keep
     results = [engine.train_step(batches, step, 1e-3) for step in (1, 2)]
     engine.close()
     return gradients, [(r.loss, r.grad_norm) for r in results], evaluated

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from common.errors import ExitCode, UserError
+from common.errors import ExitCode, NotFinite, UserError
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.corruption.noise_seed import HELDOUT, NoiseSeed
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
-from parallel.engine import NotFinite
 from parallel.layout import Coordinates
 from parallel.objective import Batch
 from parallel.ranks.agreement import sum_over_ranks

@@ -177,3 +177,25 @@ def test_the_grouped_kernel_is_the_loop(counts):
         results.append((y, *torch.autograd.grad((y * told).sum(), [x, weight])))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_graph_that_is_traversed_twice_counts_once(recompute, groups):
+    """As in a pipeline stage that sends on two tensors: `backward` is called for each, over one graph."""
+    found = []
+    for traversals in (1, 2):
+        layer = mixture_of(groups, balance_loss=3.0, z_loss=0.1).train()
+        if recompute == "selective":
+            recompute_selectively(layer)
+        y = (recomputed(layer) if recompute == "full" else layer)(tokens())
+        outputs, gradients = (y.sin(), y.cos()), (torch.full_like(y, 0.5), torch.full_like(y, 0.25))
+        if traversals == 1:
+            torch.autograd.backward(outputs, gradients)
+        else:
+            outputs[0].backward(gradients[0], retain_graph=True)
+            outputs[1].backward(gradients[1])
+        found.append((layer.router.balance.totals, [parameter.grad for parameter in layer.parameters()]))
+    (totals, once), (other_totals, twice) = found
+    assert torch.equal(totals, other_totals)
+    for one, other in zip(once, twice, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)

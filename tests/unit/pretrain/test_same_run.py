@@ -38,3 +38,10 @@ def test_every_difference_in_what_is_learnt_is_told(recipe):
     with pytest.raises(ConfigError) as refused:
         check_same_run(config, manifest_of(config, top_k=2, hidden=128), FOLDER)
     assert [problem.where for problem in refused.value.problems] == ["model.hidden", "model.top_k"]
+
+
+def test_other_frozen_parameters_are_another_run(recipe):
+    with pytest.raises(ConfigError) as refused:
+        check_same_run(load_config(recipe, ["model.freeze=[embedding.*]"]), manifest_of(load_config(recipe)), FOLDER)
+    (problem,) = refused.value.problems
+    assert problem.where == "model.freeze"
