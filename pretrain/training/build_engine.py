@@ -19,7 +19,8 @@ from pretrain.objectives import make_loss
 from pretrain.training.optim import parameter_groups
 
 
-def build_engine(config: RunConfig, groups: Groups, device: torch.device, objective: Objective | None = None) -> Engine:
+def build_engine(config: RunConfig, groups: Groups, device: torch.device, *, objective: Objective | None = None
+                 ) -> Engine:
     """The config's family on these groups, with the config's objective unless another one is given.
 
     Several engines may be built on the same groups. Raises UserError when a disc has no room for its state.
