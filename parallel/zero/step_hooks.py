@@ -8,12 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.errors import NotFinite
 from parallel.process_groups import Groups
 from parallel.zero.optimizer_state import StateView
-
-
-class NotFinite(Exception):
-    """The gradient became NaN or infinite; no weight has been touched in this step."""
 
 
 class StepHooks:

@@ -75,7 +75,7 @@ def steps_of(info, values: dict) -> list[tuple]:
     join(info)
     groups = build_groups(Layout.of(config.parallel, info.world_size))
     device = torch.device("cpu")
-    engine = build_engine(config, groups, device, NextAndCopy(TensorParallel(groups, device)))
+    engine = build_engine(config, groups, device, objective=NextAndCopy(TensorParallel(groups, device)))
     share, micro = SAMPLES // groups.layout.data, config.parallel.micro_batch
     first = groups.coordinates.dp * share
 
