@@ -10,6 +10,8 @@ from parallel.planner.memory import Activations, state_bytes
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT
 
+pytestmark = pytest.mark.slow
+
 SEQUENCE_LENGTH, MICRO_BATCH, HIDDEN, HEADS, BLOCKS, VOCAB_SIZE = 64, 8, 64, 4, 4, 512
 STATES = [(compute, stage) for stage in (0, 1, 2, 3) for compute in ("fp32", "bf16")]
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.1}
