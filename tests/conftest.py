@@ -19,6 +19,9 @@ STARTS_RANKS = ("parity", "e2e")  # folders whose tests say themselves whether `
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:  # a file's tests share what they set up, so one process runs them; parity shares through `runs`
+        if item.path.parent.name != "parity":
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
     unmarked = {item.nodeid for item in items if item.path.parent.name in STARTS_RANKS
                 and not any(item.iter_markers("slow")) and not any(item.iter_markers("quick"))}
     if unmarked:
