@@ -39,7 +39,7 @@ test:
 	.ci/run
 
 quick: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu and not slurm"
 
 faults: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

@@ -11,19 +11,21 @@ import pytest
 from data_pipeline.image_text.synthetic_shapes import write_shapes
 from tests.helpers import devices
 from tests.helpers.recipes import write_drawn_dataset, write_recipe
+from tests.helpers.shared import make_once
 
 devices.hide()
 
-# What `make quick` takes of the suites that start many ranks; the rest of them is marked slow.
-QUICK = ("[tied-tp2-pp1-dp2-zero1-sp1]", "[tied-tp1-pp2-dp2-zero1-sp0]", "[tied-tp1-pp1-dp2-zero3-sp0]",
-         "test_a_finished_run_started_again", "test_killed_at_a_random_step[one-rank]", "test_several_at_once")
+STARTS_RANKS = ("parity", "e2e")  # folders whose tests say themselves whether `make quick` takes them
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        starts_ranks = item.path.parent.name in ("parity", "e2e")
-        if starts_ranks and not any(name in item.nodeid for name in QUICK):
-            item.add_marker(pytest.mark.slow)
+    for item in items:  # a file's tests share what they set up, so one process runs them; parity shares through `runs`
+        if item.path.parent.name != "parity":
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+    unmarked = {item.nodeid for item in items if item.path.parent.name in STARTS_RANKS
+                and not any(item.iter_markers("slow")) and not any(item.iter_markers("quick"))}
+    if unmarked:
+        raise pytest.UsageError(f"{len(unmarked)} tests are marked neither slow nor quick, first {min(unmarked)}")
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +49,16 @@ def _fork_server_ends():
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
+def shared_folder(tmp_path_factory, pytestconfig) -> Path:
+    """A folder of this session that all of its worker processes see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(pytestconfig, "workerinput") else own
+
+
+@pytest.fixture(scope="session")
+def dataset(shared_folder) -> Path:
     """A folder with `train` and `heldout`: drawn prose, a vocabulary of 512."""
-    return write_drawn_dataset(tmp_path_factory.mktemp("dataset"))
+    return make_once(shared_folder / "dataset", write_drawn_dataset)
 
 
 @pytest.fixture(scope="session")
@@ -59,8 +68,7 @@ def recipe(dataset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory) -> Path:
+def shapes(shared_folder) -> Path:
     """A folder with `train`, `heldout` and `zero-shot`: drawn scenes with captions."""
-    folder = tmp_path_factory.mktemp("shapes")
-    write_shapes(folder, num_train=200, num_test=32, seed=3, size=24)
-    return folder
+    return make_once(shared_folder / "shapes", lambda folder: write_shapes(folder, num_train=200, num_test=32, seed=3,
+                                                                         size=24))

@@ -31,6 +31,7 @@ def trainyard(*arguments, **variables):
                           timeout=120, env={**os.environ, **variables})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_mistake(name, tmp_path, recipe):
     num_ranks, overrides, wanted = CASES[name]
@@ -43,6 +44,7 @@ def test_mistake(name, tmp_path, recipe):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_offload_without_a_compiler(tmp_path, recipe):
     result = trainyard("train", str(recipe), "--nproc", "2", f"run.dir={tmp_path / 'run'}", "parallel.zero_stage=1",
                        "parallel.offload=optimizer", CXX="/nowhere/c++")
@@ -52,6 +54,7 @@ def test_offload_without_a_compiler(tmp_path, recipe):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_missing_shard(tmp_path, recipe, dataset):
     import shutil
 
@@ -65,6 +68,7 @@ def test_missing_shard(tmp_path, recipe, dataset):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_unwritable_run_folder(tmp_path, recipe):
     blocked = tmp_path / "file"
     blocked.write_text("", encoding="utf-8")  # a file in the way: refused whoever runs the test, root too
@@ -74,6 +78,7 @@ def test_unwritable_run_folder(tmp_path, recipe):
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.quick
 def test_several_at_once(tmp_path, recipe):
     result = trainyard("train", str(recipe), "--nproc", "2", f"run.dir={tmp_path}", "parallel.tensr=2", "run.steps=0",
                        "parallel.zero_stage=2", "parallel.pipeline=2", "data.train=/nowhere")
@@ -82,6 +87,7 @@ def test_several_at_once(tmp_path, recipe):
         assert part in result.stderr
 
 
+@pytest.mark.slow
 def test_divergence_is_an_error_that_names_the_step(tmp_path, recipe):
     result = trainyard("train", str(recipe), f"run.dir={tmp_path}", "optimizer.lr=1e30", "optimizer.clip_norm=0.0",
                        "schedule.warmup_steps=0")

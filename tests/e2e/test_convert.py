@@ -14,6 +14,8 @@ from pretrain.training.metrics import read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import GPT, write_recipe
 
+pytestmark = pytest.mark.slow
+
 MODEL = {**GPT["model"], "vocab_size": 515, "pad_vocab_to": 8, "kv_heads": 2, "positions": "rotary", "norm": "rmsnorm",
          "activation": "swiglu", "bias": False, "tied_head": False}
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.helpers import pairs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

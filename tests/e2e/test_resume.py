@@ -34,7 +34,9 @@ def losses(folder):
     return {record["step"]: (record["loss"], record["grad_norm"]) for record in read_metrics(folder / "metrics.jsonl")}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=[
+    pytest.param(name, marks=pytest.mark.quick if name == "one rank" else pytest.mark.slow, id=name.replace(" ", "-"))
+    for name in CASES])
 def uninterrupted(request, tmp_path_factory, recipe):
     world_size, overrides = CASES[request.param]
     overrides = [*overrides, f"run.steps={STEPS}", "checkpoint.every=7"]
@@ -75,6 +77,7 @@ def _train_and_die(info, config_path, overrides, step):
     return train(info, config_path, overrides)
 
 
+@pytest.mark.slow
 def test_a_changed_layout_goes_on(tmp_path, recipe):
     """The same samples in the same steps on another layout, from a checkpoint that the first one wrote."""
     overrides = [f"run.dir={tmp_path / 'whole'}", "run.steps=20", "checkpoint.every=10"]
@@ -93,6 +96,7 @@ def test_a_changed_layout_goes_on(tmp_path, recipe):
         assert found[step][1] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.quick
 def test_a_finished_run_started_again_changes_nothing(tmp_path, recipe):
     overrides = [f"run.dir={tmp_path}", "run.steps=6"]
     assert train_on(1, recipe, overrides) == [0]
@@ -101,6 +105,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path, recipe):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe):
     overrides = [f"run.dir={tmp_path}", "run.steps=12", "checkpoint.every=4"]
     assert train_on(1, recipe, overrides) == [0]
@@ -113,6 +118,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, recipe):
     assert losses(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_another_model_in_the_run_folder_is_refused(tmp_path, recipe):
     overrides = [f"run.dir={tmp_path}", "run.steps=4"]
     assert train_on(1, recipe, overrides) == [0]

@@ -17,6 +17,8 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import write_recipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ROOMS = ("data_pipeline", "launchers", "parallel", "pretrain")
 OPERATIONS = {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv"}

@@ -13,6 +13,8 @@ import pytest
 from launchers.run_folder.run_lock import RunLock
 from parallel.ranks.rank_info import alone, process_environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {  # name: (launcher, words, text of a hostfile or None, what the message must hold)
     "no hostfile": ("deepspeed", ["--nodes", "2", "--hostfile", "{folder}/nowhere"], None, ["not there", "slots=N"]),

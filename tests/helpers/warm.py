@@ -8,5 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 with contextlib.redirect_stdout(io.StringIO()):
+    # matplotlib: the first rank draws its curve with it; its import took half the time of a short run
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
     import pretrain.commands.train
     import pretrain.training.loop  # noqa: F401

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.training.metrics import METRICS_FILE, read_metrics
-from tests.helpers.ranks import train_on
-from tests.helpers.recipes import recipe_of, write_recipe
+from tests.helpers.runs import SHORT, check_reference, check_same
 
-STEPS = 8
+pytestmark = pytest.mark.slow
+
 EXPERTS = ["model.experts=4"]
 UNTIED = ["model.tied_head=false"]
 ROOM = ["model.vocab_size=544"]  # for what an objective needs beside the tokenizer's ids
@@ -64,31 +63,12 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(dataset, shapes, tmp_path_factory):
-    """The records of a family's run by its words, each made once."""
-    known: dict[tuple, list[dict]] = {}
-
-    def records(family: str, ranks: int, words: list[str]) -> list[dict]:
-        key = (family, ranks, *words)
-        if key not in known:
-            folder = tmp_path_factory.mktemp(family)
-            recipe = write_recipe(folder / "recipe.yaml", shapes if family == "clip" else dataset, recipe_of(family))
-            codes = train_on(ranks, recipe, [f"run.dir={folder / 'run'}", f"run.steps={STEPS}",
-                                             "schedule.warmup_steps=2", "optimizer.lr=1e-3", *words])
-            assert codes == [0] * ranks
-            known[key] = read_metrics(folder / "run" / METRICS_FILE)
-        return known[key]
-
-    return records
-
-
 @pytest.mark.parametrize(("family", "ranks", "model", "extra"), CASES, ids=str)
-def test_the_curve_is_the_same(family, ranks, model, extra, run):
-    expected, found = run(family, 1, model), run(family, ranks, [*model, *extra])
-    assert len(found) == len(expected) == STEPS
-    assert expected[-1]["loss"] < expected[0]["loss"] - 0.02, "the reference did not learn"
-    bound = 2e-2 if BF16[0] in extra else 1e-5
-    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=bound)
-    if bound < 1e-2:
-        assert [r["grad_norm"] for r in found] == pytest.approx([r["grad_norm"] for r in expected], rel=10 * bound)
+def test_the_curve_is_the_same(family, ranks, model, extra, runs):
+    options = [*SHORT, "optimizer.lr=1e-3", *model]
+    expected, found = runs(family, 1, options), runs(family, ranks, [*options, *extra])
+    check_reference(expected, learnt=0.02, clipped=False)
+    if BF16[0] in extra:
+        assert found.losses == pytest.approx(expected.losses, rel=2e-2)
+    else:
+        check_same(found, expected)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pretrain.training.metrics import METRICS_FILE, read_metrics
-from tests.helpers import devices
-from tests.helpers.ranks import train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 from tests.parity.test_layouts import LLAMA, POST_NORM, UNTIED
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 # Kernels of a GPU sum in another order, and 20 steps of a tiny model multiply that.
 FP32, HALF = 1e-3, 2e-2
@@ -58,12 +56,11 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
 
 
 @pytest.mark.parametrize(("gpus", "family", "model", "extra", "bound"), CASES, ids=str)
-def test_the_curve_is_that_of_the_cpu(gpus, family, model, extra, bound, dataset, shapes, tmp_path):
-    devices.need(gpus)
+def test_the_curve_is_that_of_the_cpu(gpus, family, model, extra, bound, dataset, shapes, tmp_path, trainer):
     recipe = write_recipe(tmp_path / "recipe.yaml", shapes if family == "clip" else dataset, recipe_of(family))
     common = ["run.steps=20", "parallel.micro_batch=4", *model]
-    assert train_on(1, recipe, [f"run.dir={tmp_path / 'cpu'}", *common]) == [0]
-    assert devices.train_on_devices(gpus, recipe, [f"run.dir={tmp_path / 'gpu'}", *common, *extra]) == 0
+    assert trainer.on_gpus(gpus, recipe, [f"run.dir={tmp_path / 'gpu'}", *common, *extra]) == 0
+    assert trainer.on_ranks(1, recipe, [f"run.dir={tmp_path / 'cpu'}", *common]) == [0]
     cpu, gpu = (read_metrics(tmp_path / name / METRICS_FILE) for name in ("cpu", "gpu"))
     assert cpu[-1]["loss"] < cpu[0]["loss"] - 0.3, "the reference did not learn, so equality would prove little"
     assert not any(record.get("skipped") for record in gpu[5:]), "the loss scale never settled"

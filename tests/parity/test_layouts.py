@@ -1,7 +1,7 @@
 """The promise of the project: the same config gives the same curve on every layout, through `trainyard train`.
 
-fp32: every loss within 1e-5 and every gradient norm within 1e-4, relative, over 24 AdamW steps with warm-up and
-clipping.
+fp32: every loss within 1e-5 and every gradient norm within 1e-4, relative, with AdamW, warm-up and clipping: over 24
+steps on the core of the layouts, over six on the others (helpers/runs.py says why).
 """
 
 from __future__ import annotations
@@ -9,140 +9,148 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
-import torch
 
-from pretrain.training.metrics import read_metrics
-from tests.helpers.ranks import train_on
+from tests.helpers.recipes import write_recipe
+from tests.helpers.runs import ONE, SHORT, Case, check_reference, check_same, read_run
 
-LAYOUTS = [  # (tensor, pipeline, data, ZeRO stage)
+# Layouts that train the recipe's 24 steps; those with `quick` are in `make quick`.
+CORE = [
+    pytest.param(Case(tensor=2, data=2, zero=1, sequence=True), marks=pytest.mark.quick),
+    pytest.param(Case(pipeline=2, data=2, zero=1), marks=pytest.mark.quick),
+    pytest.param(Case(data=2, zero=3), marks=pytest.mark.quick),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in (
+        Case(data=2), Case(data=2, zero=2), Case(tensor=2, data=2, zero=3, sequence=True),
+        Case(tensor=2, pipeline=2, data=2, zero=1, sequence=True))),
+]
+LAYOUTS = [  # (tensor, pipeline, data, ZeRO stage), with a tensor degree also with sequence parallelism
     (1, 1, 2, 0), (1, 1, 2, 1), (1, 1, 2, 2), (1, 1, 2, 3),
     (2, 1, 1, 1), (2, 1, 2, 1), (2, 1, 2, 2), (2, 1, 2, 3), (4, 1, 1, 0),
     (1, 2, 1, 0), (1, 2, 1, 1), (1, 2, 2, 1), (1, 4, 1, 1), (2, 2, 1, 1), (2, 2, 2, 1),
 ]  # fmt: skip
-CASES = [(*layout, sequence) for layout in LAYOUTS for sequence in ((False, True) if layout[0] > 1 else (False,))]
-UNTIED = ["model.tied_head=false"]
+CASES = [Case(tensor=tensor, pipeline=pipeline, data=data, zero=zero, sequence=sequence)
+         for tensor, pipeline, data, zero in LAYOUTS for sequence in ((False, True) if tensor > 1 else (False,))]
+UNTIED = ("model.tied_head=false",)
 # With rotary positions alone a first token's residual comes near zero early on, where the norm amplifies rounding; at a
 # third of the rate the weights stay away from there.
-LLAMA = ["model.norm=rmsnorm", "model.positions=rotary", "model.activation=swiglu", "model.bias=false",
-         "model.kv_heads=4", "model.heads=8", "model.tied_head=false", "model.ffn=96", "optimizer.lr=1e-3"]  # fmt: skip
-POST_NORM = ["model.norm_position=post", "model.activation=gelu_tanh"]
+LLAMA = ("model.norm=rmsnorm", "model.positions=rotary", "model.activation=swiglu", "model.bias=false",
+         "model.kv_heads=4", "model.heads=8", "model.tied_head=false", "model.ffn=96", "optimizer.lr=1e-3")  # fmt: skip
+POST_NORM = ("model.norm_position=post", "model.activation=gelu_tanh")
+BF16 = ("precision.compute=bf16",)
+slow = pytest.mark.slow
 
 
-def curve(folder, layout, recipe, extra=()):
-    """[(loss, gradient norm)] of a run on a layout (tensor, pipeline, data, ZeRO stage, sequence)."""
-    tensor, pipeline, data, stage, sequence = layout
-    run_folder = folder / "-".join(map(str, layout))
-    overrides = [f"run.dir={run_folder}", f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}",
-                 f"parallel.zero_stage={stage}", f"parallel.sequence={str(sequence).lower()}", *extra]
-    codes = train_on(tensor * pipeline * data, recipe, overrides)
-    assert codes == [0] * len(codes)
-    records = read_metrics(run_folder / "metrics.jsonl")
-    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
-    return [(r["loss"], r["grad_norm"]) for r in records]
+def in_few_micro_batches(case: Case) -> tuple[str, ...]:
+    """Two micro-batches a step instead of four, where neither data ranks nor stages share them: half the messages."""
+    return ("parallel.micro_batch=4",) if case.data == case.pipeline == 1 else ()
 
 
-def largest_differences(found, expected):
-    """(of the losses, of the gradient norms), relative, over all steps."""
-    assert len(found) == len(expected) >= 20
-    return tuple(max(abs(a[i] - b[i]) / abs(b[i]) for a, b in zip(found, expected, strict=True)) for i in (0, 1))
+def check(runs, case: Case, extra: tuple[str, ...] = (), steps: tuple[str, ...] = SHORT) -> None:
+    expected = runs.reference("gpt", [*steps, *extra])
+    check_reference(expected, learnt=0.4 if not steps else 0.15)
+    check_same(runs.on(case, "gpt", [*in_few_micro_batches(case), *steps, *extra]), expected)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory, recipe):
-    """Curves of one rank by options, each run once."""
-    known: dict[tuple, list] = {}
-
-    def of(extra):
-        if extra not in known:
-            known[extra] = curve(tmp_path_factory.mktemp("reference"), (1, 1, 1, 0, False), recipe, extra)
-        return known[extra]
-
-    return of
+@pytest.mark.parametrize("case", CORE, ids=str)
+def test_fp32_curve_is_the_same_over_24_steps(case, runs):
+    check(runs, case, steps=())
 
 
-def check(layout, extra, folder, recipe, reference, loss_bound=1e-5, norm_bound=1e-4):
-    expected = reference(tuple(extra))
-    assert expected[-1][0] < expected[0][0] - 0.4, "the reference did not learn, so equality would prove little"
-    assert any(norm > 1.0 for _, norm in expected), "clipping never acted"
-    loss, norm = largest_differences(curve(folder, layout, recipe, extra), expected)
-    assert loss <= loss_bound, f"loss differs by {loss:.1e}, gradient norm by {norm:.1e}"
-    assert norm <= norm_bound, f"gradient norm differs by {norm:.1e}, loss by {loss:.1e}"
+@slow
+@pytest.mark.parametrize("case", [case for case in CASES if case not in [param.values[0] for param in CORE]], ids=str)
+def test_fp32_curve_is_the_same(case, runs):
+    check(runs, case)
 
 
-@pytest.mark.parametrize("layout", CASES, ids=lambda c: "tp{}-pp{}-dp{}-zero{}-sp{:d}".format(*c))
-@pytest.mark.parametrize("head", ["tied", "untied"])
-def test_fp32_curve_is_the_same(layout, head, tmp_path, recipe, reference):
-    check(layout, UNTIED if head == "untied" else [], tmp_path, recipe, reference)
+@slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_curve_is_the_same_with_an_untied_head(case, runs):
+    check(runs, case, UNTIED)
 
 
-@pytest.mark.parametrize(("layout", "extra"), [
-    *product([(2, 1, 2, 1, True), (2, 2, 1, 1, True), (1, 1, 2, 3, False)], [LLAMA, POST_NORM]),
-    ((4, 1, 1, 0, True), LLAMA),
-    ((2, 1, 1, 1, True), ["model.pad_vocab_to=96"]),  # 512 -> 576 rows; 64 of them are nobody's token
+@slow
+@pytest.mark.parametrize(("case", "extra"), [
+    *product([Case(tensor=2, data=2, zero=1, sequence=True), Case(tensor=2, pipeline=2, zero=1, sequence=True),
+              Case(data=2, zero=3)], [LLAMA, POST_NORM]),
+    (Case(tensor=4, sequence=True), LLAMA),
+    (Case(tensor=2, zero=1, sequence=True), ("model.pad_vocab_to=96",)),  # 512 -> 576 rows; 64 of them are no token's
 ], ids=str)  # fmt: skip
-def test_shapes_of_block(layout, extra, tmp_path, recipe, reference):
-    check(layout, extra, tmp_path, recipe, reference)
+def test_shapes_of_block(case, extra, runs):
+    check(runs, case, extra)
 
 
-@pytest.mark.parametrize("layout", [(1, 2, 1, 1, False), (1, 3, 1, 0, False)], ids=str)
-def test_blocks_that_do_not_divide_into_stages(layout, tmp_path, recipe, reference):
-    check(layout, ["model.layers=5"], tmp_path, recipe, reference)
+@slow
+@pytest.mark.parametrize("case", [Case(pipeline=2, zero=1), Case(pipeline=3)], ids=str)
+def test_blocks_that_do_not_divide_into_stages(case, runs):
+    check(runs, case, ("model.layers=5",))
 
 
-@pytest.mark.parametrize(("layout", "extra"), [
-    *(((*layout, False), ()) for layout in ((1, 1, 1, 1), (1, 1, 2, 3), (1, 1, 2, 2), (1, 2, 2, 0))),
-    ((2, 1, 2, 1, True), ()), ((2, 2, 1, 1, True), ()),
-    *((layout, ("parallel.offload=optimizer",)) for layout in ((1, 1, 2, 3, False), (1, 2, 2, 1, False))),
+@slow
+@pytest.mark.parametrize(("case", "extra"), [
+    *((case, ()) for case in (
+        Case(zero=1), Case(data=2, zero=3), Case(data=2, zero=2), Case(pipeline=2, data=2),
+        Case(tensor=2, data=2, zero=1, sequence=True), Case(tensor=2, pipeline=2, zero=1, sequence=True))),
+    *((case, ("parallel.offload=optimizer",)) for case in (Case(data=2, zero=3), Case(pipeline=2, data=2, zero=1))),
 ], ids=str)  # fmt: skip
-def test_bf16_curve_is_close(layout, extra, tmp_path, recipe, reference):
-    expected = reference(("precision.compute=bf16",))
-    loss, _ = largest_differences(curve(tmp_path, layout, recipe, ["precision.compute=bf16", *extra]), expected)
-    assert loss <= 2e-2
-    in_fp32, _ = largest_differences(expected, reference(()))
-    assert 0 < in_fp32 <= 2e-2, "bf16 must differ from fp32, and not by much"
+def test_bf16_curve_is_close(case, extra, runs):
+    expected = runs.reference("gpt", BF16)
+    assert runs.on(case, "gpt", [*BF16, *extra]).losses == pytest.approx(expected.losses, rel=2e-2)
+    in_fp32 = runs.reference("gpt").losses
+    assert expected.losses != in_fp32, "bf16 must differ from fp32, and not by much"
+    assert expected.losses == pytest.approx(in_fp32, rel=2e-2)
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 2, 1, False), (2, 1, 2, 2, True), (1, 1, 2, 3, False), (1, 2, 1, 1, False)],
-                         ids=str)  # fmt: skip
-def test_offload_changes_nothing(layout, tmp_path, recipe, reference):
+@slow
+@pytest.mark.parametrize("case", [
+    Case(data=2, zero=1), Case(tensor=2, data=2, zero=2, sequence=True), Case(data=2, zero=3), Case(pipeline=2, zero=1),
+], ids=str)  # fmt: skip
+def test_offload_changes_nothing(case, runs):
     """The optimizer in host memory, which steps with another implementation of Adam."""
-    check(layout, ["parallel.offload=optimizer"], tmp_path, recipe, lambda extra: reference(()))
+    check(runs, case, ("parallel.offload=optimizer",))
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 2, 2, False), (1, 1, 2, 3, False)], ids=str)
-def test_state_in_files_is_state_in_memory(layout, tmp_path, recipe):
-    memory, files = ["parallel.offload=optimizer"], [f"parallel.offload_folder={tmp_path}"]
-    in_memory = curve(tmp_path / "memory", layout, recipe, memory)
-    assert curve(tmp_path / "files", layout, recipe, [*memory, *files]) == in_memory
+@slow
+@pytest.mark.parametrize("case", [Case(data=2, zero=2), Case(data=2, zero=3)], ids=str)
+def test_state_in_files_is_state_in_memory(case, tmp_path, runs):
+    memory = [*SHORT, "parallel.offload=optimizer"]
+    assert curve(runs.on(case, "gpt", [*memory, f"parallel.offload_folder={tmp_path}"])) \
+        == curve(runs.on(case, "gpt", memory))
 
 
+def curve(run) -> list[tuple[float, float]]:
+    return list(zip(run.losses, run.norms, strict=True))
+
+
+@slow
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="moves weights out of device memory")
-def test_weights_in_host_memory_change_nothing(tmp_path, recipe):
-    layout = (1, 1, 1, 3, False)
-    plain = curve(tmp_path / "plain", layout, recipe)
-    loss, norm = largest_differences(curve(tmp_path / "host", layout, recipe, ["parallel.offload=parameters"]), plain)
-    assert loss <= 1e-5 and norm <= 1e-4
+def test_weights_in_host_memory_change_nothing(tmp_path, dataset, trainer):
+    """Moves weights out of device memory."""
+    recipe, found = write_recipe(tmp_path / "gpt.yaml", dataset), []
+    for name, extra in (("plain", ()), ("host", ("parallel.offload=parameters",))):
+        overrides = [f"run.dir={tmp_path / name}", *Case(zero=3).overrides, *extra]
+        assert trainer.on_gpus(1, recipe, overrides) == 0
+        found.append(read_run(tmp_path / name))
+    check_same(*found)
 
 
-@pytest.mark.parametrize(("layout", "extra"), [
-    ((1, 1, 1, 0, False), []), ((2, 1, 1, 1, True), ["model.pad_vocab_to=320"]),  # rank 1 holds mostly padding
-    ((2, 1, 1, 0, False), UNTIED), ((1, 2, 1, 1, False), []), ((1, 1, 2, 3, False), UNTIED),
+@slow
+@pytest.mark.parametrize(("case", "extra"), [
+    (ONE, ()), (Case(tensor=2, zero=1, sequence=True), ("model.pad_vocab_to=320",)),  # rank 1 holds mostly padding
+    (Case(tensor=2), UNTIED), (Case(pipeline=2, zero=1), ()), (Case(data=2, zero=3), UNTIED),
 ], ids=str)  # fmt: skip
-def test_logits_in_chunks_change_nothing(layout, extra, tmp_path, recipe, reference):
+def test_logits_in_chunks_change_nothing(case, extra, runs):
     """Against all logits at once on one rank; 24 does not divide the 64 tokens of a micro-batch."""
-    expected = reference(tuple(extra))
-    loss, norm = largest_differences(curve(tmp_path, layout, recipe, [*extra, "parallel.loss_chunk_tokens=24"]),
-                                     expected)
-    assert loss <= 1e-5, f"loss differs by {loss:.1e}, gradient norm by {norm:.1e}"
-    assert norm <= 1e-4, f"gradient norm differs by {norm:.1e}, loss by {loss:.1e}"
+    expected = runs.reference("gpt", [*SHORT, *(option for option in extra if "pad_vocab" not in option)])
+    check_same(runs.on(case, "gpt", [*SHORT, *extra, "parallel.loss_chunk_tokens=24"]), expected)
 
 
-@pytest.mark.parametrize("layout", [(2, 1, 2, 1, True), (1, 1, 2, 3, False), (1, 2, 2, 1, False)], ids=str)
-def test_recompute_changes_nothing(layout, tmp_path, recipe):
+@slow
+@pytest.mark.parametrize("case", [
+    Case(tensor=2, data=2, zero=1, sequence=True), Case(data=2, zero=3), Case(pipeline=2, data=2, zero=1),
+], ids=str)  # fmt: skip
+def test_recompute_changes_nothing(case, runs):
     """The curve of a layout, with dropout, is that without recompute to the last bit."""
-    options = ["run.steps=8", "model.dropout=0.1", "model.attention_dropout=0.1", "model.activation=swiglu"]
-    plain = curve(tmp_path / "plain", layout, recipe, options)
+    options = ["run.steps=4", "model.dropout=0.1", "model.attention_dropout=0.1", "model.activation=swiglu"]
+    plain = curve(runs.on(case, "gpt", options))
     for mode in (["parallel.recompute=full"], ["parallel.recompute=selective"],
                  ["parallel.recompute=full", "parallel.recompute_every=3"]):
-        assert curve(tmp_path / "-".join(mode), layout, recipe, [*options, *mode]) == plain, mode
+        assert curve(runs.on(case, "gpt", [*options, *mode])) == plain, mode

@@ -7,9 +7,10 @@ import torch
 
 from pretrain.checkpoint.manifest import read_manifest
 from pretrain.training.metrics import read_metrics
-from tests.helpers import devices
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT
+
+pytestmark = pytest.mark.slow
 
 MANY = 1000  # elements: fewer are norms, losses and counts, not gradients
 
@@ -134,7 +135,7 @@ def test_what_stays_fp32_is_what_the_table_says(zero_stage):
 
 def poisoned(info, values: dict) -> tuple[str, bool]:
     """What a step says when one rank alone has a gradient that is NaN, and whether every weight stayed as it was."""
-    from parallel.zero.step_hooks import NotFinite
+    from common.errors import NotFinite
 
     engine, batches = prepared(info, values)
     if info.rank == info.world_size - 1:
@@ -155,12 +156,11 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_a_weight_changes(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_step_that_overflows_in_fp16_is_skipped_and_counted(zero_stage, tmp_path, recipe):
+def test_a_step_that_overflows_in_fp16_is_skipped_and_counted(zero_stage, tmp_path, recipe, trainer):
     """A loss scale of 2^32 is far too high; each overflow halves it until steps are taken."""
-    devices.need(1)  # DeepSpeed's CPU accelerator refuses fp16
     overrides = [f"run.dir={tmp_path}", "precision.compute=fp16", f"parallel.zero_stage={zero_stage}", "run.steps=40",
                  "precision.initial_scale_power=32", "checkpoint.every=40"]
-    assert devices.train_on_devices(1, recipe, overrides) == 0
+    assert trainer.on_gpus(1, recipe, overrides) == 0  # DeepSpeed's CPU accelerator refuses fp16
     records = read_metrics(tmp_path / "metrics.jsonl")
     skipped = [bool(record.get("skipped")) for record in records]
     assert len(records) == 40

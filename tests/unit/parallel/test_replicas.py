@@ -106,9 +106,12 @@ def replicated(engine) -> list[tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize(("world_size", "compute", "parallel"), [
-    (2, "fp32", {"tensor": 2, "sequence": True}), (2, "bf16", {"zero_stage": 1}), (4, "bf16", {"zero_stage": 2}),
-    (6, "fp32", {"pipeline": 2, "zero_stage": 1}), (4, "bf16", {"tensor": 2, "zero_stage": 3}),
-], ids=["tp2", "dp2", "dp4", "pp2-dp3-tied", "tp2-dp2-zero3"])  # fmt: skip
+    pytest.param(2, "fp32", {"tensor": 2, "sequence": True}, id="tp2", marks=pytest.mark.slow),
+    pytest.param(2, "bf16", {"zero_stage": 1}, id="dp2"),
+    pytest.param(4, "bf16", {"zero_stage": 2}, id="dp4", marks=pytest.mark.slow),
+    pytest.param(6, "fp32", {"pipeline": 2, "zero_stage": 1}, id="pp2-dp3-tied", marks=pytest.mark.slow),
+    pytest.param(4, "bf16", {"tensor": 2, "zero_stage": 3}, id="tp2-dp2-zero3", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_every_flip_is_found_and_named(world_size, compute, parallel):
     values = {**GPT, "data": {"train": "unused"}, "precision": {"compute": compute},
               "parallel": {"micro_batch": 4, "global_batch": 48, **parallel}}
@@ -145,6 +148,7 @@ def train_with_a_fault(info, config_path: str, overrides: list[str], flip: Flip 
     return report(lambda: run_rank(load_run(config_path, overrides, info.world_size), info))
 
 
+@pytest.mark.slow
 def test_a_run_stops_on_every_rank_at_the_check(dataset, tmp_path):
     recipe = write_recipe(tmp_path / "gpt.yaml", dataset)
     folder = tmp_path / "run"

@@ -39,13 +39,6 @@ def losses_and_gradients(head: Head, x: Tensor, labels: Tensor, weights: Tensor,
     return [losses.detach(), *gradients]
 
 
-def in_double_precision(head: Head, x: Tensor, labels: Tensor) -> list[Tensor]:
-    """The losses [s, b] and their sum's gradients for x and the weight, from torch's own cross entropy."""
-    x, weight = (tensor.detach().double().requires_grad_() for tensor in (x, head.weight))
-    losses = F.cross_entropy((x @ weight.t()).flatten(0, 1), labels.flatten(), reduction="none")
-    return [losses.detach().view_as(labels), *torch.autograd.grad(losses.sum(), (x, weight))]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padding_has_no_probability_and_weights_count(dtype, tp):
     head = head_of(tp, vocab_size=90, pad_to=64).to(dtype)
@@ -63,18 +56,32 @@ def test_padding_has_no_probability_and_weights_count(dtype, tp):
         assert not found[2][90:].any()
 
 
+def exact(head: Head, x: Tensor, labels: Tensor) -> list[Tensor]:
+    """Losses and gradients in fp64, a few tokens at a time."""
+    x, weight, parts = x.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_(), []
+    for rows, label in zip(x.split(128), labels.split(128), strict=True):
+        losses = F.cross_entropy((rows @ weight.t()).flatten(0, 1), label.flatten(), reduction="none").view_as(label)
+        losses.sum().backward()
+        parts.append(losses.detach())
+    return [torch.cat(parts), x.grad, weight.grad]
+
+
+@pytest.mark.slow
 def test_memory_at_a_large_vocabulary(tp):
-    """Peak bytes beside the weight and what both give back, 2,048 tokens: at least 4 times lower."""
+    """Peak bytes beside the weight and what both give back, 2,048 tokens: at least 4 times lower.
+
+    The chunks are compared with fp64, and not with all logits in fp32: kernels that sum a row of 131,072 of them differ
+    from processor to processor by more than the bound.
+    """
     head = head_of(tp, VOCAB_SIZE)
     x = torch.randn(NUM_TOKENS, 1, HIDDEN, generator=torch.Generator().manual_seed(2)).requires_grad_()
     labels = torch.randint(VOCAB_SIZE, (NUM_TOKENS, 1), generator=torch.Generator().manual_seed(3))
-    weights, peaks, found = torch.ones(NUM_TOKENS, 1), [], []
+    weights, peaks = torch.ones(NUM_TOKENS, 1), []
     for chunk_tokens in (0, 256):
         with LiveBytes() as live:
-            found.append(losses_and_gradients(head, x, labels, weights, chunk_tokens))
-        peaks.append(live.peak_bytes - sum(tensor.nbytes for tensor in found[-1]))
-    # Against double precision: over so many words the fp32 product of all logits at once is itself 1e-5 off.
-    for a, b in zip(found[1], in_double_precision(head, x, labels), strict=True):
+            found = losses_and_gradients(head, x, labels, weights, chunk_tokens)
+        peaks.append(live.peak_bytes - sum(tensor.nbytes for tensor in found))
+    for a, b in zip(found, exact(head, x, labels), strict=True):
         assert (a - b).norm() <= 2e-6 * b.norm()
     all_logits = 4 * NUM_TOKENS * VOCAB_SIZE
     assert peaks[0] >= 2 * all_logits

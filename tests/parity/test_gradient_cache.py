@@ -7,6 +7,8 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import CLIP
 
+pytestmark = pytest.mark.slow
+
 GLOBAL_BATCH = 16
 
 
