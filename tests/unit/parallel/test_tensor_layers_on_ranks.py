@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.layout import Layout
-from parallel.parameter_plan import slice_of
 from parallel.process_groups import build_groups
 from parallel.ranks.rendezvous import join
 from parallel.tensor_parallel import TensorParallel
@@ -22,6 +21,11 @@ RANKS, LENGTH, BATCH, WIDE, NARROW = 2, 6, 3, 8, 4
 
 def drawn(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def slice_of(whole: Tensor, dim: int | None, rank: int, size: int) -> Tensor:
+    """Part `rank` of `size` equal ones along a dim; None for the whole."""
+    return whole if dim is None else whole.chunk(size, dim)[rank]
 
 
 def leaf(tensor: Tensor) -> Tensor:
