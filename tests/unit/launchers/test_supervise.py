@@ -162,7 +162,8 @@ import sys
 from pathlib import Path
 from launchers.supervise import supervisor as supervise
 supervise.FAILED_SECONDS = 0.5
-supervise.Supervisor(Path({str(tmp_path)!r}), [sys.executable, "-c", {body!r}], False, "t", {restarts}).run()
+supervise.Supervisor(Path({str(tmp_path)!r}), [sys.executable, "-c", {body!r}],
+                     by_signal=False, token="t", restarts={restarts}).run()
 """
         subprocess.run([sys.executable, "-c", supervised], check=True, timeout=60)
         assert (tmp_path / "again").exists() == restarts
