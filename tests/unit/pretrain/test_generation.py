@@ -32,12 +32,12 @@ def test_sampling_limits():
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_cache_changes_nothing(positions, kv_heads):
     largest, generated = run_ranks(_with_and_without_cache, 1, positions, kv_heads)[0]
-    assert largest < 1e-5
+    assert largest < 1e-11
     assert len(generated) == 40, "up to the end of the context and no further"
 
 
 def _with_and_without_cache(info, positions, kv_heads):
-    """(largest difference of a logit over a sequence fed in pieces, tokens generated from 8 of 48)."""
+    """(largest difference of a logit over a sequence fed in pieces, in fp64, tokens generated from 8 of 48)."""
     from parallel.parameter_plan import draw
     from parallel.pipeline_stages import Stage
     from parallel.single_rank import single_rank
@@ -54,6 +54,7 @@ def _with_and_without_cache(info, positions, kv_heads):
         stage = Stage(specs, (0, len(specs))).eval()
         for name, parameter in stage.named_global_parameters():
             parameter.copy_(draw(name, tuple(parameter.shape), parameter.plan, 3))
+        stage.double()  # so that rounding, which weights of this size amplify, is far below any mistake
         tokens = torch.randint(64, (1, 48), generator=torch.Generator().manual_seed(1))
         cache, pieces = Cache(max_tokens=48), []
         for begin, end in [(0, 7), *((at, at + 1) for at in range(7, 48))]:
