@@ -17,6 +17,8 @@ import pytest
 
 from pretrain.cli import main
 
+pytestmark = pytest.mark.slow
+
 DATA, USER, STORAGE = 65, 2, 74
 SHARD = ("data shard --input {data}/text/heldout --split all --tokenizer {data}/tokenizer.model --to ")
 READS_DATA = (

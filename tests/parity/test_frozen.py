@@ -12,6 +12,8 @@ from pretrain.training.metrics import METRICS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 EMBEDDING = ["model.freeze=[embedding.*]"]
 HALF = ["model.freeze=[embedding.*, blocks.0.*, blocks.1.*]"]  # all of a first stage of two, and a tied table

@@ -14,6 +14,8 @@ from pretrain.training.metrics import METRICS_FILE, read_metrics
 from tests.helpers.ranks import train_on
 from tests.helpers.recipes import recipe_of, write_recipe
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 EXPERTS = ["model.experts=4", "model.top_k=2", "model.decoder_layers=6"]
 REVIEWED = [*EXPERTS, "model.ffn=64", "model.sequence_length=64", "model.target_length=64", "optimizer.clip_norm=0"]
