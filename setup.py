@@ -51,7 +51,7 @@ setup(
         "mpi": ["mpi4py>=4,<5"],
         "hf": ["transformers>=5"],
         "dev": ["setuptools>=70.1", "pytest>=8", "pytest-timeout>=2", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.6",
-                "transformers>=5"],
+                "mypy>=2", "types-PyYAML>=6", "transformers>=5"],
     },
     entry_points={"console_scripts": ["trainyard = pretrain.cli:main"]},
 )

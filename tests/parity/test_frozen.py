@@ -83,7 +83,7 @@ def reference(dataset, tmp_path_factory):
 
 def frozen_names(checkpoint: Checkpoint) -> set[str]:
     """What is stored without moments."""
-    return {name for name in checkpoint.shapes if (name, "exp_avg") not in checkpoint._places}
+    return {name for name in checkpoint.shapes if (name, "exp_avg") not in checkpoint._stored}
 
 
 @pytest.mark.parametrize(("family", "options", "layout"), CASES, ids=lambda value: str(value).replace(" ", ""))
