@@ -22,7 +22,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.warm"])
 
 
-def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 900.0) -> list[Any]:
     """`target(rank_info, *args)` on `world_size` ranks; what each returned, by rank.
 
     Raises:
