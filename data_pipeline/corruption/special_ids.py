@@ -1,4 +1,6 @@
-"""Facts: the arithmetic of noised samples, known before any data is read. Imports neither torch nor numpy."""
+"""Special token ids, and the sizes of a corrupted sample, both known before any data is read (no torch, no numpy)."""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -6,43 +8,15 @@ NUM_FIXED_IDS = 4  # pad, start, separator, mask
 
 
 class SpecialIds(NamedTuple):
-    """Token ids that no tokenizer gives out, counted down from the top of a model's vocabulary."""
+    """Token ids that stand for no text. None: the model's tokenizer has no such token.
 
-    vocab_size: int
-
-    @property
-    def pad(self) -> int:
-        """Fills up a sample; also T5's first decoder input."""
-        return self.vocab_size - 1
-
-    @property
-    def start(self) -> int:
-        """Begins a sequence: BERT's [CLS], BART's <s>."""
-        return self.vocab_size - 2
-
-    @property
-    def separator(self) -> int:
-        """Ends a segment: BERT's [SEP]."""
-        return self.vocab_size - 3
-
-    @property
-    def mask(self) -> int:
-        """Stands for a hidden token or span."""
-        return self.vocab_size - 4
-
-    @property
-    def first_sentinel(self) -> int:
-        """Sentinel number i is `first_sentinel - i`."""
-        return self.vocab_size - 1 - NUM_FIXED_IDS
-
-
-def num_special_ids(num_sentinels: int = 0) -> int:
-    """Ids at the top of the vocabulary that a noise with so many sentinels takes."""
-    return NUM_FIXED_IDS + num_sentinels
-
-
-class GivenIds(NamedTuple):
-    """The same ids where a model was trained elsewhere and has them in other places; None for what it never saw."""
+    Args:
+        pad: fills a sample up to its length; also T5's first decoder input.
+        start: begins a sequence: BERT's [CLS], BART's <s>.
+        separator: ends a segment: BERT's [SEP].
+        mask: replaces a masked token or span.
+        first_sentinel: sentinel number i is `first_sentinel - i`.
+    """
 
     pad: int | None = None
     start: int | None = None
@@ -50,9 +24,19 @@ class GivenIds(NamedTuple):
     mask: int | None = None
     first_sentinel: int | None = None
 
+    @classmethod
+    def at_top(cls, vocab_size: int) -> SpecialIds:
+        """The ids of a model trained here, counted down from the top of its vocabulary."""
+        return cls(*range(vocab_size - 1, vocab_size - 2 - NUM_FIXED_IDS, -1))
+
+
+def num_special_ids(num_sentinels: int = 0) -> int:
+    """Ids at the top of the vocabulary that an objective with so many sentinels takes."""
+    return NUM_FIXED_IDS + num_sentinels
+
 
 class SpanCounts(NamedTuple):
-    """What span corruption does to a sample of `num_raw` tokens."""
+    """Sizes of a sample of `num_raw` tokens under span corruption."""
 
     num_raw: int
     num_noise: int
@@ -65,14 +49,14 @@ class SpanCounts(NamedTuple):
 
     @property
     def num_targets(self) -> int:
-        """Hidden tokens, a sentinel before each span, end-of-text."""
+        """Masked tokens, a sentinel before each span, end-of-text."""
         return self.num_noise + self.num_spans + 1
 
 
 def span_counts(num_raw: int, density: float, mean_span: float) -> SpanCounts:
-    """Hidden tokens and spans of a sample of at least 2 tokens (Raffel et al. 2020, section 3.1.4).
+    """Masked tokens and spans of a sample of at least 2 tokens (Raffel et al. 2020, section 3.1.4).
 
-    Every span, hidden or kept, has at least one token.
+    Every span, masked or kept, has at least one token.
     """
     num_noise = min(max(round(num_raw * density), 1), num_raw - 1)
     num_spans = min(max(round(num_noise / mean_span), 1), num_noise, num_raw - num_noise)

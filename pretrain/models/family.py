@@ -7,14 +7,15 @@ A family is a folder under `pretrain/models/` with two files:
 - `modules.py`, torch: `layers(config, ...) -> list`, the ordered list of named layers (embedding, blocks, head). A
   pipeline stage is a slice of it, and a model on one stage runs the same list.
 
-A third file, `hf.py`, facts, is there where transformers knows the architecture: its names beside ours, in the words of
-`hf_map.py`. A family without it trains like any other and is not exported.
+A third file, `hf.py`, is there where transformers has the architecture: an `HFAdapter` (`hf_adapter.py`), with its
+names beside ours in the terms of `hf_map.py`. A family without it trains like any other and is not exported.
 
 One line in `pretrain.models.FAMILIES` makes the family known.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
@@ -54,8 +55,11 @@ class FamilySpec:
     """What is known of a family's models from their config alone. The functions take a `config_class`."""
 
     config_class: type[FamilyConfig]
-    # what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or dual_encoder
+    # key of the loss in `ObjectiveSpec.losses`, and used for nothing else
     form: str
+    # the file of pretrain/inference by which `trainyard evaluate` measures it: the loss of every next token, the loss
+    # of the tokens that its objective corrupts, or classification and retrieval of images
+    evaluation: Literal["language", "masked_quality", "zero_shot"]
     objectives: tuple[str, ...]  # names of the objectives it can be trained with, the usual one first
     problems: Callable[[FamilyConfig], Iterator[Found]]  # what the fields cannot say one by one
     facts: Callable[[FamilyConfig], ModelTraits]
@@ -65,11 +69,9 @@ class FamilySpec:
     flops_per_token: Callable[[FamilyConfig, int], int]
     # parameters of experts that one token does not meet; the others are the active ones
     idle_parameter_count: Callable[[FamilyConfig], int] = lambda config: 0
-
-    @property
-    def reads(self) -> str:
-        """What its data is made of: `tokens` of documents, or `pairs` of image and caption."""
-        return "pairs" if self.form == "dual_encoder" else "tokens"
+    reads: Literal["tokens", "pairs"] = "tokens"  # its data: tokens of documents, or pairs of image and caption
+    # whether it continues a prompt (`trainyard generate`) or writes an answer to a source (`evaluate --examples`)
+    generation: Literal["continuation", "answer"] | None = None
 
     @property
     def unit(self) -> str:

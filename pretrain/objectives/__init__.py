@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
+from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import pairs_spec, text_spec
@@ -19,13 +19,14 @@ def make_loss(name: str, family: str, tp: object) -> object:
 
 
 def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: int | str,
-                special: SpecialIds | GivenIds | None = None) -> list:
+                special: SpecialIds | None = None) -> list:
     """The webdataset stages that turn windows of an open dataset into the fields of a batch.
 
     seed: that of the noise; HELDOUT_SEED for data whose noise no run may change.
     special: where the objective's own ids lie; None: at the top of the vocabulary, as in every model trained here.
     """
-    return _load(OBJECTIVES[config.name].stages)(config, model, dataset, seed, special or SpecialIds(model.vocab_size))
+    special = special or SpecialIds.at_top(model.vocab_size)
+    return _load(OBJECTIVES[config.name].stages)(config, model, dataset, seed, special)
 
 
 def _load(path: str) -> object:

@@ -24,19 +24,47 @@ class ObjectiveConfig(BaseModel):
     name: str
 
 
+END_OF_TEXT_ROLE = "end_of_text"  # the one role that is a token of the tokenizer and no field of SpecialIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Which special tokens an objective uses. A role is a field of `SpecialIds`, or END_OF_TEXT_ROLE.
+
+    Args:
+        needed: roles that a tokenizer of another project must have a token for; sentinels are counted apart.
+        named: further roles that an exported tokenizer has a name for.
+        sentinel_names: their names in an exported tokenizer; (): `<extra_id_0>` and so on.
+        before, after: roles that stand before and after the text of a sample.
+        decoder_start: role of the first input of a decoder that has a source.
+    """
+
+    needed: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    sentinel_names: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    decoder_start: str = "pad"
+
+    def names_of_sentinels(self, count: int) -> tuple[str, ...]:
+        """Names of `count` sentinels, the first one first."""
+        return self.sentinel_names[:count] or tuple(f"<extra_id_{number}>" for number in range(count))
+
+
 @dataclass(frozen=True)
 class ObjectiveSpec:
     """What is known of an objective from the sections `objective` and `model` alone.
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by the form of the family (`FamilySpec.form`), "module:Class"; the class is made with the tensor tp.
+        losses: by `FamilySpec.form`, "module:Class"; the class is made with the tensor tp.
         stages: "module:function"; called with (objective config, model config, open dataset, seed, special ids), it
             returns the webdataset stages between a window of tokens and a batch. The seed is a number, or a text for
             held-out data.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
         problems: what does not fit the model.
+        special: the special tokens that it uses.
     """
 
     config_class: type[ObjectiveConfig]
@@ -45,3 +73,4 @@ class ObjectiveSpec:
     window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int]
     reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int]
     problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Found]]
+    special: SpecialTokens = SpecialTokens()

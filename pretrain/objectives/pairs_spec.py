@@ -7,7 +7,7 @@ from pydantic import Field
 
 from parallel.rules.rule import Found
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+from pretrain.objectives.objective import END_OF_TEXT_ROLE, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.pairs_stages:as_they_are"
 
@@ -34,7 +34,7 @@ def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
         window_tokens=lambda config, model: model.sequence_length, reserved_ids=lambda config, model: 0,
-        problems=_problems)
+        problems=_problems, special=SpecialTokens(after=(END_OF_TEXT_ROLE,)))
 
 
 SPECS = {"contrastive": _spec(ContrastiveConfig, "Contrastive"), "siglip": _spec(SigLIPConfig, "SigLIP")}

@@ -10,19 +10,18 @@ from __future__ import annotations
 from data_pipeline.corruption.bart_denoising import Denoising
 from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds, num_masked, raw_tokens
+from data_pipeline.corruption.special_ids import SpecialIds as Ids
+from data_pipeline.corruption.special_ids import num_masked, raw_tokens
 from data_pipeline.loader import each
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
 from data_pipeline.tokens.in_memory_dataset import TextDataset
 from data_pipeline.tokens.token_dataset import TokenDataset
-from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import OBJECTIVES
 from pretrain.objectives import text_spec as spec
 from pretrain.objectives.objective import ObjectiveConfig
 
 Data = TokenDataset | TextDataset
-Ids = SpecialIds | GivenIds
 
 
 def as_it_is(config: spec.CausalLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
@@ -32,7 +31,7 @@ def as_it_is(config: spec.CausalLMConfig, model: FamilyConfig, dataset: Data, se
 
 def prefix_lm(config: spec.PrefixLMConfig, model: FamilyConfig, dataset: Data, seed: int | str, special: Ids) -> list:
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
-    if family_spec(model.family).form == "decoder":
+    if getattr(model, "num_targets", None) is None:  # one sequence, and no side for targets
         return [each(PrefixCut(seed))]
     return [each(PrefixSplit(seed, _window_tokens(config, model), model.sequence_length, model.num_targets, special))]
 

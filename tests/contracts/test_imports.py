@@ -17,7 +17,7 @@ PARALLEL_LIGHT = ("parallel.config", "parallel.layout", "parallel.rules", "paral
                   "parallel.zero.settings", "parallel.ranks.rank_info", "parallel.ranks.slurm_node_list")
 DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids")
 FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.counting",
-                "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
+                "pretrain.models.encoder_decoder*", "pretrain.models.mixture", "pretrain.models.hf_*",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
 OBJECTIVE_LIGHT = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CHECKPOINT_LIGHT = ("pretrain.checkpoint.manifest", "pretrain.checkpoint.start_weights")
@@ -67,7 +67,7 @@ TABLE = {
     "pretrain/models/*/spec.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     "pretrain/models/*/hf.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     **{f"pretrain/models/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT)
-       for name in ("__init__", "family", "counting", "encoder_decoder", "mixture", "hf_map")},
+       for name in ("__init__", "family", "counting", "encoder_decoder*", "mixture", "hf_*")},
     "pretrain/models/*": ("common.*", "parallel.*", *DATA_LIGHT, "pretrain.models*"),
     **{f"pretrain/objectives/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT)
        for name in ("__init__", "objective", "*_spec")},
@@ -77,7 +77,6 @@ TABLE = {
     "pretrain/config/*": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT, *CHECKPOINT_LIGHT,
                           "pretrain.config.*"),
     "pretrain/checkpoint/*": ("common.*", *LIGHT, "parallel.*", "pretrain.checkpoint.*"),
-    "pretrain/hf/measure_rank.py": ("*",),
     "pretrain/hf/*": ("common.*", *LIGHT, "parallel.*", "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
                       "pretrain.checkpoint.*", "pretrain.hf.*"),
     "pretrain/training/stop_signals.py": ("common.*", "launchers.run_folder.stop_requests"),

@@ -72,6 +72,8 @@ def _parameters(config: BARTConfig, vocab_size: int) -> int:
 SPEC = FamilySpec(
     config_class=BARTConfig,
     form="encoder_decoder",
+    evaluation="masked_quality",
+    generation="answer",
     objectives=("denoising", "span_corruption", "prefix_lm"),
     problems=problems,
     facts=encoder_decoder.facts,

@@ -113,6 +113,7 @@ def _parameters(config: BERTConfig, vocab_size: int) -> int:
 SPEC = FamilySpec(
     config_class=BERTConfig,
     form="encoder",
+    evaluation="masked_quality",
     objectives=("masked_lm",),
     problems=problems,
     facts=facts,

@@ -147,6 +147,8 @@ def _blocks(layers: int, hidden: int, ffn: int) -> int:
 SPEC = FamilySpec(
     config_class=CLIPConfig,
     form="dual_encoder",
+    reads="pairs",
+    evaluation="zero_shot",
     objectives=("contrastive", "siglip"),
     problems=problems,
     facts=facts,

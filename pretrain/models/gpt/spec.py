@@ -141,6 +141,8 @@ def _ffn_matrices(config: GPTConfig) -> int:
 SPEC = FamilySpec(
     config_class=GPTConfig,
     form="decoder",
+    evaluation="language",
+    generation="continuation",
     objectives=("causal_lm", "prefix_lm", "fill_in_the_middle"),
     problems=problems,
     facts=facts,

@@ -1,9 +1,10 @@
-"""T5 in transformers, both versions, and Switch, its mixtures of experts (facts: no torch)."""
+"""T5 in transformers, both versions, and Switch, its mixtures of experts (no torch)."""
 
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+from pretrain.models.encoder_decoder_hf import EncoderDecoderAdapter
 from pretrain.models.hf_map import (
     DENSE,
     OF_A_MIXTURE,
@@ -103,7 +104,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-FREE_OF_OURS = ("family", "attention_dropout", "target_length", "pad_vocab_to")
+WITHOUT_KEY = ("family", "attention_dropout", "target_length", "pad_vocab_to")
 
 
 def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) -> tuple:
@@ -137,7 +138,7 @@ T5 = Architecture(
         Ignored(("initializer_factor", "dense_act_fn", "is_gated_act", "classifier_dropout")),
     ),
     names=_t5_names,
-    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
+    without_key=(*WITHOUT_KEY, *OF_A_MIXTURE),
     copies=_copies,
     stand_ins=stand_ins,
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
@@ -226,10 +227,17 @@ SWITCH = Architecture(
               "decoder_sparse_step")),
     ),
     names=_switch_names,
-    free_of_ours=(*FREE_OF_OURS, "capacity_factor"),
+    without_key=(*WITHOUT_KEY, "capacity_factor"),
     copies=_copies,
     read=_switch_read,
     write=_switch_write,
 )
 
-ARCHITECTURES = (T5, SWITCH)
+
+class T5Adapter(EncoderDecoderAdapter):
+    """T5 and Switch."""
+
+    architectures = (T5, SWITCH)
+
+
+ADAPTER = T5Adapter()

@@ -75,6 +75,8 @@ def _parameters(config: T5Config, vocab_size: int) -> int:
 SPEC = FamilySpec(
     config_class=T5Config,
     form="encoder_decoder",
+    evaluation="masked_quality",
+    generation="answer",
     objectives=("span_corruption", "prefix_lm"),
     problems=problems,
     facts=encoder_decoder.facts,
