@@ -23,7 +23,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     export.add_argument("--architecture", metavar="NAME", help="the model_type to write, where several fit (the first)")
     export.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
     export.add_argument("--no-certificate", action="store_true", help="do not measure: for a model that is too large "
-                        "for one machine; certificate.json then says so")
+                        "for one machine; certificate.json then records that")
     read = verbs.add_parser("import", help="make a checkpoint of a transformers folder", description="Writes a run "
                             "folder with one checkpoint (weights only) and a config.yaml that starts from it.")
     read.add_argument("folder", metavar="HF_DIR", type=Path, help="a folder with config.json and safetensors files")

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):  # libraries print there, and standard output is for the JSON
         found = _measured(args)
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
-    for line in _in_words(found):
+    for line in _lines(found):
         sys.stderr.write(f"{line}\n")
     return ExitCode.DONE
 
@@ -69,12 +69,12 @@ def _measured(args: argparse.Namespace) -> dict:
             "family": trained.model.family, **found}
 
 
-def _in_words(found: dict) -> Iterator[str]:
+def _lines(found: dict) -> Iterator[str]:
     """The main numbers as lines for a person."""
     zero_shot = found.get("zero_shot", {})
-    for name, told in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
-        yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} "
-               f"classes (chance {told['chance']:.1%}){f', {name}' if name else ''}")
+    for name, measures in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
+        yield (f"zero-shot accuracy {measures['top1']:.1%} on {measures['num_images']:,} images of "
+               f"{measures['num_classes']} classes (chance {measures['chance']:.1%}){f', {name}' if name else ''}")
     if "bits_per_byte" in found:
         yield (f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, "
                f"{found['bits_per_byte']:.4f} bits per byte")

@@ -1,7 +1,7 @@
 """The proof of an exported folder: sample inputs through the training model and through transformers' own class.
 
 The training model runs at its own tensor degree, on ranks of this machine. Each side is built, run and released before
-the other. Differences are of logits in fp32. The family's adapter says what the inputs are and where logits count.
+the other. Differences are of logits in fp32. The family's adapter chooses the inputs.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def read_config(family: str, architecture: Architecture, values: dict[str, Any],
                 ) -> ImportedConfig:
     """Our config from the values of config.json and the names of the tensors beside it."""
     values = architecture.read(values)
-    section = values.get(architecture.tokens_in) if architecture.tokens_in else values
+    section = values.get(architecture.tokens_in, {}) if architecture.tokens_in else values
     found = ImportedConfig(token_ids={key: section[key] for key in TOKEN_IDS if section.get(key) is not None})
     ours: dict[str, Any] = {"family": family}
     source: dict[str, str] = {}

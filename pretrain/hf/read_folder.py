@@ -167,7 +167,7 @@ class HFFolder:
         found = list(self.imported.notes)
         for name, ours in self.architecture.files(self.model).items():
             theirs = _json(self.folder / name) if (self.folder / name).is_file() else {}
-            found += [f"{name} says {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
+            found += [f"{name} has {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
                       if not isinstance(value, dict | str) and key in theirs and theirs[key] != value]
         return found
 

@@ -63,7 +63,7 @@ class HFTokenizer:
         """
         if self.vocab_size > model.vocab_size:
             raise HFError(self.folder, [Problem("tokenizer", f"{self.vocab_size} token ids", f"at most "
-                                                f"{model.vocab_size}, which the model knows by its config.json",
+                                                f"{model.vocab_size}, the vocabulary in its config.json",
                                                 "take the folder with its own tokenizer")])
         spec, names = OBJECTIVES[objective.name], self._adapter.token_names._asdict()
         found = {role: self._id_of(name.attributes) for role, name in names.items()}

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.models.family import FamilyConfig
 from pretrain.models.mixture import MixtureFields
 
 REQUIRED = object()  # a key that config.json must hold
+Config = Any  # the config class of the family
 
 # -- steps from a tensor of ours to one of transformers ----------------------------------------------------------------
 
@@ -130,7 +130,7 @@ class Mapped:
     theirs: str
     default: Any = REQUIRED
     words: tuple[tuple[Any, Any], ...] = ()
-    value: Callable[[FamilyConfig], Any] | None = None
+    value: Callable[[Config], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class SupportedValues:
 
     ours: str
     values: tuple[Any, ...]
-    value: Callable[[FamilyConfig], Any] | None = None
+    value: Callable[[Config], Any] | None = None
     implied: bool = False
 
 
@@ -211,13 +211,13 @@ class Architecture:
     """A model_type of transformers that has the same layers as a family of ours, under other names."""
 
     model_type: str  # as config.json says it
-    class_name: Callable[[FamilyConfig], str]  # the class that holds all of our weights
+    class_name: Callable[[Config], str]  # the class that holds all of our weights
     fields: tuple[FieldRule, ...]
-    names: Callable[[FamilyConfig], tuple[Entry, ...]]
+    names: Callable[[Config], tuple[Entry, ...]]
     # our fields that config.json has no key for: they don't change the outputs, or follow from others on import
     without_key: tuple[str, ...] = ()
     # name of a tensor that repeats another, and that other: a folder may hold both, and ours has one
-    copies: Callable[[FamilyConfig], Mapping[str, str]] = lambda config: {}
+    copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
     # name of a tensor that a folder may leave out, and the one that is read instead; from the values of config.json
     stand_ins: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda values: {}
     zeros: tuple[str, ...] = ()  # tensors without a counterpart here, which must be zero where a folder has them
@@ -226,12 +226,12 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()  # endings of names in older folders, and those of today
     read: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # other spellings of keys to those in `fields`
     write: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # and back
-    files: Callable[[FamilyConfig], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
+    files: Callable[[Config], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
     tokens_in: str = ""  # the section of config.json with the token ids; "": the top level
-    pads_with: Callable[[FamilyConfig], int | None] = lambda config: None  # an id that means padding at every place
+    pads_with: Callable[[Config], int | None] = lambda config: None  # an id that means padding at every place
 
 
-def vocabulary(config: FamilyConfig) -> Rows:
+def vocabulary(config: Config) -> Rows:
     """The token table without its padding."""
     return Rows(0, config.vocab_size, config.padded_vocab_size)
 

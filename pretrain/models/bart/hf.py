@@ -64,7 +64,7 @@ BART = Architecture(
         Mapped("ffn", "decoder_ffn_dim", 4096, value=lambda config: config.ffn_hidden),
         Mapped("vocab_size", "vocab_size", 50265),
         Mapped("sequence_length", "max_position_embeddings", 1024,
-             value=lambda config: config.num_positions - NUM_UNUSED_POSITIONS),
+               value=lambda config: config.num_positions - NUM_UNUSED_POSITIONS),
         Mapped("activation", "activation_function", "gelu", ACTIVATIONS),
         Mapped("dropout", "dropout", 0.1),
         Mapped("attention_dropout", "attention_dropout", 0.0),

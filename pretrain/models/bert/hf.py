@@ -68,7 +68,7 @@ _FIELDS = (
     Mapped("heads", "num_attention_heads", 12),
     Mapped("ffn", "intermediate_size", 3072, value=lambda config: config.ffn_hidden),
     Mapped("sequence_length", "max_position_embeddings", 512,
-         value=lambda config: config.num_positions - config.position_offset),
+           value=lambda config: config.num_positions - config.position_offset),
     Mapped("segment_types", "type_vocab_size", 2),
     Mapped("activation", "hidden_act", "gelu", ACTIVATIONS),
     Mapped("norm_epsilon", "layer_norm_eps", 1e-12),

@@ -69,12 +69,12 @@ def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) ->
         Mapped(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
         Mapped(f"{tower}_heads", f"{theirs}.num_attention_heads", heads),
         Mapped(f"{tower}_ffn", f"{theirs}.intermediate_size", ffn,
-             value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
+               value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
         Mapped("activation", f"{theirs}.hidden_act", "quick_gelu"),
         Mapped("norm_epsilon", f"{theirs}.layer_norm_eps", 1e-5),
         # Each tower alone would be given this width; both together take the one above them.
         Ignored((f"{theirs}.projection_dim", f"{theirs}.initializer_range", f"{theirs}.initializer_factor",
-              f"{theirs}.dropout")),
+                 f"{theirs}.dropout")),
         RequiredValue(f"{theirs}.attention_dropout", 0.0, 0.0),
     )
 
@@ -125,6 +125,8 @@ class CLIPAdapter(HFAdapter[CLIPConfig]):
     def sample(self, model: CLIPConfig, random: RandomInputs) -> Tensors:
         found = random.padded_ids(model.sequence_length)
         ends = found["mask"].sum(dim=1) - 1
+        if random.end_id is None:
+            raise ValueError("CLIP takes the vector of a caption at its end-of-text id, and config.json names none")
         return {**found, "ids": found["ids"].scatter(1, ends[:, None], random.end_id), "ends": ends,
                 "pixels": random.normal(3, model.image_size, model.image_size)}
 

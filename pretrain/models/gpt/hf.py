@@ -75,7 +75,7 @@ GPT2 = Architecture(
         RequiredValue("scale_attn_by_inverse_layer_idx", False, False),
         RequiredValue("add_cross_attention", False, False),
         Ignored(("reorder_and_upcast_attn", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
-              "summary_proj_to_labels", "summary_first_dropout")),
+                 "summary_proj_to_labels", "summary_first_dropout")),
     ),
     names=_gpt2_names,
     without_key=(*WITHOUT_KEY, *OF_A_MIXTURE, "rotary_base"),

@@ -163,7 +163,7 @@ def _every(layers: int, sparse: list[int]) -> int | None:
 
 
 def _switch_read(values: dict[str, Any]) -> dict[str, Any]:
-    """Which blocks are mixtures, in our words; a capacity that no sequence reaches is none."""
+    """Which blocks are mixtures, as expert_every; a capacity that no sequence reaches is none."""
     values = {"num_layers": 12, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3, "expert_capacity": 64,
               "n_positions": 512, **values}
     layers = values["num_layers"]
@@ -224,7 +224,7 @@ SWITCH = Architecture(
         RequiredValue("router_dtype", "float32", "float32"),
         TrainingOnly("router_jitter_noise", 0.0),
         Ignored(("initializer_factor", "router_ignore_padding_tokens", "add_router_probs", "encoder_sparse_step",
-              "decoder_sparse_step")),
+                 "decoder_sparse_step")),
     ),
     names=_switch_names,
     without_key=(*WITHOUT_KEY, "capacity_factor"),
