@@ -18,8 +18,8 @@ from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import Tokenizer
 from parallel.process_groups import Groups
 from parallel.single_rank import single_rank
-from pretrain.checkpoint.locate import open_checkpoint
 from pretrain.checkpoint.manifest import MANIFEST
+from pretrain.checkpoint.open_checkpoint import open_checkpoint
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.checkpoint.tensor_file import DTYPES
 from pretrain.config.run_config import RunConfig, config_from

@@ -13,8 +13,8 @@ from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
-from pretrain.checkpoint.locate import open_checkpoint
 from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.checkpoint.open_checkpoint import open_checkpoint
 from pretrain.checkpoint.store import Checkpoint
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.read_folder import HFFolder, is_hf_folder

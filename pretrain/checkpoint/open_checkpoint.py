@@ -1,4 +1,4 @@
-"""Which checkpoint a path means: one of a run folder, or one step."""
+"""Opening the checkpoint that a path means: the newest whole one of a run folder, or one step."""
 
 from __future__ import annotations
 
