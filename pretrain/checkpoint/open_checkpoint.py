@@ -12,6 +12,8 @@ from pretrain.checkpoint.store import newest_whole
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint at a run folder (its newest whole one), at its `checkpoints` folder, or at one step's folder.
 
+    The ranks of the default group call it together, because rank 0 chooses the newest whole one for all.
+
     Raises:
         UserError: there is none.
         CheckpointError: it is damaged.

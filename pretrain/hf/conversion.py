@@ -76,8 +76,8 @@ def export(checkpoint: Path, to: Path, *, architecture: str | None = None, dtype
         StorageError: the disk refused.
     """
     check_new(to)
-    opened = open_checkpoint(checkpoint)
     with single_rank() as groups:
+        opened = open_checkpoint(checkpoint)
         config = config_from(opened.manifest["config"], str(opened.folder))
         plan = _plan(opened, config, groups, architecture=architecture, dtype=dtype, file_bytes=file_bytes,
                      with_tokenizer=with_tokenizer)
