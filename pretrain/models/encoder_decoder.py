@@ -52,6 +52,8 @@ class EncoderDecoderSpec(FamilySpec[Config]):
     """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
     form = "encoder_decoder"
+    evaluation = "masked_quality"
+    generation = "answer"
 
     @abstractmethod
     def block(self, config: Config) -> BlockShape:

@@ -89,9 +89,9 @@ def _child(target: Callable[..., Any], rank: int, world_size: int, listener: soc
 
 def train(info: RankInfo, config_path: str, overrides: list[str]) -> int:
     """What `trainyard train` does in a rank that its launcher started; returns the exit code."""
-    from pretrain.cli import report
     from pretrain.commands.train import run_rank
     from pretrain.config.run_config import load_run
+    from pretrain.reporting import report
 
     return report(lambda: run_rank(load_run(config_path, overrides, info.world_size), info))
 
