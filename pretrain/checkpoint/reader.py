@@ -95,7 +95,7 @@ class Checkpoint:
         for part in stored:
             for same in overlaps(wanted, part.range):
                 self._read_into(part, same.held,
-                                target[same.wanted * ITEM_BYTES : (same.wanted + same.count) * ITEM_BYTES])
+                                target[same.wanted * ITEM_BYTES : (same.wanted + same.num_elements) * ITEM_BYTES])
                 covered += same.count
         if covered != wanted.count:
             raise CheckpointError(f"{self.folder}: the fragments of {wanted.name} ({wanted.kind}) hold {covered} "
