@@ -1,13 +1,13 @@
-"""The console script: finds the verb, runs it, and turns what went wrong into a message and an exit code."""
+"""The console script: finds the verb and runs it."""
 
 import argparse
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 
-from common.errors import ExitCode, TrainyardError
+from common.errors import ExitCode
+from pretrain.reporting import report
 
 VERBS = {  # verb: what it does; one file each in pretrain/commands, imported only when it is called
     "train": "train on this machine, or join the ranks that a launcher started",
@@ -31,21 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parse(argv)
     return report(lambda: args.run(args))
-
-
-def report(work: Callable[[], int]) -> int:
-    """The exit code of `work`; an error in it is written to standard error."""
-    try:
-        return work()
-    except TrainyardError as error:
-        _complain(error.message)
-        return error.exit_code
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return ExitCode.INTERRUPTED
-    except Exception:
-        _complain(f"{traceback.format_exc()}\nThis is a defect of Trainyard or of a library under it.")
-        return ExitCode.INTERNAL
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -79,7 +64,3 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
         else:
             subparsers.add_parser(name, help=text)
     return parser
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

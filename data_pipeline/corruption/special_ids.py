@@ -3,57 +3,39 @@
 Imports neither torch nor numpy, so that a config is checked on a login node.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
 from typing import NamedTuple
 
 NUM_FIXED_IDS = 4  # pad, start, separator, mask
 
 
 class SpecialIds(NamedTuple):
-    """Token ids that no tokenizer gives out, counted down from the top of a model's vocabulary."""
+    """Token ids that stand for no text. None: the model's tokenizer has no such token.
 
-    vocab_size: int
-
-    @property
-    def pad(self) -> int:
-        """Pads a sample; also T5's first decoder input."""
-        return self.vocab_size - 1
-
-    @property
-    def start(self) -> int:
-        """Begins a sequence: BERT's [CLS], BART's <s>."""
-        return self.vocab_size - 2
-
-    @property
-    def separator(self) -> int:
-        """Ends a segment: BERT's [SEP]."""
-        return self.vocab_size - 3
-
-    @property
-    def mask(self) -> int:
-        """Replaces a masked token or span."""
-        return self.vocab_size - 4
-
-    @property
-    def first_sentinel(self) -> int:
-        """Sentinel number i, which replaces the masked span i, is `first_sentinel - i`."""
-        return self.vocab_size - 1 - NUM_FIXED_IDS
-
-
-def num_special_ids(num_sentinels: int = 0) -> int:
-    """Ids at the top of the vocabulary that an objective with `num_sentinels` sentinels needs."""
-    return NUM_FIXED_IDS + num_sentinels
-
-
-@dataclass(frozen=True, kw_only=True)
-class GivenIds:
-    """The special ids of a model that was trained elsewhere; None for an id that the model does not have."""
+    Args:
+        pad: pads a sample; also T5's first decoder input.
+        start: begins a sequence: BERT's [CLS], BART's <s>.
+        separator: ends a segment: BERT's [SEP].
+        mask: replaces a masked token or span.
+        first_sentinel: sentinel number i, which replaces the masked span i, is `first_sentinel - i`.
+    """
 
     pad: int | None = None
     start: int | None = None
     separator: int | None = None
     mask: int | None = None
     first_sentinel: int | None = None
+
+    @classmethod
+    def at_top(cls, vocab_size: int) -> SpecialIds:
+        """The ids of a model trained here, counted down from the top of its vocabulary."""
+        return cls(*range(vocab_size - 1, vocab_size - 2 - NUM_FIXED_IDS, -1))
+
+
+def num_special_ids(num_sentinels: int = 0) -> int:
+    """Ids at the top of the vocabulary that an objective with `num_sentinels` sentinels needs."""
+    return NUM_FIXED_IDS + num_sentinels
 
 
 class SpanCounts(NamedTuple):

@@ -1,8 +1,8 @@
 """`trainyard evaluate`: measures of a trained model, as JSON.
 
-Text, on a dataset folder or on plain files: loss, perplexity and bits per byte of a decoder; of other models the loss
-on what their own objective hides, by the same noise every time. A dual encoder: zero-shot accuracy on a directory with
-a folder of images per class, retrieval on a dataset folder of image-text pairs.
+Text, on a dataset folder or on plain files: loss, perplexity and bits per byte of a decoder; for other models the loss
+of the tokens that their objective corrupts, the same ones every time. A dual encoder: zero-shot accuracy on a directory
+with a folder of images per class, retrieval on a dataset folder of image-text pairs.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import ExitCode, UserError
+from pretrain.models import families_with
 
 if TYPE_CHECKING:
     from data_pipeline.tokens.in_memory_dataset import TextDataset
@@ -36,10 +37,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs, documents of a decoder, or "
                         "samples of another model of text (all)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens that a decoder sees at once, at most "
-                        "what it was made for (that)")
+                        "those of its training (as many)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="samples in one forward (32)")
-    parser.add_argument("--examples", type=int, default=0, metavar="N", help="also what an encoder-decoder makes of "
-                        "the first N samples, by the most likely token after token (0)")
+    parser.add_argument("--examples", type=int, default=0, metavar="N", help="also the greedy answers of an "
+                        "encoder-decoder to the first N samples (0)")
     parser.add_argument("--templates", type=Path, metavar="FILE",
                         help="JSON list of prompts with {} for the class name (the directory's own templates.json)")
 
@@ -47,10 +48,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one JSON object. Returns the exit code."""
     _check(args)
-    with redirect_stdout(sys.stderr):  # what libraries say: a program reads standard output
-        told = _measured(args)
-    sys.stdout.write(json.dumps(told, indent=1) + "\n")
-    for line in _in_words(told):
+    with redirect_stdout(sys.stderr):  # libraries print there, and standard output is for the JSON
+        found = _measured(args)
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    for line in _lines(found):
         sys.stderr.write(f"{line}\n")
     return ExitCode.DONE
 
@@ -62,24 +63,24 @@ def _measured(args: argparse.Namespace) -> dict:
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)
         _check_for(args, trained)
-        measure = {"dual_encoder": _measure_images, "decoder": _measure_text}.get(trained.spec.form, _measure_noised)
-        found = measure(args, trained, groups)
+        measure = {"zero_shot": _zero_shot, "language": _language, "masked_quality": _masked_quality}
+        found = measure[trained.spec.evaluation](args, trained, groups)
     return {"checkpoint": str(trained.folder), "step": trained.step, "data": [str(path) for path in args.data],
             "family": trained.model.family, **found}
 
 
-def _in_words(found: dict) -> Iterator[str]:
-    """What a person wants to know of the numbers, for the terminal."""
+def _lines(found: dict) -> Iterator[str]:
+    """The main numbers as lines for a person."""
     zero_shot = found.get("zero_shot", {})
-    for name, told in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
-        yield (f"zero-shot accuracy {told['top1']:.1%} on {told['num_images']:,} images of {told['num_classes']} "
-               f"classes (chance {told['chance']:.1%}){f', {name}' if name else ''}")
+    for name, measures in {"": zero_shot}.items() if "top1" in zero_shot else zero_shot.items():
+        yield (f"zero-shot accuracy {measures['top1']:.1%} on {measures['num_images']:,} images of "
+               f"{measures['num_classes']} classes (chance {measures['chance']:.1%}){f', {name}' if name else ''}")
     if "bits_per_byte" in found:
         yield (f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}, "
                f"{found['bits_per_byte']:.4f} bits per byte")
     if "accuracy" in found:
         yield (f"{found['objective']}: loss {found['loss']:.4f}, {found['accuracy']:.1%} of {found['num_targets']:,} "
-               "hidden tokens right")
+               "targets right")
     if "next_sentence_accuracy" in found:
         yield (f"next_sentence: loss {found['next_sentence_loss']:.4f}, {found['next_sentence_accuracy']:.1%} of the "
                "pairs right")
@@ -96,40 +97,42 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_for(args: argparse.Namespace, trained: "Trained") -> None:
-    """What only some families can do."""
-    form, family = trained.spec.form, trained.model.family
-    if args.examples and form != "encoder_decoder":
-        raise UserError(f"--examples {args.examples}: for models that write an answer (t5, bart), and "
-                        f"{args.checkpoint} holds a {family}")
-    if args.sequence_length and form != "decoder":
-        raise UserError(f"--sequence-length {args.sequence_length}: for decoders (gpt), and {args.checkpoint} holds a "
-                        f"{family}, whose objective fills the length it was made for")
+    """Raises UserError for options that the model's family does not have."""
+    spec, family = trained.spec, trained.model.family
+    if args.examples and spec.generation != "answer":
+        raise UserError(f"--examples {args.examples}: for models that write an answer "
+                        f"({families_with(generation='answer')}), and {args.checkpoint} holds a {family}")
+    if args.sequence_length and spec.evaluation != "language":
+        raise UserError(f"--sequence-length {args.sequence_length}: for decoders "
+                        f"({families_with(evaluation='language')}), and {args.checkpoint} holds a {family}, whose "
+                        "objective fills the length it was trained with")
     if args.sequence_length and args.sequence_length > trained.model.sequence_length:
-        raise UserError(f"--sequence-length {args.sequence_length}: {args.checkpoint} was made for "
-                        f"{trained.model.sequence_length} tokens at most")
+        raise UserError(f"--sequence-length {args.sequence_length}: {args.checkpoint} was trained with at most "
+                        f"{trained.model.sequence_length} tokens")
 
 
 def _shown(batches: Iterable[dict]) -> Iterator[dict]:
-    """The batches, with a word about how many there were every few seconds."""
-    told, num_rows = time.monotonic(), 0
+    """The batches, with the number of samples so far on standard error every few seconds."""
+    last, num_rows = time.monotonic(), 0
     for batch in batches:
         yield batch
         num_rows += len(batch["tokens"])
-        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
-            told = time.monotonic()
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
             sys.stderr.write(f"{num_rows:,} samples\n")
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
+def _zero_shot(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from data_pipeline.folder.manifest import MANIFEST_NAME
     from data_pipeline.image_text.pair_dataset import PairsDataset
     from pretrain.inference.zero_shot import DualEncoder, classification, retrieval, templates_of
 
     config = trained.model
-    model = DualEncoder(trained.stage, trained.tokenizer, config.image_size, config.sequence_length, args.batch)
+    model = DualEncoder(trained.stage, trained.tokenizer, config.image_size, config.sequence_length,
+                        batch=args.batch)
     found: dict = {}
     for path in args.data:
         if not path.is_dir():
@@ -146,7 +149,7 @@ def _measure_images(args: argparse.Namespace, trained: "Trained", groups: "Group
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
+def _language(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from parallel.tensor_parallel import TensorParallel
     from pretrain.inference.language import language_measures, stream_batches, summed_loss
     from pretrain.objectives import OBJECTIVES, make_loss
@@ -160,21 +163,22 @@ def _measure_text(args: argparse.Namespace, trained: "Trained", groups: "Groups"
     return language_measures(nats, num_tokens, text.text_bytes)
 
 
-def _measure_noised(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
+def _masked_quality(args: argparse.Namespace, trained: "Trained", groups: "Groups") -> dict:
     from parallel.tensor_parallel import TensorParallel
-    from pretrain.inference.masked_quality import examples, noised_batches, noised_measures
+    from pretrain.inference.masked_quality import corrupted_batches, examples, masked_measures
     from pretrain.objectives import make_loss
 
     dataset = _dataset(args, trained)
     objective = make_loss(trained.objective, trained.model, TensorParallel(groups, trained.device))
-    found = noised_measures(trained, objective, _shown(noised_batches(trained, dataset, args.batch, args.samples)))
+    batches = corrupted_batches(trained, dataset, args.batch, args.samples)
+    found = masked_measures(trained, objective, _shown(batches))
     if args.examples:
-        found["examples"] = examples(trained, noised_batches(trained, dataset, 1, args.examples), args.examples)
+        found["examples"] = examples(trained, corrupted_batches(trained, dataset, 1, args.examples), args.examples)
     return found
 
 
 def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | TextDataset":
-    """A dataset folder of the model's own tokenizer, or what the tokenizer makes of files."""
+    """A dataset folder that was made with the model's tokenizer, or files as the tokenizer encodes them."""
     from data_pipeline.folder.manifest import MANIFEST_NAME
     from data_pipeline.text.corpus import documents
     from data_pipeline.tokens.in_memory_dataset import TextDataset

@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from common.errors import ExitCode, UserError
+from pretrain.models import families_with
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -23,16 +24,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print each prompt with its continuation, as it is made. Returns the exit code."""
     _check(args)
-    with redirect_stdout(sys.stderr):  # libraries speak when they are loaded, and standard output is for the text
+    with redirect_stdout(sys.stderr):  # libraries print when they are loaded, and standard output is for the text
         from parallel.single_rank import single_rank
         from pretrain.inference.generation import Sampling, continue_tokens
         from pretrain.inference.trained_model import open_model
 
     with single_rank() as groups:
         trained = open_model(args.checkpoint, groups)
-        if trained.spec.form != "decoder":
+        if trained.spec.generation != "continuation":
             raise UserError(f"{args.checkpoint} holds a model of the family {trained.model.family}, which does not "
-                            "continue texts: generate takes a decoder (gpt)")
+                            f"continue texts: generate takes a decoder ({families_with(generation='continuation')})")
         tokenizer = trained.tokenizer
         sampling = Sampling(args.temperature, args.top_k, args.top_p)
         context = trained.model.sequence_length
@@ -44,10 +45,11 @@ def run(args: argparse.Namespace) -> int:
             tokens, shown = list(prompt), tokenizer.decode(prompt)
             sys.stdout.write(("\n\n" if number else "") + shown)
             stop = tokenizer.end_of_text
-            for token in continue_tokens(trained.stage, prompt, args.max_tokens, context, sampling, stop, args.seed):
+            for token in continue_tokens(trained.stage, prompt, args.max_tokens, context, sampling=sampling,
+                                         stop_token=stop, seed=args.seed):
                 tokens.append(token)
                 whole = tokenizer.decode(tokens)
-                if not whole.endswith("\ufffd"):  # a character of several byte tokens is shown once it is whole
+                if not whole.endswith("\ufffd"):  # the bytes of a character may be several tokens
                     sys.stdout.write(whole[len(shown):])
                     sys.stdout.flush()
                     shown = whole

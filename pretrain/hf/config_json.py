@@ -1,4 +1,4 @@
-"""Between a model's config and a transformers config.json, with everything that one of them cannot say (no torch)."""
+"""From a transformers config.json to our config and back, with every value that has no counterpart (no torch)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from common.errors import Problem
 from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.config.run_config import RunConfig
-from pretrain.models import FAMILIES, architectures, family_spec
+from pretrain.models import FAMILIES, architectures, family_spec, hf_adapter
 from pretrain.models.family import FamilyConfig
 from pretrain.models.hf_map import (
-    FREE_EVERYWHERE,
+    IGNORED_EVERYWHERE,
     REQUIRED,
     TOKEN_IDS,
     Architecture,
@@ -25,13 +25,22 @@ from pretrain.models.hf_map import (
     SupportedValues,
     TrainingOnly,
 )
+from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.objective import END_OF_TEXT_ROLE
 
 _ABSENT = object()
 
 
 @dataclass
-class Read:
-    """What a config.json says: our config, or problems; and what it says beside that."""
+class ImportedConfig:
+    """The content of a config.json in our terms.
+
+    Attributes:
+        model: our config; None when there are problems.
+        problems: values that have no counterpart here.
+        notes: values that an import drops, because they act in training only.
+        token_ids: ids of special tokens, by their key in config.json.
+    """
 
     model: FamilyConfig | None = None
     problems: list[Problem] = field(default_factory=list)
@@ -40,18 +49,19 @@ class Read:
 
 
 def by_model_type() -> dict[str, tuple[str, Architecture]]:
-    """(family, architecture) of every model_type that is known here."""
+    """(family, architecture) of every model_type that can be imported."""
     return {found.model_type: (family, found) for family in FAMILIES for found in architectures(family)}
 
 
-# -- from theirs -------------------------------------------------------------------------------------------------------
+# -- import ------------------------------------------------------------------------------------------------------------
 
 
-def read_config(family: str, architecture: Architecture, values: dict[str, Any], tensors: Collection[str]) -> Read:
+def read_config(family: str, architecture: Architecture, values: dict[str, Any], tensors: Collection[str]
+                ) -> ImportedConfig:
     """Our config from the values of config.json and the names of the tensors beside it."""
-    spelt = architecture.read(values)
-    named = spelt.get(architecture.tokens_in) if architecture.tokens_in else spelt
-    told = Read(token_ids={key: named[key] for key in TOKEN_IDS if named.get(key) is not None})
+    values = architecture.read(values)
+    section = values.get(architecture.tokens_in, {}) if architecture.tokens_in else values
+    found = ImportedConfig(token_ids={key: section[key] for key in TOKEN_IDS if section.get(key) is not None})
     ours: dict[str, Any] = {"family": family}
     source: dict[str, str] = {}
     known: set[str] = set()
@@ -65,42 +75,43 @@ def read_config(family: str, architecture: Architecture, values: dict[str, Any],
             ours[rule.ours] = rule.tensor in tensors
         else:
             known.add(rule.theirs)
-            value = _at(spelt, rule.theirs, getattr(rule, "default", _ABSENT))
-            _take(rule, value, ours, source, told)
-    told.problems += [_unknown(key) for key in sorted(_keys(spelt, known) - known)]
-    if not told.problems:
-        told.model, problems = _model(family, ours, source)
-        told.problems += problems
-    return told
+            value = _at(values, rule.theirs, getattr(rule, "default", _ABSENT))
+            _take(rule, value, ours, source, found)
+    found.problems += [_unknown(key) for key in sorted(_keys(values, known) - known)]
+    if not found.problems:
+        found.model, problems = _model(family, ours, source)
+        found.problems += problems
+    return found
 
 
 def _take(rule: Mapped | RequiredValue | TrainingOnly, value: Any, ours: dict[str, Any], source: dict[str, str],
-          told: Read) -> None:
-    """One key of theirs, into our values, a note or a problem."""
+          found: ImportedConfig) -> None:
+    """Turn one transformers key into a value of ours, a note or a problem. `source`: the key of each of our values."""
     if value is REQUIRED:
-        told.problems.append(Problem(rule.theirs, "nothing", "a value", f"add {rule.theirs} to config.json"))
+        found.problems.append(Problem(rule.theirs, "nothing", "a value", f"add {rule.theirs} to config.json"))
     elif isinstance(rule, TrainingOnly):
         if value is not _ABSENT and value != rule.value:
-            told.notes.append(f"{rule.theirs}={value!r} is not carried over: training here has nothing like it")
+            found.notes.append(f"{rule.theirs}={value!r} is dropped: training here has no such setting")
     elif isinstance(rule, RequiredValue):
         if value != rule.value:
-            told.problems.append(Problem(rule.theirs, repr(value), repr(rule.value), rule.change))
+            found.problems.append(Problem(rule.theirs, repr(value), repr(rule.value), rule.change))
     else:
         mine = next((mine for mine, theirs in rule.words if theirs == value), _ABSENT if rule.words else value)
         if mine is _ABSENT:
-            told.problems.append(Problem(rule.theirs, repr(value), ", ".join(repr(theirs) for _, theirs in rule.words),
+            found.problems.append(Problem(rule.theirs, repr(value), ", ".join(repr(theirs) for _, theirs in rule.words),
                                          "take a model with one of these"))
             return
         if rule.ours in source and ours[rule.ours] != mine:
-            told.problems.append(Problem(rule.theirs, f"{value!r}, while {source[rule.ours]} gives {ours[rule.ours]!r}",
-                                         f"one value: here both are model.{rule.ours}",
-                                         "take a model where they are equal"))
+            found.problems.append(Problem(rule.theirs,
+                                          f"{value!r}, while {source[rule.ours]} gives {ours[rule.ours]!r}",
+                                          f"one value: here both are model.{rule.ours}",
+                                          "take a model where they are equal"))
             return
         ours[rule.ours], source[rule.ours] = mine, rule.theirs
 
 
 def _model(family: str, ours: dict[str, Any], source: dict[str, str]) -> tuple[FamilyConfig | None, list[Problem]]:
-    """The config that these values make, or what is wrong with them under the names of config.json."""
+    """The config with these values, or problems that name the keys of config.json."""
     spec = family_spec(family)
     for name, cls_field in spec.config_class.model_fields.items():
         if cls_field.annotation is float and isinstance(ours.get(name), int):
@@ -109,7 +120,8 @@ def _model(family: str, ours: dict[str, Any], source: dict[str, str]) -> tuple[F
         model = spec.config_class.model_validate(ours)
     except ValidationError as error:
         return None, [Problem(source.get(str(detail["loc"][0]), str(detail["loc"][0])), repr(detail["input"]),
-                              detail["msg"].removeprefix("Input should be "), "mend config.json, or take another model")
+                              detail["msg"].removeprefix("Input should be "),
+                              "correct config.json, or take another model")
                       for detail in error.errors()]
     return model, [Problem(f"{where} ({source[where.removeprefix('model.')]})"
                            if where.removeprefix("model.") in source else where, *found)
@@ -117,25 +129,25 @@ def _model(family: str, ours: dict[str, Any], source: dict[str, str]) -> tuple[F
 
 
 def _unknown(key: str) -> Problem:
-    return Problem(key, "a key that is not known here", "keys whose meaning is known, so that none is passed over",
+    return Problem(key, "a key that is not known here", "keys whose meaning is known, so that none is skipped",
                    f"delete {key} from config.json if the model computes the same without it")
 
 
 def _keys(values: dict[str, Any], known: Collection[str]) -> set[str]:
-    """Dotted keys that a model may depend on; inside the sections that `known` looks into, those of the section."""
+    """Dotted keys that the outputs may depend on; a section that `known` has keys of is split into its own keys."""
     sections = {key.partition(".")[0] for key in known if "." in key}
     found = set()
     for key, value in values.items():
         if key in sections and isinstance(value, dict):
-            found |= {f"{key}.{inner}" for inner, content in value.items() if not _free(inner, content)}
-        elif key not in sections and not _free(key, value):
+            found |= {f"{key}.{inner}" for inner, content in value.items() if not _is_ignored(inner, content)}
+        elif key not in sections and not _is_ignored(key, value):
             found.add(key)
     return found
 
 
-def _free(key: str, value: Any) -> bool:
-    """Whether a key has no bearing anywhere; switches of parts that are off count as well."""
-    return key in FREE_EVERYWHERE or (key in ("is_decoder", "is_encoder_decoder", "add_cross_attention",
+def _is_ignored(key: str, value: Any) -> bool:
+    """Whether a key changes no output of any architecture; so does a switch of a part that is off."""
+    return key in IGNORED_EVERYWHERE or (key in ("is_decoder", "is_encoder_decoder", "add_cross_attention",
                                               "cross_attention_hidden_size", "pruned_heads", "tie_encoder_decoder")
                                       and not value)
 
@@ -149,14 +161,14 @@ def _at(values: dict[str, Any], key: str, default: Any) -> Any:
     return place
 
 
-# -- to theirs ---------------------------------------------------------------------------------------------------------
+# -- export ------------------------------------------------------------------------------------------------------------
 
 
 def choose_architecture(family: str, model: FamilyConfig, asked: str | None) -> tuple[Architecture, list[Problem]]:
-    """The architecture asked for, or else the first that fits; with what keeps it from fitting.
+    """The architecture with the model_type `asked`, else the first that fits, with the problems that remain.
 
     Raises:
-        LookupError: `asked` is not one of the family's; the message names those.
+        LookupError: the family has no such architecture; the message names those it has.
     """
     known = architectures(family)
     if asked is not None:
@@ -169,8 +181,8 @@ def choose_architecture(family: str, model: FamilyConfig, asked: str | None) -> 
 
 
 def misfits(architecture: Architecture, model: FamilyConfig) -> Iterator[Problem]:
-    """What of our config this architecture cannot say."""
-    said: dict[str, Any] = {}
+    """Values of our config that this architecture has no counterpart for."""
+    mapped: set[str] = set()
     for rule in architecture.fields:
         if isinstance(rule, SupportedValues):
             value = _ours(rule, model)
@@ -185,11 +197,11 @@ def misfits(architecture: Architecture, model: FamilyConfig) -> Iterator[Problem
                 yield Problem(f"model.{rule.ours}", f"{value!r} in {architecture.model_type}",
                               ", ".join(sorted({str(mine) for mine, _ in rule.words})),
                               "keep the model in Trainyard's format: transformers' class has no such part")
-        said[getattr(rule, "ours", "")] = True
+        mapped.add(getattr(rule, "ours", ""))
     # `freeze` says what is trained and nothing of the model itself
-    silent = set(type(model).model_fields) - set(said) - {*architecture.free_of_ours, "freeze"}
-    if silent:
-        raise LookupError(f"the map of {architecture.model_type} does not say what becomes of {sorted(silent)}")
+    left = set(type(model).model_fields) - mapped - {*architecture.without_key, "freeze"}
+    if left:
+        raise LookupError(f"the name map of {architecture.model_type} has no rule for {sorted(left)}")
 
 
 def write_config(architecture: Architecture, model: FamilyConfig, token_ids: dict[str, Any], dtype: str
@@ -219,16 +231,9 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
-def token_ids_of(config: RunConfig, end_of_text: int) -> dict[str, int]:
-    """The ids that config.json names, as the objective of a run here uses them."""
-    special, form = SpecialIds(config.model.vocab_size), config.spec.form
-    if form == "decoder":
-        return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    if form == "encoder":
-        return {"bos_token_id": special.start, "eos_token_id": special.separator, "pad_token_id": special.pad}
-    if form == "dual_encoder":
-        return {"eos_token_id": end_of_text}
-    # The decoder's first input: end-of-text where a damaged sample is restored, else padding.
-    first = end_of_text if config.objective.name == "denoising" else special.pad
-    return {"bos_token_id": special.start, "eos_token_id": end_of_text, "pad_token_id": special.pad,
-            "decoder_start_token_id": first}
+def token_ids_of(config: RunConfig, end_of_text: int) -> dict[str, int | None]:
+    """The token ids in config.json, as the objective of a run here uses them."""
+    special = SpecialIds.at_top(config.model.vocab_size)
+    role = OBJECTIVES[config.objective.name].special.decoder_start
+    decoder_start = end_of_text if role == END_OF_TEXT_ROLE else getattr(special, role)
+    return hf_adapter(config.model.family).config_token_ids(special, end_of_text, decoder_start)

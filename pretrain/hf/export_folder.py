@@ -1,11 +1,11 @@
-"""Writing a transformers folder from a checkpoint of any layout: one tensor in memory at a time, proved, then named."""
+"""Writing a transformers folder from a checkpoint of any layout, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +28,57 @@ CERTIFICATE = "certificate.json"
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written: a model, its global tensors, and in which words."""
-
-    model: FamilyConfig
-    shapes: dict[str, tuple[int, ...]]  # by global name, in the order of the layers
-    tensor: Callable[[str], Tensor]  # whole tensors by global name
-    architecture: Architecture
-    token_ids: dict[str, Any]
-    dtype: str  # a key of NUMBER_FORMATS
-    shard_bytes: int
-    write_tokenizer: Callable[[Path], None] = lambda folder: None  # its files, into a folder
-
-
-def export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Write the folder `to`, which gets its name only once `certify` has found it right; returns the certificate.
+    """A model, its tensors, and how they are written.
 
     Args:
-        certify: given the folder under a temporary name, what certificate.json shall hold.
+        shapes: of the tensors by global name, in the order of the layers.
+        tensor: whole tensors by global name.
+        architecture: the name map.
+        token_ids: ids of special tokens for config.json.
+        dtype: number format of the weights, a key of NUMBER_FORMATS.
+        file_bytes: the most bytes of a file that holds more than one tensor.
+        write_tokenizer: writes the tokenizer's files into a folder; None: there are none.
+    """
+
+    model: FamilyConfig
+    shapes: dict[str, tuple[int, ...]]
+    tensor: Callable[[str], Tensor]
+    architecture: Architecture
+    _: KW_ONLY
+    token_ids: dict[str, Any]
+    dtype: str
+    file_bytes: int
+    write_tokenizer: Callable[[Path], None] | None = None
+
+
+def write_export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Write the folder `to` under a temporary name, check it and rename it. Returns the certificate.
+
+    Args:
+        certify: from the folder under its temporary name, the content of certificate.json.
 
     Raises:
-        UserError: `to` is there already.
-        ConversionError: the folder is off; nothing is left behind.
+        UserError: `to` exists.
+        ConversionError: the two sides differ; nothing is left behind.
         StorageError: the disk refused.
         LookupError: the name map does not fit the model.
     """
     with written_aside(to) as aside:
         write_folder(what, aside)
-        told = certify(aside)
-        if not told["within"]:
-            found = ", ".join(f"{name} by {size:.3g}" for name, size in told["largest_differences"].items())
-            raise ConversionError(f"{to}: not written. What transformers computes from it is off ({found}; at most "
-                                  f"{told['bound']:.3g}). This is a defect in the name map of "
+        found = certify(aside)
+        if not found["within"]:
+            differences = ", ".join(f"{name} by {size:.3g}" for name, size in found["largest_differences"].items())
+            raise ConversionError(f"{to}: not written. What transformers computes from it is off ({differences}; at "
+                                  f"most {found['bound']:.3g}). This is a defect in the name map of "
                                   f"{what.architecture.model_type}, or a change in transformers "
-                                  f"{told['versions']['transformers']}.")
-        _write_json(aside / CERTIFICATE, told)
-    return told
+                                  f"{found['versions']['transformers']}.")
+        _write_json(aside / CERTIFICATE, found)
+    return found
 
 
 @contextmanager
 def written_aside(to: Path) -> Iterator[Path]:
-    """A temporary folder beside `to` that becomes `to` when the block ends well, and is gone when it does not.
+    """A temporary folder beside `to` that becomes `to` when the block ends well, and is removed when it does not.
 
     Raises:
         UserError: `to` exists, or no folder can be made there.
@@ -80,11 +91,11 @@ def written_aside(to: Path) -> Iterator[Path]:
 
 
 def write_folder(what: Export, folder: Path) -> None:
-    """config.json, the safetensors files with their index, what else the architecture has, and the tokenizer."""
+    """Write config.json, the safetensors files with their index, other files of the architecture, and the tokenizer."""
     ways = converted(what.architecture.names(what.model), what.shapes)
     planned = {name: _planned(what, name, way) for name, way in ways.items()}
     names = list(planned)
-    shards = in_shards([sum(plan.num_bytes for plan in planned[name]) for name in names], what.shard_bytes)
+    shards = in_shards([sum(plan.num_bytes for plan in planned[name]) for name in names], what.file_bytes)
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -99,7 +110,8 @@ def write_folder(what: Export, folder: Path) -> None:
     _write_json(folder / CONFIG, write_config(what.architecture, what.model, what.token_ids, dtype))
     for name, content in what.architecture.files(what.model).items():
         _write_json(folder / name, content)
-    what.write_tokenizer(folder)
+    if what.write_tokenizer:
+        what.write_tokenizer(folder)
 
 
 def _planned(what: Export, name: str, way: Converted) -> list[Planned]:

@@ -1,9 +1,9 @@
-"""A transformers folder opened for reading: our config and our tensors, taken from theirs one at a time."""
+"""A transformers folder opened for reading: its config in our terms, its tensors under our names, one at a time."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from parallel.tensor_slice import SliceRange, cut_from
 from pretrain.hf.config_json import by_model_type, read_config
 from pretrain.hf.tensor_steps import to_ours, to_theirs
 from pretrain.models import family_spec
-from pretrain.models.hf_map import Converted, converted, pattern
+from pretrain.models.hf_map import Architecture, Converted, converted, pattern
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 MAX_JSON_BYTES = 1 << 28
@@ -37,8 +37,8 @@ class HFError(TrainyardError):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in the folder, and what its file's header says of it."""
+class TensorLocation:
+    """The file of a tensor, its name there, and its shape and number type as the file's header has them."""
 
     file: Path
     name: str
@@ -47,18 +47,25 @@ class Place:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Whether a path is meant as a transformers folder: it has the config.json of one."""
+    """Whether a path is a transformers folder: a folder with config.json."""
     return (path / CONFIG).is_file()
 
 
 class HFFolder:
-    """`model` is the config in our words; after `bind`, `tensor` gives whole tensors under our global names."""
+    """A model of transformers on disk.
+
+    Attributes:
+        family, model: our family and config for it.
+        architecture: its name map.
+        imported: all of config.json in our terms.
+        shapes: of our tensors, by global name; empty before `bind`.
+    """
 
     def __init__(self, folder: Path):
         """Reads config.json and the header of every safetensors file.
 
         Raises:
-            HFError: it is no folder of an architecture known here, or a file of it is missing or damaged.
+            HFError: no name map has its architecture, or a file of it is missing or damaged.
         """
         self.folder = folder
         if not folder.is_dir():
@@ -67,18 +74,18 @@ class HFFolder:
         values = _json(folder / CONFIG)
         self.family, self.architecture = self._architecture(values)
         self._stand_ins = self.architecture.stand_ins(values)
-        found = _places(folder)
-        self._renamed = {_modern(name, self.architecture.renamed): place for name, place in found.items()}
-        self.read = read_config(self.family, self.architecture, values, self._renamed.keys())
-        if self.read.model is None:
-            raise HFError(folder / CONFIG, self.read.problems)
-        self.model = self.read.model
+        found = _locations(folder)
+        self._stored = {_modern(name, self.architecture.renamed): location for name, location in found.items()}
+        self.imported = read_config(self.family, self.architecture, values, self._stored.keys())
+        if self.imported.model is None:
+            raise HFError(folder / CONFIG, self.imported.problems)
+        self.model = self.imported.model
         self._check_size()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._converted: dict[str, Converted] = {}
-        self._places: dict[str, Place] = {}
+        self._locations: dict[str, TensorLocation] = {}
 
-    def _architecture(self, values: Mapping[str, Any]):
+    def _architecture(self, values: Mapping[str, Any]) -> tuple[str, Architecture]:
         known, asked = by_model_type(), values.get("model_type")
         if not isinstance(asked, str) or asked not in known:
             named = f"model_type {asked!r}" if asked is not None else "no model_type"
@@ -87,15 +94,15 @@ class HFFolder:
         return known[asked]
 
     def _check_size(self) -> None:
-        """No number of config.json may go beyond what the folder holds: a wrong one could ask for a model without end.
+        """Compare the sizes in config.json with the tensors: a wrong one could build a model of any size.
 
         Raises:
-            HFError: one does.
+            HFError: a size is larger than the tensors allow.
         """
         traits = family_spec(self.family).traits(self.model)
-        longest = max((size for place in self._renamed.values() for size in place.shape), default=0)
-        limits = {"layers": len(self._renamed), "hidden": longest, "ffn": longest, "vocab_size": longest,
-                  "heads": longest, "experts": len(self._renamed)}
+        longest = max((size for location in self._stored.values() for size in location.shape), default=0)
+        limits = {"layers": len(self._stored), "hidden": longest, "ffn": longest, "vocab_size": longest,
+                  "heads": longest, "experts": len(self._stored)}
         problems = [Problem(f"{name} in {CONFIG}", f"{getattr(traits, name):,}", f"at most {limit:,}, going by the "
                             "tensors in the folder", "put back the config.json or the tensors that belong together")
                     for name, limit in limits.items() if getattr(traits, name) > limit]
@@ -103,82 +110,65 @@ class HFFolder:
             raise HFError(self.folder, problems, ExitCode.DATA)
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Find a place for every tensor of our model, given its global names and shapes.
+        """Find the location of every tensor of our model, given its global names and shapes.
 
         Raises:
             HFError: a tensor is missing, left over, of another shape than config.json says, or not of real numbers.
         """
         self.shapes = dict(shapes)
         self._converted = converted(self.architecture.names(self.model), shapes)
-        wanted = {}
-        for name, way in self._converted.items():
-            parts = to_theirs(torch.empty(shapes[name], device="meta"), way.steps)
-            wanted |= {theirs: tuple(part.shape) for theirs, part in zip(way.theirs, parts, strict=True)}
-        copies = dict(self.architecture.copies(self.model))
-        self._places, extra = self._named(wanted, copies)
+        wanted = _wanted(self._converted, shapes)
+        copies = self.architecture.copies(self.model)
+        self._locations, left_over = self._named({*wanted, *copies, *self.architecture.zeros})
         for copy, original in copies.items():  # some folders keep only the copy
-            if copy in self._places:
-                self._places.setdefault(original, self._places[copy])
+            if copy in self._locations:
+                self._locations.setdefault(original, self._locations[copy])
         for absent, source in self._stand_ins.items():
-            if absent in wanted and source in self._places:
-                self._places.setdefault(absent, self._places[source])
-        problems = [Problem(f"tensor {name}", "nothing by that name", "a tensor for every part that config.json names",
-                            "take a folder that holds the whole model, with its head")
-                    for name in wanted if name not in self._places]
-        problems += [Problem(f"tensor {name}", "a tensor that this model has no place for", "only tensors of the model",
-                             "take another folder: config.json does not describe this one") for name in sorted(extra)]
-        for name, shape in wanted.items():
-            place = self._places.get(name)
-            if place and place.shape != shape:
-                problems.append(Problem(f"tensor {name}", f"shape {list(place.shape)} in {place.file.name}",
-                                        f"{list(shape)}, which follows from {CONFIG}", "put back the config.json or "
-                                        "the tensors that belong together"))
-            elif place and place.dtype not in REAL:
-                problems.append(Problem(f"tensor {name}", f"numbers of type {place.dtype}", ", ".join(REAL),
-                                        "take a model that is not quantized"))
+            if absent in wanted and source in self._locations:
+                self._locations.setdefault(absent, self._locations[source])
+        problems = [*_missing(wanted, self._locations), *_left_over(left_over), *_misshapen(wanted, self._locations)]
         if problems:
             raise HFError(self.folder, problems, ExitCode.DATA)
 
-    def _named(self, wanted: Mapping[str, Any], copies: Mapping[str, str]) -> tuple[dict[str, Place], list[str]]:
-        """Places under the names of today, and the names that nobody knows."""
+    def _named(self, known: Collection[str]) -> tuple[dict[str, TensorLocation], list[str]]:
+        """Locations by the names of today, and stored names that are neither `known` nor ignored."""
         ignored = [pattern(name) for name in self.architecture.ignored]
-        known = {*wanted, *copies, *self.architecture.zeros}
-        places, extra = {}, []
-        for name, place in self._renamed.items():
-            spelt = next((text for text in (name, self.architecture.prefix + name)
-                          if text in known or any(regex.fullmatch(text) for regex in ignored)), None)
-            if spelt is None:
-                extra.append(place.name)
-            elif spelt in known:
-                places[spelt] = place
-        return places, extra
+        locations, left_over = {}, []
+        for name, location in self._stored.items():
+            full = next((text for text in (name, self.architecture.prefix + name)
+                         if text in known or any(regex.fullmatch(text) for regex in ignored)), None)
+            if full is None:
+                left_over.append(location.name)
+            elif full in known:
+                locations[full] = location
+        return locations, left_over
 
     def check_repeated(self) -> None:
-        """Read what the folder holds twice, or holds as zeros, and see that it is so.
+        """Read the tensors that must equal another, or be zero, because our model has one or none in their place.
 
         Raises:
-            HFError: it is not; our model has one tensor, or none, in that place.
+            HFError: one of them has other numbers.
         """
         problems = []
         for copy, original in self.architecture.copies(self.model).items():
-            place, source = self._places.get(copy), self._places[original]
-            if place and place is not source and not torch.equal(_read(place), _read(source)):
+            location, source = self._locations.get(copy), self._locations[original]
+            if location and location is not source and not torch.equal(_read(location), _read(source)):
                 problems.append(Problem(f"tensor {copy}", f"other numbers than {original}",
                                         f"the same: going by {CONFIG} they are tied, and one tensor here",
-                                        f"take a model where they are, or mend {CONFIG}"))
+                                        f"take a model where they are, or correct {CONFIG}"))
         for name in self.architecture.zeros:
-            if name in self._places and _read(self._places[name]).any():
+            if name in self._locations and _read(self._locations[name]).any():
                 problems.append(Problem(f"tensor {name}", "numbers other than 0", "0: there is no such part here",
                                         "take a model without it"))
         if problems:
             raise HFError(self.folder, problems, ExitCode.DATA)
 
     def notes(self) -> list[str]:
-        """What the folder says and an import does not carry over: settings of training, or of how inputs are made."""
-        found = list(self.read.notes)
+        """Settings of the folder that an import drops: those of training, and of the preparation of inputs."""
+        found = list(self.imported.notes)
         for name, ours in self.architecture.files(self.model).items():
             theirs = _json(self.folder / name) if (self.folder / name).is_file() else {}
-            found += [f"{name} says {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
+            found += [f"{name} has {key}={theirs[key]!r}, and here it is {value!r}" for key, value in ours.items()
                       if not isinstance(value, dict | str) and key in theirs and theirs[key] != value]
         return found
 
@@ -189,7 +179,7 @@ class HFFolder:
             HFError: the file could not be read.
         """
         way = self._converted[name]
-        return to_ours([_read(self._places[theirs]).float() for theirs in way.theirs], way.steps).contiguous()
+        return to_ours([_read(self._locations[theirs]).float() for theirs in way.theirs], way.steps).contiguous()
 
     def read_range(self, wanted: SliceRange) -> Tensor:
         """The elements of a range, flat; the whole tensor is read, since a conversion may take any of it to any place.
@@ -200,6 +190,47 @@ class HFFolder:
         return cut_from(self.tensor(wanted.name), wanted)
 
 
+# -- tensors that a model needs ----------------------------------------------------------------------------------------
+
+
+def _wanted(ways: Mapping[str, Converted], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Name and shape in transformers of every tensor that ours are made from."""
+    wanted = {}
+    for name, way in ways.items():
+        parts = to_theirs(torch.empty(shapes[name], device="meta"), way.steps)
+        wanted |= {theirs: tuple(part.shape) for theirs, part in zip(way.theirs, parts, strict=True)}
+    return wanted
+
+
+def _missing(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[Problem]:
+    for name in wanted:
+        if name not in found:
+            yield Problem(f"tensor {name}", "nothing by that name", "a tensor for every part that config.json names",
+                          "take a folder that holds the whole model, with its head")
+
+
+def _left_over(names: Iterable[str]) -> Iterator[Problem]:
+    for name in sorted(names):
+        yield Problem(f"tensor {name}", "a tensor that this model has no place for", "only tensors of the model",
+                      "take another folder: config.json does not describe this one")
+
+
+def _misshapen(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorLocation]) -> Iterator[Problem]:
+    """Tensors of another shape than wanted, or of a number type that is not read."""
+    for name, shape in wanted.items():
+        location = found.get(name)
+        if location and location.shape != shape:
+            yield Problem(f"tensor {name}", f"shape {list(location.shape)} in {location.file.name}",
+                          f"{list(shape)}, which follows from {CONFIG}",
+                          "put back the config.json or the tensors that belong together")
+        elif location and location.dtype not in REAL:
+            yield Problem(f"tensor {name}", f"numbers of type {location.dtype}", ", ".join(REAL),
+                          "take a model that is not quantized")
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
 def _modern(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     for old, new in renamed:
         if name.endswith(old):
@@ -207,23 +238,23 @@ def _modern(name: str, renamed: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _read(place: Place) -> Tensor:
+def _read(location: TensorLocation) -> Tensor:
     try:
-        with safe_open(place.file, framework="pt") as file:
-            return file.get_tensor(place.name)
+        with safe_open(location.file, framework="pt") as file:
+            return file.get_tensor(location.name)
     except (OSError, SafetensorError) as error:
-        raise HFError(place.file.parent, [_damaged(place.file, error)], ExitCode.DATA) from None
+        raise HFError(location.file.parent, [_damaged(location.file, error)], ExitCode.DATA) from None
 
 
-def _places(folder: Path) -> dict[str, Place]:
+def _locations(folder: Path) -> dict[str, TensorLocation]:
     """Every tensor of the folder's safetensors files, by its name there."""
-    found: dict[str, Place] = {}
+    found: dict[str, TensorLocation] = {}
     problems = []
     for file, listed in _files(folder).items():
         try:
             with safe_open(file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-                here = {name: Place(file, name, tuple(part.get_shape()), part.get_dtype())
+                here = {name: TensorLocation(file, name, tuple(part.get_shape()), part.get_dtype())
                         for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
             problems.append(_damaged(file, error))
@@ -248,7 +279,7 @@ def _damaged(file: Path, error: Exception) -> Problem:
 
 
 def _files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of the model, and the names that the index puts into each."""
+    """The safetensors files of the model, and the names that the index lists for each."""
     if (folder / INDEX).exists():
         weight_map = _json(folder / INDEX).get("weight_map")
         entries = weight_map.items() if isinstance(weight_map, dict) else ()

@@ -1,4 +1,4 @@
-"""What the steps of a name map do to a tensor, in both directions. Nothing is copied that need not be."""
+"""The steps of a name map, applied to a tensor in both directions; a copy is made only where a step needs one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Parts = list[Tensor]
 
 
 def to_theirs(tensor: Tensor, steps: Sequence[Step]) -> Parts:
-    """The tensors that one of ours becomes. On the device `meta` this gives their shapes."""
+    """The tensors of transformers that one of ours becomes. On the device `meta` this gives their shapes."""
     parts = [tensor]
     for step in steps:
         parts = _WAYS[type(step)][0](parts, step)
@@ -21,7 +21,7 @@ def to_theirs(tensor: Tensor, steps: Sequence[Step]) -> Parts:
 
 
 def to_ours(parts: Parts, steps: Sequence[Step]) -> Tensor:
-    """The tensor of ours that these make."""
+    """The tensor of ours that these tensors of transformers become."""
     for step in reversed(steps):
         parts = _WAYS[type(step)][1](parts, step)
     return parts[0]

@@ -18,44 +18,40 @@ from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.token_pieces import TokenPiece, Vocabulary, vocabulary
 from data_pipeline.text.tokenizer import END_OF_TEXT, Tokenizer
 from pretrain.config.run_config import RunConfig
+from pretrain.models import hf_adapter
 from pretrain.objectives import OBJECTIVES
+from pretrain.objectives.objective import END_OF_TEXT_ROLE
 
 TEXT = "$A"  # stands for the text in a frame
 UNKNOWN = "<unk>"
-# What an objective puts around a text in training, and so what transformers shall put around it.
-FRAMES = {
-    "span_corruption": (TEXT, END_OF_TEXT), "denoising": ("<s>", TEXT, END_OF_TEXT),
-    "masked_lm": ("[CLS]", TEXT, "[SEP]"), "contrastive": (TEXT, END_OF_TEXT), "siglip": (TEXT, END_OF_TEXT),
-}
-ROLES = {"<pad>": "pad_token", "[PAD]": "pad_token", "<s>": "bos_token", "<mask>": "mask_token",
-         "[MASK]": "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
-MIDDLE_SENTINELS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 
 
 def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and `tokenizer.model` into an existing folder.
 
-    The ids that the config's objective has beside the tokenizer's get names (`<pad>`, `[MASK]`, `<extra_id_0>` ..) and
-    their roles. A name that stands in a text is text, as in training; transformers looks for names in a text when it is
-    called with `split_special_tokens=False`.
+    The special ids of the config's objective get names (`<pad>`, `[MASK]`, `<extra_id_0>` ..) and their attributes in
+    transformers. transformers puts around a text what the objective puts there in training. A special name inside a
+    text is text, as in training; transformers looks for such names when it is called with `split_special_tokens=False`.
 
     Raises:
-        UserError: the model is none that the library encodes in the same way, or the folder cannot be written.
+        UserError: the library tokenizers would encode some texts differently, or the folder cannot be written.
         StorageError: the storage fails.
     """
     found = vocabulary(tokenizer)
     _check(found)
     special = special_ids(config)
+    uses, usual = OBJECTIVES[config.objective.name].special, _usual_names(config)
     taken = {piece.text for piece in found.pieces}
     names = {plain: _free(plain, taken) for plain in special} | {
         END_OF_TEXT: found.pieces[tokenizer.end_of_text].text,
         UNKNOWN: next(piece.text for piece in found.pieces if piece.kind == "unknown")}
     ids = {names[plain]: token for plain, token in special.items()} | {names[END_OF_TEXT]: tokenizer.end_of_text}
-    frame = tuple(names.get(part, part) for part in FRAMES.get(config.objective.name, (TEXT,)))
+    before, after = ([names[usual[role]] for role in roles] for roles in (uses.before, uses.after))
+    frame = (*before, TEXT, *after)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.model.sequence_length,
         "clean_up_tokenization_spaces": False, "split_special_tokens": True,
-        **{role: names[plain] for role, plain in _roles(special).items()},
+        **{attribute: names[plain] for attribute, plain in _attributes(config).items()},
     }
     files = {"tokenizer.json": _tokenizer_json(found, ids, frame), "tokenizer_config.json": settings}
     with writing(folder):
@@ -66,24 +62,30 @@ def export_tokenizer(tokenizer: Tokenizer, config: RunConfig, folder: Path) -> N
 
 def special_ids(config: RunConfig) -> dict[str, int]:
     """Usual names of the ids at the top of the vocabulary that the objective uses, with the ids."""
-    objective, ids = config.objective.name, SpecialIds(config.model.vocab_size)
-    reserved = OBJECTIVES[objective].reserved_ids(config.objective, config.model)
-    sentinels = [ids.first_sentinel - number for number in range(reserved - NUM_FIXED_IDS)]
-    if objective == "span_corruption":
-        return {"<pad>": ids.pad} | {f"<extra_id_{number}>": token for number, token in enumerate(sentinels)}
-    if objective == "denoising":
-        return {"<pad>": ids.pad, "<s>": ids.start, "<mask>": ids.mask}
-    if objective == "masked_lm":
-        return {"[PAD]": ids.pad, "[CLS]": ids.start, "[SEP]": ids.separator, "[MASK]": ids.mask}
-    if objective == "fill_in_the_middle":
-        return dict(zip(MIDDLE_SENTINELS, sentinels, strict=True))
-    return {"<pad>": ids.pad} if reserved else {}
+    ids, usual = SpecialIds.at_top(config.model.vocab_size), _usual_names(config)
+    spec = OBJECTIVES[config.objective.name]
+    num_sentinels = max(spec.reserved_ids(config.objective, config.model) - NUM_FIXED_IDS, 0)
+    return {usual[role]: getattr(ids, role) for role in _roles(config)} | {
+        name: ids.first_sentinel - number for number, name in enumerate(spec.special.names_of_sentinels(num_sentinels))}
 
 
-def _roles(special: dict[str, int]) -> dict[str, str]:
-    """What transformers calls the special tokens there are; texts are also filled up with end-of-text without a pad."""
-    roles = {"unk_token": UNKNOWN, "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    return roles | {ROLES[name]: name for name in special if name in ROLES}
+def _usual_names(config: RunConfig) -> dict[str, str]:
+    """The name of each role; a tokenizer that has a piece of that name gets another."""
+    names = hf_adapter(config.model.family).token_names
+    return {role: name.text for role, name in names._asdict().items()} | {END_OF_TEXT_ROLE: END_OF_TEXT}
+
+
+def _roles(config: RunConfig) -> list[str]:
+    """The roles that get a name, in the order of `SpecialIds`."""
+    special = OBJECTIVES[config.objective.name].special
+    return [role for role in SpecialIds._fields if role in special.needed or role in special.named]
+
+
+def _attributes(config: RunConfig) -> dict[str, str]:
+    """The usual name for each attribute of transformers; end-of-text stands in for a padding token."""
+    found = {"unk_token": UNKNOWN, "eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    names = hf_adapter(config.model.family).token_names._asdict()
+    return found | {names[role].attributes[0]: names[role].text for role in _roles(config)}
 
 
 def _check(found: Vocabulary) -> None:
@@ -96,7 +98,7 @@ def _check(found: Vocabulary) -> None:
                         "that do not are exported, such as `trainyard data tokenizer` trains")
     texts = {piece.text for piece in found.pieces}
     if len(texts) < len(found.pieces) or any(piece.kind == "unused" for piece in found.pieces):
-        raise UserError("the tokenizer holds a piece twice, or unused ones, which the library tokenizers cannot say")
+        raise UserError("the tokenizer holds a piece twice, or unused ones, which the library tokenizers do not have")
 
 
 def _free(name: str, taken: set[str]) -> str:

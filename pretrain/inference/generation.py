@@ -36,13 +36,13 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         ordered, ids = ordered[: sampling.top_k], ids[: sampling.top_k]
     probabilities = ordered.softmax(dim=-1)
     if sampling.top_p < 1.0:
-        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely ones; the first always stays
+        before = probabilities.cumsum(dim=-1) - probabilities  # mass of the more likely tokens; the first stays
         probabilities = torch.where(before < sampling.top_p, probabilities, 0.0)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @torch.inference_mode()
-def continue_tokens(stage: Stage, prompt: list[int], max_tokens: int, context_tokens: int, sampling: Sampling,
+def continue_tokens(stage: Stage, prompt: list[int], max_tokens: int, context_tokens: int, *, sampling: Sampling,
                     stop_token: int | None, seed: int = 0) -> Iterator[int]:
     """Yield up to `max_tokens` new tokens, until `stop_token` (not yielded) or the model's context is full.
 
@@ -65,15 +65,15 @@ def continue_tokens(stage: Stage, prompt: list[int], max_tokens: int, context_to
 
 
 @torch.inference_mode()
-def answer_tokens(stage: Stage, source: tuple[Tensor, ...], start_token: int, max_tokens: int, stop_token: int
+def answer_tokens(stage: Stage, source: tuple[Tensor, ...], start_token: int, max_tokens: int, *, stop_token: int
                   ) -> list[int]:
     """The most likely token after token (greedy), until `stop_token` (not included) or `max_tokens`.
 
-    Both sides are computed anew for every token, which is fine for a look at a small model.
+    Both sides are computed again for every token: there is no cache here, so this is for a few examples.
 
     Args:
         stage: a whole encoder-decoder on this process; (source, decoder ids[, mask]) -> logits [t, 1, v].
-        source: ids int64 [1, s], and their mask [1, s] where the source is filled up.
+        source: ids int64 [1, s], and their mask [1, s] where the source is padded.
     """
     ids, *mask = source
     tokens = [start_token]

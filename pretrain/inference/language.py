@@ -17,7 +17,7 @@ MAX_EXPONENT = 700.0
 
 
 class Text(NamedTuple):
-    """Documents as one stream: token ids of each with its end-of-text, and the UTF-8 bytes they stand for."""
+    """Documents as one stream: the token ids of each with its end-of-text, and their length in UTF-8 bytes."""
 
     documents: Iterable[list[int]]
     text_bytes: int
@@ -28,7 +28,9 @@ def stream_batches(text: Text, sequence_length: int, micro_batch: int, device: t
                    ) -> Iterator[dict[str, Tensor]]:
     """Every token of every document as a target exactly once, in windows that overlap by one token.
 
-    The first token is predicted from an end-of-text; what fills up the last window has weight 0.
+    The first token is predicted from an end-of-text; padding of the last window has weight 0.
+
+    Yields: `tokens` int64 [b, sequence_length + 1] and `weights` fp32 [b, sequence_length].
     """
     tokens = chain([text.end_of_text], chain.from_iterable(text.documents))
     window = list(islice(tokens, sequence_length + 1))
@@ -54,7 +56,7 @@ def _batch(rows: list[list[int]], length: int, filler: int, device: torch.device
 
 @torch.inference_mode()
 def summed_loss(stage: Stage, objective: Objective, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """(sum of losses, number of targets) over batches of an objective of one term whose samples are independent."""
+    """(sum of losses in nats, number of targets) over batches of an objective of one term with independent samples."""
     name, = objective.terms
     total, count = 0.0, 0.0
     for batch in batches:
@@ -65,12 +67,12 @@ def summed_loss(stage: Stage, objective: Objective, batches: Iterable[dict[str, 
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, infinite where no number holds it."""
+    """e^loss; infinite beyond the range of a float."""
     return exp(loss) if loss < MAX_EXPONENT else inf
 
 
 def language_measures(nats: float, num_tokens: int, text_bytes: int) -> dict[str, float | int]:
-    """What is told of a text of `num_tokens` targets whose losses sum up to `nats`."""
+    """Measures of a text of `num_tokens` targets whose losses sum up to `nats`."""
     loss = nats / num_tokens
     return {"loss": loss, "perplexity": perplexity(loss),
             "bits_per_byte": nats / log(2) / text_bytes, "num_tokens": num_tokens, "text_bytes": text_bytes}

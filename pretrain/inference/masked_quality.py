@@ -1,7 +1,7 @@
-"""How a model restores what noise took away: hidden tokens of an encoder, damaged texts of an encoder-decoder.
+"""Loss and accuracy on corrupted text: masked tokens of an encoder, targets of an encoder-decoder.
 
-The noise of a sample depends on its position alone, so the same data gives the same numbers every time; they are those
-of the held-out evaluations in training.
+The corruption of a sample depends on its position alone, so the same data gives the same numbers every time, equal to
+those of the held-out evaluations in training.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pretrain.objectives import OBJECTIVES, make_stages
 Batch = dict[str, Tensor]
 
 
-def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_batch: int, num_samples: int | None
-                   ) -> Iterator[Batch]:
-    """The first `num_samples` samples (None: all) of a dataset in its order, noised, on the model's device.
+def corrupted_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_batch: int,
+                      num_samples: int | None) -> Iterator[Batch]:
+    """The first `num_samples` samples (None: all) of a dataset in its order, corrupted, on the model's device.
 
     Raises:
         ConfigError: the model's length does not fit its objective.
@@ -48,8 +48,8 @@ def noised_batches(trained: Trained, dataset: TokenDataset | TextDataset, micro_
 
 
 @torch.inference_mode()
-def noised_measures(trained: Trained, objective: Objective, batches: Iterable[Batch]) -> dict[str, float | int | str]:
-    """Mean loss of the corrupted tokens (the objective's first term), and the fraction that the model predicts right.
+def masked_measures(trained: Trained, objective: Objective, batches: Iterable[Batch]) -> dict[str, float | int | str]:
+    """Mean loss of the targets in nats (the objective's first term), and the fraction of them predicted right.
 
     Every further term has its own mean loss, `<term>_loss`; next-sentence prediction also has its accuracy.
     """
@@ -68,19 +68,19 @@ def noised_measures(trained: Trained, objective: Objective, batches: Iterable[Ba
             pair_hits += float((scores[0].argmax(dim=-1) == not_next[0])[is_real].sum())
     first, *others = ((name, sums[name] / counts[name]) for name in objective.terms)
     loss = first[1]
-    told = {"objective": trained.objective.name, "loss": loss, "perplexity": perplexity(loss),
-            "accuracy": hits / num_targets, "num_targets": round(num_targets),
-            **{f"{name}_loss": mean for name, mean in others}}
+    found = {"objective": trained.objective.name, "loss": loss, "perplexity": perplexity(loss),
+             "accuracy": hits / num_targets, "num_targets": round(num_targets),
+             **{f"{name}_loss": mean for name, mean in others}}
     if "next_sentence" in objective.terms:
-        told["next_sentence_accuracy"] = pair_hits / counts["next_sentence"]
-    return told
+        found["next_sentence_accuracy"] = pair_hits / counts["next_sentence"]
+    return found
 
 
 # -- examples ---------------------------------------------------------------------------------------------------------
 
 
 def examples(trained: Trained, batches: Iterable[Batch], count: int) -> list[dict[str, str]]:
-    """What an encoder-decoder makes of its first `count` samples: source, truth, and the model's own greedy answer."""
+    """Source, target and greedy answer of an encoder-decoder for its first `count` samples."""
     rows = ((batch, number) for batch in batches for number in range(len(batch["source"])))
     return [_example(trained, {name: field[number] for name, field in batch.items()})
             for batch, number in islice(rows, count)]
@@ -91,7 +91,7 @@ def _example(trained: Trained, sample: dict[str, Tensor]) -> dict[str, str]:
     truth = sample["tokens"][1 : num_targets + 1].tolist()
     end = trained.tokenizer.end_of_text
     source = tuple(sample[name][None] for name in ("source", "source_mask") if name in sample)
-    answer = answer_tokens(trained.stage, source, int(sample["tokens"][0]), num_targets, end)
+    answer = answer_tokens(trained.stage, source, int(sample["tokens"][0]), num_targets, stop_token=end)
     seen = sample["source"][: int(sample["source_mask"].sum())] if "source_mask" in sample else sample["source"]
     return {"source": readable(trained, _without(end, seen.tolist())), "truth": readable(trained, _without(end, truth)),
             "answer": readable(trained, answer)}
@@ -102,7 +102,7 @@ def _without(end: int, ids: list[int]) -> list[int]:
 
 
 def readable(trained: Trained, ids: list[int]) -> str:
-    """The text of ids, with names for those that only the objective has; what fills up has none."""
+    """The text of ids, with names for special ids; padding has none."""
     special = trained.special
     reserved = OBJECTIVES[trained.objective.name].reserved_ids(trained.objective, trained.model)
     names = {special.pad: "", special.start: "<s>", special.separator: "<sep>", special.mask: "<mask>"}

@@ -1,24 +1,23 @@
-"""A trained model on one process: found, loaded whole from any layout's checkpoint, ready to be called."""
+"""A trained model on one process, loaded whole from a checkpoint of any layout or from a transformers folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import torch
 
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
+from data_pipeline.corruption.special_ids import SpecialIds
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
-from pretrain.checkpoint.locate import require_checkpoints
+from pretrain.checkpoint.open_checkpoint import open_checkpoint
 from pretrain.checkpoint.reader import Checkpoint
-from pretrain.checkpoint.store import newest_whole
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.read_folder import HFFolder, is_hf_folder
 from pretrain.hf.tokenizer_import import HFTokenizer
-from pretrain.models import family_spec
+from pretrain.models import family_spec, hf_adapter
 from pretrain.models.build import filled_stage, global_shapes
 from pretrain.models.family import FamilyConfig, FamilySpec
 from pretrain.objectives import OBJECTIVES
@@ -27,19 +26,21 @@ from pretrain.objectives.objective import ObjectiveConfig
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in evaluation mode, and what texts have to become for it.
+    """A model in evaluation mode with its tokenizer.
 
-    `step` is None where nobody says how long it was trained; `special` are the ids its objective has beside those of
-    the tokenizer.
+    Args:
+        step: how long it was trained; None for a transformers folder, where that is not known.
+        special: the special ids of its objective.
     """
 
     folder: Path
     step: int | None
     model: FamilyConfig
     objective: ObjectiveConfig
+    _: KW_ONLY
     stage: Stage
     tokenizer: TextTokenizer
-    special: SpecialIds | GivenIds
+    special: SpecialIds
 
     @property
     def spec(self) -> FamilySpec:
@@ -50,22 +51,10 @@ class Trained:
         return next(self.stage.parameters()).device
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at a run folder (its newest whole one), at its `checkpoints` folder, or at one step's folder.
-
-    Raises:
-        UserError: there is none.
-        CheckpointError: it is damaged.
-    """
-    require_checkpoints(path)
-    checkpoint, _ = newest_whole(path)
-    return checkpoint
-
-
 def open_model(path: Path, groups: Groups) -> Trained:
     """The model at a run folder, at a checkpoint of any layout, or at a transformers folder.
 
-    Of a transformers folder the objective is the family's usual one with its usual settings.
+    The objective of a transformers folder is the family's first one with its default settings.
 
     Raises:
         UserError: there is none, or a tokenizer is missing.
@@ -76,35 +65,32 @@ def open_model(path: Path, groups: Groups) -> Trained:
     checkpoint = open_checkpoint(path)
     config, stage = load_model(checkpoint, groups)
     step, imported = checkpoint.manifest["step"], checkpoint.manifest.get("imported")
-    if imported:  # it still has the tokenizer of where it was trained
-        theirs = HFTokenizer(checkpoint.folder, imported["architecture"], config.spec)
-        special = theirs.special(config.objective, config.model)
-        return Trained(checkpoint.folder, step, config.model, config.objective, stage, theirs, special)
-    return Trained(checkpoint.folder, step, config.model, config.objective, stage, load_tokenizer(checkpoint),
-                   SpecialIds(config.model.vocab_size))
+    tokenizer: TextTokenizer
+    if imported:  # it came with the tokenizer of another project
+        tokenizer = HFTokenizer(checkpoint.folder, imported["architecture"], hf_adapter(config.model.family))
+        special = tokenizer.special(config.objective, config.model)
+    else:
+        tokenizer = Tokenizer.load_copy(checkpoint.folder / TOKENIZER_FILE)
+        special = SpecialIds.at_top(config.model.vocab_size)
+    return Trained(checkpoint.folder, step, config.model, config.objective, stage=stage, tokenizer=tokenizer,
+                   special=special)
 
 
 def _open_hf(path: Path, groups: Groups) -> Trained:
     folder = HFFolder(path)
-    spec = family_spec(folder.family)
-    objective = OBJECTIVES[spec.objectives[0]].config_class()
-    tokenizer = HFTokenizer(path, folder.architecture.model_type, spec)
+    objective = OBJECTIVES[family_spec(folder.family).objectives[0]].config_class()
+    tokenizer = HFTokenizer(path, folder.architecture.model_type, hf_adapter(folder.family))
     special = tokenizer.special(objective, folder.model)
     folder.bind(global_shapes(folder.model, groups))
     folder.check_repeated()
     stage = filled_stage(folder.model, groups, _device(), folder.read_range)
-    return Trained(path, None, folder.model, objective, stage, tokenizer, special)
+    return Trained(path, None, folder.model, objective, stage=stage, tokenizer=tokenizer, special=special)
 
 
 def load_model(checkpoint: Checkpoint, groups: Groups) -> tuple[RunConfig, Stage]:
     """The whole model in fp32 on this process, in evaluation mode, with its config."""
     config = config_from(checkpoint.manifest["config"], str(checkpoint.folder))
     return config, filled_stage(config.model, groups, _device(), checkpoint.read)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer that travels with the checkpoint of a run."""
-    return Tokenizer.load_copy(checkpoint.folder / TOKENIZER_FILE)
 
 
 def _device() -> torch.device:

@@ -1,11 +1,11 @@
-"""What a dual encoder knows of images it was not trained on: zero-shot classification, and retrieval both ways."""
+"""Zero-shot classification of images by a dual encoder, and retrieval in both directions."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import DataError, UserError
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop
 from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset, caption_tokens
-from data_pipeline.text.tokenizer import Tokenizer
+from data_pipeline.text.tokenizer import TextTokenizer
 from parallel.pipeline_stages import Stage
 
 TEMPLATES_FILE = "templates.json"
@@ -32,10 +32,11 @@ class DualEncoder:
     """The two towers of a whole model on this process."""
 
     stage: Stage
-    tokenizer: Tokenizer
-    image_size: int
-    sequence_length: int
-    batch: int = 64
+    tokenizer: TextTokenizer
+    image_size: int  # height and width in pixels
+    sequence_length: int  # tokens of a caption
+    _: KW_ONLY
+    batch: int = 64  # samples in one forward
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +79,7 @@ def _groups(items: Iterable, size: int) -> Iterator[list]:
 
 
 def filled(template: str, name: str) -> str:
-    """The name in the place of `{}`, with `an` before a vowel."""
+    """The template with the name in place of `{}`, and `an` before a vowel."""
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.replace("{}", name))
 
 
@@ -97,9 +98,9 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def templates_of(folder: Path, chosen: Path | None = None) -> list[str]:
-    """Prompts with `{}` for the class name: of a JSON list, else of the folder's own one, else the usual ones.
+    """Prompts with `{}` for the class name: from the file `chosen`, else from the folder's own, else DEFAULT_TEMPLATES.
 
-    Raises DataError for a file that is no such list.
+    Raises DataError for a file that is not a JSON list of prompts.
     """
     path = chosen or folder / TEMPLATES_FILE
     if chosen is None and not path.exists():
@@ -157,7 +158,7 @@ def classification(model: DualEncoder, folder: Path, templates: Sequence[str]) -
 def retrieval(model: DualEncoder, dataset: PairsDataset, num_samples: int | None = None) -> dict:
     """Recall at 1, 5 and 10 in both directions among the first `num_samples` pairs (None: all).
 
-    A hit is any pair with the same caption: who searches for words cannot tell such pairs apart.
+    Every pair with the same caption counts as a hit, because a search by that caption cannot tell them apart.
     """
     captions: list[str] = []
     skipped: list[str] = []

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pretrain.models.family import FamilySpec
+from pretrain.models.hf_adapter import HFAdapter
 from pretrain.models.hf_map import Architecture
 
 FAMILIES = {
@@ -23,7 +24,18 @@ def family_spec(family: str) -> FamilySpec[Any]:
     return spec
 
 
+def families_with(**values: str) -> str:
+    """Names of the families whose spec has these values, for a message."""
+    names = [name for name in FAMILIES
+             if all(getattr(family_spec(name), field) == value for field, value in values.items())]
+    return ", ".join(names)
+
+
+def hf_adapter(family: str) -> HFAdapter:
+    """A family's side of the exchange with transformers. Raises ModuleNotFoundError for a family without `hf.py`."""
+    return import_module(f"{FAMILIES[family]}.hf").ADAPTER
+
+
 def architectures(family: str) -> tuple[Architecture, ...]:
-    """How a family's models lie in a transformers folder; none for a family that transformers does not know."""
-    module = f"{FAMILIES[family]}.hf"
-    return import_module(module).ARCHITECTURES if find_spec(module) else ()
+    """The architectures of transformers that a family's models can be written as; () for none."""
+    return hf_adapter(family).architectures if find_spec(f"{FAMILIES[family]}.hf") else ()

@@ -52,6 +52,9 @@ class EncoderDecoderSpec(FamilySpec[Config]):
     """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
     form = "encoder_decoder"
+    objectives = ("span_corruption", "prefix_lm")  # of every such family; the first one is the usual one
+    evaluation = "masked_quality"
+    generation = "answer"
 
     @abstractmethod
     def block(self, config: Config) -> BlockShape:

@@ -8,8 +8,9 @@ A family is a folder under `pretrain/models/` with two files:
   blocks, head). A pipeline stage is a part of the list, and a model on one stage runs all of it. Names of layers are
   those of the spec's shapes.
 
-A third file, `hf.py`, without torch, is there where transformers knows the architecture: its names beside ours, in the
-words of `hf_map.py`. A family without it trains like any other and is not exported.
+A third file, `hf.py`, without torch, is there where transformers has the architecture: an `HFAdapter`
+(`hf_adapter.py`), with its names beside ours in the terms of `hf_map.py`. A family without it trains like any other and
+is not exported.
 
 One line in `pretrain.models.FAMILIES` makes the family known.
 """
@@ -17,7 +18,7 @@ One line in `pretrain.models.FAMILIES` makes the family known.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from math import gcd
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -66,14 +67,22 @@ class FamilySpec(ABC, Generic[Config]):
     """What is known of a family's models from their config alone.
 
     Attributes:
-        form: what it takes and gives, by which an objective chooses its loss: decoder, encoder, encoder_decoder or
+        form: key of the loss in `ObjectiveSpec.losses`, and used for nothing else: decoder, encoder, encoder_decoder or
             dual_encoder.
         objectives: names of the objectives it can be trained with, the usual one first.
+        reads: its data: `tokens` of documents, or `pairs` of image and caption.
+        evaluation: the file of pretrain/inference by which `trainyard evaluate` measures it: the loss of every next
+            token, the loss of the tokens that its objective corrupts, or classification and retrieval of images.
+        generation: whether it continues a prompt (`trainyard generate`) or writes an answer to a source
+            (`evaluate --examples`).
     """
 
     config_class: type[Config]
     form: ClassVar[str]
     objectives: ClassVar[tuple[str, ...]]
+    reads: ClassVar[Literal["tokens", "pairs"]] = "tokens"
+    evaluation: ClassVar[Literal["language", "masked_quality", "zero_shot"]]
+    generation: ClassVar[Literal["continuation", "answer"] | None] = None
 
     @abstractmethod
     def problems(self, config: Config) -> Iterator[Problem]:
@@ -141,11 +150,6 @@ class FamilySpec(ABC, Generic[Config]):
         products = sum(stack.multiply_adds for stack in self.stacks(config))
         products += sum(end.multiply_adds for end in self.ends(config, num_predictions).values())
         return flops(products) // (window_tokens if self.unit == "tokens" else 1)
-
-    @property
-    def reads(self) -> str:
-        """What its data is made of: `tokens` of documents, or `pairs` of image and caption."""
-        return "pairs" if self.form == "dual_encoder" else "tokens"
 
     @property
     def unit(self) -> str:

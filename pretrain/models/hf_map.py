@@ -1,8 +1,8 @@
-"""The words in which a family says how its models lie in a transformers folder (facts: no torch).
+"""The name map of an architecture: a closed set of rules for config.json and for tensors, as data (no torch).
 
-`pretrain/models/<family>/hf.py` holds `ARCHITECTURES`, a tuple of `Architecture`: the keys of config.json beside our
-fields, and the names of tensors beside ours, with what happens to a tensor on the way. Nothing here or there runs on a
-tensor; `pretrain/hf/tensor_steps.py` does what the steps say, in both directions.
+`pretrain/models/<family>/hf.py` has an `Architecture` for each model_type: the keys of config.json beside the fields of
+our config, and the names of its tensors beside ours, with the steps between. The same rules serve both directions:
+`pretrain/hf/config_json.py` applies those for keys, `pretrain/hf/tensor_steps.py` those for tensors.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.models.family import FamilyConfig
 from pretrain.models.mixture import MixtureFields
 
 REQUIRED = object()  # a key that config.json must hold
+Config = Any  # the config class of the family
 
-# -- what happens to a tensor, told from ours to theirs ----------------------------------------------------------------
+# -- steps from a tensor of ours to one of transformers ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """Ours is fused by group along dim 0, [a b ..] for each group; theirs is a tensor for each part.
+    """Ours is fused by group along dim 0, [a b ..] for each group; transformers has a tensor for each part.
 
     widths: rows of each part in one group.
     """
@@ -45,7 +45,7 @@ class Transposed:
 
 @dataclass(frozen=True)
 class Rows:
-    """Theirs is rows [start, stop) of ours, which has `total`; the others are zero when ours is made from theirs."""
+    """transformers has rows [start, stop) of our `total` rows; an import sets the others to zero."""
 
     start: int
     stop: int
@@ -65,7 +65,7 @@ Step = Grouped | Joined | Transposed | Rows | Shaped
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of ours and those it becomes. `{n}` and `{e}` stand for a number, `{p}` for weight or bias."""
+    """A tensor of ours and those of transformers. `{n}` and `{e}` stand for a number, `{p}` for weight or bias."""
 
     ours: str
     theirs: str | tuple[str, ...]
@@ -74,7 +74,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Converted:
-    """One tensor of ours: the names it has there, and the way."""
+    """One tensor of ours: its names in transformers, and the steps from ours to theirs."""
 
     theirs: tuple[str, ...]
     steps: tuple[Step, ...]
@@ -89,7 +89,7 @@ def pattern(name: str) -> re.Pattern[str]:
 
 
 def converted(entries: Iterable[Entry], names: Iterable[str]) -> dict[str, Converted]:
-    """Their names for each of ours.
+    """The names in transformers, and the steps, for each name of ours.
 
     Raises:
         LookupError: a name has no entry or two, or two tensors would get the same name: the map is wrong.
@@ -118,21 +118,24 @@ def converted(entries: Iterable[Entry], names: Iterable[str]) -> dict[str, Conve
 class Mapped:
     """A value that both configs hold.
 
-    ours: our field; theirs: dotted key; default: what their class takes when the key is absent; words: (ours, theirs)
-    where the values are called differently, the first for one of ours is the one that is written; value: how ours is
-    read where the field itself may be null.
+    Args:
+        ours: our field.
+        theirs: dotted key of config.json.
+        default: what the class of transformers takes when the key is absent.
+        words: (ours, theirs) where the values have different names; the first for one of ours is written.
+        value: how ours is read where the field itself may be null.
     """
 
     ours: str
     theirs: str
     default: Any = REQUIRED
     words: tuple[tuple[Any, Any], ...] = ()
-    value: Callable[[FamilyConfig], Any] | None = None
+    value: Callable[[Config], Any] | None = None
 
 
 @dataclass(frozen=True)
 class RequiredValue:
-    """A key of theirs that has one value for which our model is the same. change: the remedy, where there is one."""
+    """A transformers key that must have one value, because our models have no such choice. change: what to do else."""
 
     theirs: str
     value: Any
@@ -142,20 +145,20 @@ class RequiredValue:
 
 @dataclass(frozen=True)
 class SupportedValues:
-    """Our field fits this architecture with these values, and takes the first of them on import.
+    """A field of ours that this architecture has for some values only; an import sets the first of them.
 
-    implied: the value is not said to the config on import (it follows from others, or is the default).
+    implied: an import leaves the field out, because it follows from others or is the default.
     """
 
     ours: str
     values: tuple[Any, ...]
-    value: Callable[[FamilyConfig], Any] | None = None
+    value: Callable[[Config], Any] | None = None
     implied: bool = False
 
 
 @dataclass(frozen=True)
 class TrainingOnly:
-    """A key of theirs that acts in their training only: another value than this is told, and not carried over."""
+    """A transformers key that acts in training only; an import notes another value than this and drops it."""
 
     theirs: str
     value: Any
@@ -163,7 +166,7 @@ class TrainingOnly:
 
 @dataclass(frozen=True)
 class IfTensorPresent:
-    """Our switch for a part that is there when their folder holds this tensor."""
+    """A switch of ours for a part that a transformers folder has when it holds this tensor."""
 
     ours: str
     tensor: str
@@ -171,18 +174,18 @@ class IfTensorPresent:
 
 @dataclass(frozen=True)
 class Ignored:
-    """Keys of theirs without a bearing on the numbers."""
+    """transformers keys that don't change the model's outputs."""
 
     theirs: tuple[str, ...]
 
 
 DENSE = SupportedValues("experts", (0,))  # of an architecture without mixtures of experts
-OF_A_MIXTURE = tuple(name for name in MixtureFields.model_fields if name != "experts")  # without a bearing there
+OF_A_MIXTURE = tuple(name for name in MixtureFields.model_fields if name != "experts")  # fields without effect there
 
 FieldRule = Mapped | RequiredValue | SupportedValues | TrainingOnly | IfTensorPresent | Ignored
 
-# Of every config.json: who wrote it, labels of other heads, and how texts are generated.
-_NO_BEARING = """
+# In every config.json: who wrote it, labels of other heads, how texts are generated. No output depends on them.
+_WITHOUT_EFFECT = """
     architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash use_cache
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 chunk_size_feed_forward id2label
     label2id num_labels _num_labels problem_type task_specific_params finetuning_task tokenizer_class prefix
@@ -194,41 +197,41 @@ _NO_BEARING = """
     begin_suppress_tokens tf_legacy_loss gradient_checkpointing output_past classifier_dropout attn_implementation
     _attn_implementation_autoset vocab_file
 """
-FREE_EVERYWHERE = frozenset(_NO_BEARING.split())
+IGNORED_EVERYWHERE = frozenset(_WITHOUT_EFFECT.split())
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 def unchanged(values: dict[str, Any]) -> dict[str, Any]:
-    """For an architecture whose config.json needs no other spelling."""
+    """For an architecture whose config.json is taken as it is written."""
     return values
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of transformers that is one of ours in other words."""
+    """A model_type of transformers that has the same layers as a family of ours, under other names."""
 
     model_type: str  # as config.json says it
-    class_name: Callable[[FamilyConfig], str]  # the class that holds all of our weights
+    class_name: Callable[[Config], str]  # the class that holds all of our weights
     fields: tuple[FieldRule, ...]
-    names: Callable[[FamilyConfig], tuple[Entry, ...]]
-    # Our fields without a bearing on the numbers, or that follow from others on import.
-    free_of_ours: tuple[str, ...] = ()
-    # theirs: the tensor that it repeats, where the folder holds it all the same
-    copies: Callable[[FamilyConfig], Mapping[str, str]] = lambda config: {}
-    # theirs: the tensor it is read from where the folder leaves it out; given config.json
+    names: Callable[[Config], tuple[Entry, ...]]
+    # our fields that config.json has no key for: they don't change the outputs, or follow from others on import
+    without_key: tuple[str, ...] = ()
+    # name of a tensor that repeats another, and that other: a folder may hold both, and ours has one
+    copies: Callable[[Config], Mapping[str, str]] = lambda config: {}
+    # name of a tensor that a folder may leave out, and the one that is read instead; from the values of config.json
     stand_ins: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda values: {}
-    zeros: tuple[str, ...] = ()  # tensors of theirs that ours lacks, and that must be zero where they are there
-    ignored: tuple[str, ...] = ()  # patterns of buffers that hold nothing learnt
-    prefix: str = ""  # what names of older folders lack
-    renamed: tuple[tuple[str, str], ...] = ()  # endings of names in older folders, and what they are today
-    read: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # other spellings of config.json into the one above
+    zeros: tuple[str, ...] = ()  # tensors without a counterpart here, which must be zero where a folder has them
+    ignored: tuple[str, ...] = ()  # patterns of buffers, which are not learnt
+    prefix: str = ""  # prefix that names in older folders lack
+    renamed: tuple[tuple[str, str], ...] = ()  # endings of names in older folders, and those of today
+    read: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # other spellings of keys to those in `fields`
     write: Callable[[dict[str, Any]], dict[str, Any]] = unchanged  # and back
-    files: Callable[[FamilyConfig], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
-    tokens_in: str = ""  # the section of config.json that names token ids, where it is not the top
-    pads_with: Callable[[FamilyConfig], int | None] = lambda config: None  # an id that it takes for padding anywhere
+    files: Callable[[Config], Mapping[str, Any]] = lambda config: {}  # further JSON files, by name
+    tokens_in: str = ""  # the section of config.json with the token ids; "": the top level
+    pads_with: Callable[[Config], int | None] = lambda config: None  # an id that means padding at every place
 
 
-def vocabulary(config: FamilyConfig) -> Rows:
+def vocabulary(config: Config) -> Rows:
     """The token table without its padding."""
     return Rows(0, config.vocab_size, config.padded_vocab_size)
 

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from data_pipeline.corruption.noise_seed import NoiseSeed
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
+from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.models import family_spec
 from pretrain.models.family import FamilyConfig
 from pretrain.objectives import pairs_spec, text_spec
@@ -19,7 +19,7 @@ def make_loss(config: ObjectiveConfig, model: FamilyConfig, tp: object) -> Any:
 
 
 def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, seed: NoiseSeed, *,
-                special: SpecialIds | GivenIds | None = None) -> list:
+                special: SpecialIds | None = None) -> list:
     """The webdataset stages that turn windows of an open dataset into the fields of a batch.
 
     seed: that of the noise; HELDOUT for data whose noise no run may change.
@@ -28,7 +28,7 @@ def make_stages(config: ObjectiveConfig, model: FamilyConfig, dataset: object, s
     spec = OBJECTIVES[config.name]
     return _load(spec.stages)(StageInputs(
         config=config, model=model, dataset=dataset, window_tokens=spec.window_tokens(config, model), seed=seed,
-        special=special or SpecialIds(model.vocab_size)))
+        special=special or SpecialIds.at_top(model.vocab_size)))
 
 
 def _load(path: str) -> Any:

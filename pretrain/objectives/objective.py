@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from common.errors import Problem
 from data_pipeline.corruption.noise_seed import NoiseSeed
-from data_pipeline.corruption.special_ids import GivenIds, SpecialIds
+from data_pipeline.corruption.special_ids import SpecialIds
 from parallel.config import STRICT
 from pretrain.models.family import FamilyConfig
 
@@ -25,6 +25,33 @@ class ObjectiveConfig(BaseModel):
     model_config = STRICT
 
     name: str
+
+
+END_OF_TEXT_ROLE = "end_of_text"  # the one role that is a token of the tokenizer and no field of SpecialIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Which special tokens an objective uses. A role is a field of `SpecialIds`, or END_OF_TEXT_ROLE.
+
+    Args:
+        needed: roles that a tokenizer of another project must have a token for; sentinels are counted apart.
+        named: further roles that an exported tokenizer has a name for.
+        sentinel_names: their names in an exported tokenizer; (): `<extra_id_0>` and so on.
+        before, after: roles that stand before and after the text of a sample.
+        decoder_start: role of the first input of a decoder that has a source.
+    """
+
+    needed: tuple[str, ...] = ()
+    named: tuple[str, ...] = ()
+    sentinel_names: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    decoder_start: str = "pad"
+
+    def names_of_sentinels(self, count: int) -> tuple[str, ...]:
+        """Names of `count` sentinels, the first one first."""
+        return self.sentinel_names[:count] or tuple(f"<extra_id_{number}>" for number in range(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +71,7 @@ class StageInputs:
     dataset: Any
     window_tokens: int
     seed: NoiseSeed
-    special: SpecialIds | GivenIds
+    special: SpecialIds
 
 
 def sequence_length(config: ObjectiveConfig, model: FamilyConfig) -> int:
@@ -73,7 +100,7 @@ class ObjectiveSpec:
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by the form of the family (`FamilySpec.form`), "module:Class", loaded on demand because it imports
+        losses: by `FamilySpec.form`, "module:Class", loaded on demand because it imports
             torch; the class is made with (objective config, model config, tensor axis).
         stages: "module:function", loaded on demand for the same reason; from `StageInputs` to the webdataset stages
             between a window of tokens and a batch.
@@ -81,6 +108,7 @@ class ObjectiveSpec:
         reserved_ids: ids at the top of the model's vocabulary that the tokenizer may not use.
         problems: what does not fit the model.
         num_predictions: tokens of a sample for which the model's head makes logits; None: all.
+        special: the special tokens that it uses.
     """
 
     config_class: type[ObjectiveConfig]
@@ -91,3 +119,4 @@ class ObjectiveSpec:
     reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int] = no_ids
     problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]] = no_problems
     num_predictions: Callable[[ObjectiveConfig, FamilyConfig], int | None] = all_tokens
+    special: SpecialTokens = SpecialTokens()

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from common.errors import Problem
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+from pretrain.objectives.objective import END_OF_TEXT_ROLE, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.pairs_stages:unchanged"
 
@@ -33,7 +33,7 @@ def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]
 def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
-        problems=_problems)
+        problems=_problems, special=SpecialTokens(after=(END_OF_TEXT_ROLE,)))
 
 
 SPECS = {"contrastive": _spec(ContrastiveConfig, "Contrastive"), "siglip": _spec(SigLIPConfig, "SigLIP")}

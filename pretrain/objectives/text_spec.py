@@ -9,7 +9,7 @@ from pydantic import Field
 from common.errors import Problem
 from data_pipeline.corruption.special_ids import num_masked, num_special_ids, raw_tokens
 from pretrain.models.family import FamilyConfig
-from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec
+from pretrain.objectives.objective import END_OF_TEXT_ROLE, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.text_stages"
 CAUSAL = "pretrain.objectives.causal_lm:CausalLM"
@@ -140,22 +140,28 @@ SPECS = {
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
         window_tokens=_prefix_tokens, reserved_ids=_special_ids,
-        problems=_at_least(2, "one token before the cut and one after")),
+        problems=_at_least(2, "one token before the cut and one after"), special=SpecialTokens(named=("pad",))),
     "fill_in_the_middle": ObjectiveSpec(
         FillInTheMiddleConfig, {"decoder": CAUSAL}, f"{STAGES}:fill_in_the_middle",
         reserved_ids=lambda config, model: num_special_ids(num_sentinels=3),
-        problems=_at_least(6, "three sentinels and a token of each part")),
+        problems=_at_least(6, "three sentinels and a token of each part"),
+        special=SpecialTokens(sentinel_names=("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))),
     "span_corruption": ObjectiveSpec(
         SpanCorruptionConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:span_corruption",
-        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems),
+        window_tokens=_span_raw, reserved_ids=_span_ids, problems=_span_problems,
+        special=SpecialTokens(needed=("pad",), after=(END_OF_TEXT_ROLE,))),
     "denoising": ObjectiveSpec(
         DenoisingConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:denoising",
         window_tokens=lambda config, model: model.sequence_length - 2, reserved_ids=_special_ids,
-        problems=_denoising_problems),
+        problems=_denoising_problems, special=SpecialTokens(
+            needed=("pad", "start", "mask"), before=("start",), after=(END_OF_TEXT_ROLE,),
+            decoder_start=END_OF_TEXT_ROLE)),
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,
         reserved_ids=_special_ids, problems=_masked_problems,
         num_predictions=lambda config, model: num_masked(model.sequence_length - model.num_frame_tokens,
-                                                         config.mask_ratio)),
+                                                         config.mask_ratio),
+        special=SpecialTokens(
+            needed=("start", "separator", "mask"), named=("pad",), before=("start",), after=("separator",))),
 }

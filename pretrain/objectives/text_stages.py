@@ -8,7 +8,6 @@ from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut,
 from data_pipeline.corruption.special_ids import num_masked, raw_tokens
 from data_pipeline.loader import each
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
-from pretrain.models import family_spec
 from pretrain.objectives.objective import StageInputs
 
 
@@ -20,7 +19,7 @@ def unchanged(given: StageInputs) -> list:
 def prefix_lm(given: StageInputs) -> list:
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
     model = given.model
-    if family_spec(model.family).form == "decoder":
+    if getattr(model, "num_targets", None) is None:  # one sequence, and no side for targets
         return [each(PrefixCut(given.seed))]
     return [each(PrefixSplit(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
                              special=given.special))]

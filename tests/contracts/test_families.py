@@ -1,21 +1,28 @@
 """What every family and every objective owes to the rest of the project."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from data_pipeline.corruption.special_ids import SpecialIds
 from parallel.pipeline_stages import Stage, cut
 from parallel.rules import table as rules
 from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
 from pretrain.config.run_config import load_config
-from pretrain.models import FAMILIES, family_spec
+from pretrain.models import FAMILIES, architectures, family_spec, hf_adapter
 from pretrain.models.build import build_stage
+from pretrain.models.hf_map import TOKEN_IDS
 from pretrain.objectives import OBJECTIVES, make_loss
+from pretrain.objectives.objective import END_OF_TEXT_ROLE
 from tests.helpers.recipes import recipe_of
 
+ROOT = Path(__file__).parents[2]
 PREDICTIONS = 5
 SAMPLES = {  # inputs of one sample
     "gpt": lambda model: ids(model.sequence_length),
@@ -162,6 +169,47 @@ def test_context_ranks_are_taken_or_refused_with_the_reason(family, tmp_path):
     reason = config.spec.traits(config.model).why_no_context
     assert [(where, reason in possible, "parallel.context=1" in change) for where, _, possible, change in found] \
         == ([("parallel.context", True, True)] if reason else [])
+
+
+def test_form_is_a_key_of_losses_and_nothing_else():
+    """Code that depends on the family asks its FamilySpec or HFAdapter, so a new form is added in its folder alone."""
+    readers = [path.relative_to(ROOT).as_posix()
+               for room in ("common", "data_pipeline", "launchers", "parallel", "pretrain")
+               for path in (ROOT / room).rglob("*.py")
+               if any(isinstance(node, ast.Attribute) and node.attr == "form"
+                      for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))]
+    assert readers == ["pretrain/objectives/__init__.py"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_other_folder_names_a_family_in_a_comparison(family):
+    """Nor the family's name, nor one of its model types in transformers."""
+    names = {family, *(architecture.model_type for architecture in architectures(family))}
+    found = []
+    for path in (ROOT / "pretrain").rglob("*.py"):
+        where = path.relative_to(ROOT).as_posix()
+        if where.startswith("pretrain/models/") or where == "pretrain/commands/demo.py":
+            continue
+        found += [f"{where}:{node.lineno}" for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                  if isinstance(node, ast.Compare)
+                  and any(isinstance(part, ast.Constant) and part.value in names for part in ast.walk(node))]
+    assert found == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_special_tokens_of_a_family_and_its_objectives_fit(family):
+    adapter = hf_adapter(family)
+    assert set(adapter.token_names._fields) | {"first_sentinel"} == set(SpecialIds._fields)
+    for name in family_spec(family).objectives:
+        special = OBJECTIVES[name].special
+        roles = {*special.needed, *special.named, *special.before, *special.after, special.decoder_start}
+        assert roles <= {*adapter.token_names._fields, END_OF_TEXT_ROLE}
+        ids = adapter.config_token_ids(SpecialIds.at_top(100), end_of_text=3, decoder_start=99)
+        assert set(ids) <= set(TOKEN_IDS) and ids["eos_token_id"] is not None
+
+
+def test_special_ids_are_counted_down_from_the_top():
+    assert SpecialIds.at_top(100) == (99, 98, 97, 96, 95)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

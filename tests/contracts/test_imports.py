@@ -18,12 +18,12 @@ PARALLEL_LIGHT = ("parallel.config", "parallel.layout", "parallel.rules", "paral
 DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids",
               "data_pipeline.corruption.noise_seed")
 FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.shapes",
-                "pretrain.models.encoder_decoder", "pretrain.models.mixture", "pretrain.models.hf_map",
+                "pretrain.models.encoder_decoder*", "pretrain.models.mixture", "pretrain.models.hf_*",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
 OBJECTIVE_LIGHT = ("pretrain.objectives", "pretrain.objectives.objective", "pretrain.objectives.*_spec")
 CHECKPOINT_LIGHT = ("pretrain.checkpoint.manifest", "pretrain.checkpoint.locate", "pretrain.checkpoint.start_weights")
 LIGHT = ("common.*", "launchers.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT, *CHECKPOINT_LIGHT,
-         "pretrain.config.*", "pretrain.hf.config_json", "pretrain.training.stop_signals",
+         "pretrain.config.*", "pretrain.hf.config_json", "pretrain.reporting", "pretrain.training.stop_signals",
          "pretrain.training.stop_watchdog")
 
 # File pattern: what of the project it may import, at most. The first row that fits decides. A row for each sub-room,
@@ -75,7 +75,7 @@ TABLE = {
     "pretrain/models/*/spec.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     "pretrain/models/*/hf.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT),
     **{f"pretrain/models/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT)
-       for name in ("__init__", "family", "shapes", "encoder_decoder", "mixture", "hf_map")},
+       for name in ("__init__", "family", "shapes", "encoder_decoder*", "mixture", "hf_*")},
     "pretrain/models/*": ("common.*", "parallel.*", *DATA_LIGHT, "pretrain.models*"),
     **{f"pretrain/objectives/{name}.py": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT)
        for name in ("__init__", "objective", "*_spec")},
@@ -86,7 +86,6 @@ TABLE = {
     "pretrain/config/*": ("common.*", *PARALLEL_LIGHT, *DATA_LIGHT, *FAMILY_LIGHT, *OBJECTIVE_LIGHT, *CHECKPOINT_LIGHT,
                           "pretrain.config.*"),
     "pretrain/checkpoint/*": ("common.*", *LIGHT, "parallel.*", "pretrain.checkpoint.*"),
-    "pretrain/hf/measure_rank.py": ("*",),
     "pretrain/hf/*": ("common.*", *LIGHT, "parallel.*", "data_pipeline.*", "pretrain.models*", "pretrain.objectives*",
                       "pretrain.checkpoint.*", "pretrain.hf.*"),
     "pretrain/training/stop_signals.py": ("common.*", "launchers.run_folder.stop_requests"),
@@ -101,7 +100,8 @@ TABLE = {
                              "pretrain.objectives*", "pretrain.checkpoint.*", "pretrain.hf.*",
                              "pretrain.training.datasets", "pretrain.inference.*"),
     "pretrain/selfcheck/*": ("common.*", *LIGHT, "parallel.*", "pretrain.training.*", "pretrain.selfcheck.*"),
-    "pretrain/cli.py": ("common.*", "pretrain.commands.*"),
+    "pretrain/reporting.py": ("common.*",),
+    "pretrain/cli.py": ("common.*", "pretrain.commands.*", "pretrain.reporting"),
     "pretrain/__main__.py": ("pretrain.cli",),
     "pretrain/commands/*": ("*",),
     "pretrain/__init__.py": (),

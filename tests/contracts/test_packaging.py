@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("pretrain", "parallel", "data_pipeline", "launchers")
+ROOMS = ("common", "pretrain", "parallel", "data_pipeline", "launchers")
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ CASES = {  # name: (ranks, overrides, what the message must hold)
 
 def trainyard(*arguments, **variables):
     return subprocess.run([sys.executable, "-m", "pretrain", *arguments], capture_output=True, text=True, check=False,
-                          timeout=120, env={**os.environ, **variables})
+                          timeout=300, env={**os.environ, **variables})
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_a_signal_saves_at_one_step(launcher, recipe, tmp_path):
     folder = tmp_path / "run"
     process = start(recipe, folder, launcher)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 75, (tmp_path / "said").read_text()
+    assert process.wait(timeout=300) == 75, (tmp_path / "said").read_text()
     status = read(folder)
     assert (status.exit_code, status.checkpoint_step) == (75, status.last_step)
     assert len(losses(folder)) == status.last_step
@@ -119,7 +119,7 @@ def test_a_killed_launcher_leaves_nothing(launcher, recipe, tmp_path):
     assert len(below) == 1
     os.kill(below[0], signal.SIGKILL)
     # 75 where the ranks, told by the supervisor, could still save in order.
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=300) != 0
     wait_until(lambda: ranks_in(folder) == [], 15, "no process is left")
 
 
@@ -137,7 +137,7 @@ def test_a_killed_rank_is_named(launcher, recipe, tmp_path):
                 or b"\0OMPI_COMM_WORLD_RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
                 and b"\0-m\0pretrain\0train" in Path(f"/proc/{pid}/cmdline").read_bytes())
     os.kill(rank, signal.SIGKILL)
-    assert process.wait(timeout=90) == 137, (tmp_path / "said").read_text()
+    assert process.wait(timeout=300) == 137, (tmp_path / "said").read_text()
     assert (read(folder).exit_code, read(folder).rank) == (137, 1)
     assert "rank 1 on" in (tmp_path / "said").read_text()
     wait_until(lambda: ranks_in(folder) == [], 15, "no process is left")

@@ -37,7 +37,7 @@ def submit(recipe, folder, launcher, *words):
     return subprocess.run(
         [sys.executable, "-m", "pretrain", "submit", str(recipe), "--launcher", launcher, f"run.dir={folder / 'run'}",
          *words], env=process_environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-        cwd=folder, timeout=120)
+        cwd=folder, timeout=300)
 
 
 def check(done, wanted, run):

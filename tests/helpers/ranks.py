@@ -22,7 +22,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.warm"])
 
 
-def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 300.0) -> list[Any]:
+def run_ranks(target: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 900.0) -> list[Any]:
     """`target(rank_info, *args)` on `world_size` ranks; what each returned, by rank.
 
     Raises:
@@ -89,9 +89,9 @@ def _child(target: Callable[..., Any], rank: int, world_size: int, listener: soc
 
 def train(info: RankInfo, config_path: str, overrides: list[str]) -> int:
     """What `trainyard train` does in a rank that its launcher started; returns the exit code."""
-    from pretrain.cli import report
     from pretrain.commands.train import run_rank
     from pretrain.config.run_config import load_run
+    from pretrain.reporting import report
 
     return report(lambda: run_rank(load_run(config_path, overrides, info.world_size), info))
 

@@ -67,7 +67,7 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
 def test_the_curve_is_the_same(family, ranks, model, extra, runs):
     options = [*SHORT, "optimizer.lr=1e-3", *model]
     expected, found = runs(family, 1, options), runs(family, ranks, [*options, *extra])
-    check_reference(expected, learnt=0.02, clipped=False)
+    check_reference(expected, learnt=0.02)
     if BF16[0] in extra:
         assert found.losses == pytest.approx(expected.losses, rel=2e-2)
     else:

@@ -24,7 +24,7 @@ def check(found: Run, expected: Run, bound: float = 1e-5) -> None:
     """
     count = len(expected.steps)
     assert len(found.steps) == count
-    check_reference(expected, learnt=0.4 if count > SHORT_STEPS else 0.1, clipped=False)
+    check_reference(expected, learnt=0.4 if count > SHORT_STEPS else 0.1)
     loads = zip(*([record["expert_load"] for record in run.steps] for run in (found, expected)), strict=True)
     equal = next((step for step, (one, other) in enumerate(loads) if one != pytest.approx(other, abs=1e-6)), count)
     assert equal >= SURE, f"tokens went elsewhere at step {equal + 1}"

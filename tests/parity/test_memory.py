@@ -133,7 +133,7 @@ def allocated_bytes() -> int:
     return told.uordblks + told.hblkhd
 
 
-def private_copies(folder: Path) -> tuple[int, int]:
+def private_copies(folder: str) -> tuple[int, int]:
     """(bytes of this process's mappings of files in a folder, bytes of them that lie in memory of its own)."""
     mapped, anonymous, inside = 0, 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -165,7 +165,7 @@ def test_states_in_files_take_no_memory(stage, tmp_path):
     parallel = {"zero_stage": stage, "offload": "optimizer"}
     (in_memory, num_parameters, _), = run_ranks(measure_allocated, 1, parallel)
     (in_files, _, (mapped, anonymous)), = run_ranks(measure_allocated, 1, {**parallel, "offload_folder": str(tmp_path)})
-    assert in_memory - in_files == pytest.approx(12 * num_parameters, rel=0.03)
+    assert in_memory - in_files == pytest.approx(12 * num_parameters, rel=0.005)
     assert mapped >= 12 * num_parameters
     assert anonymous == 0, "a mapping that is written to is copied into memory"
 

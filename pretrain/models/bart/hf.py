@@ -1,6 +1,7 @@
-"""BART in transformers (facts: no torch)."""
+"""BART in transformers (no torch)."""
 
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, BARTConfig
+from pretrain.models.encoder_decoder_hf import EncoderDecoderAdapter
 from pretrain.models.gpt.hf import ACTIVATIONS
 from pretrain.models.hf_map import (
     DENSE,
@@ -63,7 +64,7 @@ BART = Architecture(
         Mapped("ffn", "decoder_ffn_dim", 4096, value=lambda config: config.ffn_hidden),
         Mapped("vocab_size", "vocab_size", 50265),
         Mapped("sequence_length", "max_position_embeddings", 1024,
-             value=lambda config: config.num_positions - NUM_UNUSED_POSITIONS),
+               value=lambda config: config.num_positions - NUM_UNUSED_POSITIONS),
         Mapped("activation", "activation_function", "gelu", ACTIVATIONS),
         Mapped("dropout", "dropout", 0.1),
         Mapped("attention_dropout", "attention_dropout", 0.0),
@@ -85,7 +86,7 @@ BART = Architecture(
         Ignored(("num_hidden_layers", "extra_pos_embeddings", "classif_dropout")),
     ),
     names=_names,
-    free_of_ours=(*OF_A_MIXTURE, "family", "target_length", "max_positions", "pad_vocab_to"),
+    without_key=(*OF_A_MIXTURE, "family", "target_length", "max_positions", "pad_vocab_to"),
     copies=lambda config: dict.fromkeys(
         ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"),
         "model.shared.weight"),
@@ -93,4 +94,11 @@ BART = Architecture(
     prefix="model.",
 )
 
-ARCHITECTURES = (BART,)
+
+class BARTAdapter(EncoderDecoderAdapter):
+    """BART."""
+
+    architectures = (BART,)
+
+
+ADAPTER = BARTAdapter()

@@ -1,9 +1,13 @@
-"""BERT and RoBERTa in transformers (facts: no torch)."""
+"""BERT and RoBERTa in transformers (no torch)."""
+
+from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.models.bert.spec import BERTConfig
 from pretrain.models.gpt.hf import ACTIVATIONS
+from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, TokenName, TokenNames, TrainingModel
 from pretrain.models.hf_map import (
     Architecture,
     Entry,
@@ -64,7 +68,7 @@ _FIELDS = (
     Mapped("heads", "num_attention_heads", 12),
     Mapped("ffn", "intermediate_size", 3072, value=lambda config: config.ffn_hidden),
     Mapped("sequence_length", "max_position_embeddings", 512,
-         value=lambda config: config.num_positions - config.position_offset),
+           value=lambda config: config.num_positions - config.position_offset),
     Mapped("segment_types", "type_vocab_size", 2),
     Mapped("activation", "hidden_act", "gelu", ACTIVATIONS),
     Mapped("norm_epsilon", "layer_norm_eps", 1e-12),
@@ -77,7 +81,7 @@ _FIELDS = (
     RequiredValue("position_embedding_type", "absolute", "absolute"),
     SupportedValues("shared_blocks", (False,)),
 )
-_FREE = ("family", "max_positions", "pad_vocab_to")
+_WITHOUT_KEY = ("family", "max_positions", "pad_vocab_to")
 
 
 def _roberta_read(values: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +109,7 @@ BERT = Architecture(
         IfTensorPresent("next_sentence", "cls.seq_relationship.weight"),
     ),
     names=_bert_names,
-    free_of_ours=(*_FREE, "position_offset"),
+    without_key=(*_WITHOUT_KEY, "position_offset"),
     copies=lambda config: {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
                            "cls.predictions.decoder.bias": "cls.predictions.bias"},
     ignored=("bert.embeddings.position_ids",),
@@ -124,7 +128,7 @@ ROBERTA = Architecture(
         SupportedValues("next_sentence", (False,)),
     ),
     names=_roberta_names,
-    free_of_ours=_FREE,
+    without_key=_WITHOUT_KEY,
     copies=lambda config: {"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
                            "lm_head.decoder.bias": "lm_head.bias"},
     ignored=("roberta.embeddings.position_ids",),
@@ -134,5 +138,38 @@ ROBERTA = Architecture(
     pads_with=lambda config: config.position_offset - 1,
 )
 
-# BERT first: in RoBERTa's folder the id below the offset is padding wherever it stands, and ours may be text.
-ARCHITECTURES = (BERT, ROBERTA)
+
+class BERTAdapter(HFAdapter[BERTConfig]):
+    """Padded tokens with a segment type for each sample; logits [real tokens, v], and [n, 2] of next sentences."""
+
+    # BERT first: in RoBERTa's folder the id below the offset is padding at every place, and here it may be text.
+    architectures = (BERT, ROBERTA)
+    token_names = TokenNames(
+        pad=TokenName("[PAD]", ("pad_token",)), start=TokenName("[CLS]", ("cls_token", "bos_token")),
+        separator=TokenName("[SEP]", ("sep_token",)), mask=TokenName("[MASK]", ("mask_token",)))
+
+    def sample(self, model: BERTConfig, random: RandomInputs) -> Tensors:
+        found = random.padded_ids(model.sequence_length)
+        types = random.below(model.segment_types, 1).expand_as(found["ids"]).contiguous()
+        return {**found, "types": types}
+
+    def ours(self, sample: Tensors, model: TrainingModel) -> Tensors:
+        ids, types, mask = sample["ids"], sample["types"], sample["mask"]
+        every_position = ids.new_ones(ids.shape).cumsum(dim=1) - 1
+        outputs = model.run((ids, types, every_position, mask))
+        logits, *next_sentence = outputs if isinstance(outputs, tuple) else (outputs,)
+        found = {"logits": model.logits(logits)[mask.bool()]}
+        return {**found, "pair": next_sentence[0]} if next_sentence else found
+
+    def theirs(self, sample: Tensors, model: Any) -> Tensors:
+        mask = sample["mask"]
+        outputs = model(input_ids=sample["ids"], attention_mask=mask, token_type_ids=sample["types"])
+        if "prediction_logits" not in outputs:
+            return {"logits": outputs.logits[mask.bool()]}
+        return {"logits": outputs.prediction_logits[mask.bool()], "pair": outputs.seq_relationship_logits}
+
+    def config_token_ids(self, special: SpecialIds, end_of_text: int, decoder_start: int) -> dict[str, int | None]:
+        return {"bos_token_id": special.start, "eos_token_id": special.separator, "pad_token_id": special.pad}
+
+
+ADAPTER = BERTAdapter()

@@ -61,6 +61,7 @@ class BERTSpec(FamilySpec[BERTConfig]):
 
     config_class = BERTConfig
     form = "encoder"
+    evaluation = "masked_quality"
     objectives = ("masked_lm",)
 
     def problems(self, config: BERTConfig) -> Iterator[Problem]:

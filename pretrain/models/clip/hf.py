@@ -1,8 +1,12 @@
-"""CLIP in transformers (facts: no torch)."""
+"""CLIP in transformers (no torch)."""
+
+from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.models.clip.spec import PIXEL_MEAN, PIXEL_STD, CLIPConfig
+from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, TrainingModel
 from pretrain.models.hf_map import (
     Architecture,
     Entry,
@@ -65,12 +69,12 @@ def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) ->
         Mapped(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
         Mapped(f"{tower}_heads", f"{theirs}.num_attention_heads", heads),
         Mapped(f"{tower}_ffn", f"{theirs}.intermediate_size", ffn,
-             value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
+               value=lambda config: getattr(config, f"{tower}_ffn_hidden")),
         Mapped("activation", f"{theirs}.hidden_act", "quick_gelu"),
         Mapped("norm_epsilon", f"{theirs}.layer_norm_eps", 1e-5),
         # Each tower alone would be given this width; both together take the one above them.
         Ignored((f"{theirs}.projection_dim", f"{theirs}.initializer_range", f"{theirs}.initializer_factor",
-              f"{theirs}.dropout")),
+                 f"{theirs}.dropout")),
         RequiredValue(f"{theirs}.attention_dropout", 0.0, 0.0),
     )
 
@@ -104,11 +108,37 @@ CLIP = Architecture(
         Ignored(("logit_scale_init_value", "initializer_factor")),
     ),
     names=_names,
-    free_of_ours=("family", "init_temperature", "pad_vocab_to"),
+    without_key=("family", "init_temperature", "pad_vocab_to"),
     files=lambda config: {"preprocessor_config.json": _image_processor(config)},
     tokens_in="text_config",
     read=_read,
     ignored=("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids"),
 )
 
-ARCHITECTURES = (CLIP,)
+
+class CLIPAdapter(HFAdapter[CLIPConfig]):
+    """Images and captions, each of which ends with the id that its vector is taken at; logits [images, captions]."""
+
+    architectures = (CLIP,)
+    keeps_text_start = True  # of a caption; its end is added where captions are batched
+
+    def sample(self, model: CLIPConfig, random: RandomInputs) -> Tensors:
+        found = random.padded_ids(model.sequence_length)
+        ends = found["mask"].sum(dim=1) - 1
+        if random.end_id is None:
+            raise ValueError("CLIP takes the vector of a caption at its end-of-text id, and config.json names none")
+        return {**found, "ids": found["ids"].scatter(1, ends[:, None], random.end_id), "ends": ends,
+                "pixels": random.normal(3, model.image_size, model.image_size)}
+
+    def ours(self, sample: Tensors, model: TrainingModel) -> Tensors:
+        image, text = model.run((sample["pixels"], sample["ids"], sample["ends"]))[:2]
+        return {"logits": image @ text.t()}
+
+    def theirs(self, sample: Tensors, model: Any) -> Tensors:
+        return {"logits": model(input_ids=sample["ids"], pixel_values=sample["pixels"]).logits_per_image}
+
+    def config_token_ids(self, special: SpecialIds, end_of_text: int, decoder_start: int) -> dict[str, int | None]:
+        return {"eos_token_id": end_of_text}
+
+
+ADAPTER = CLIPAdapter()

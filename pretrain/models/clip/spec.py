@@ -78,6 +78,8 @@ class CLIPSpec(FamilySpec[CLIPConfig]):
 
     config_class = CLIPConfig
     form = "dual_encoder"
+    reads = "pairs"
+    evaluation = "zero_shot"
     objectives = ("contrastive", "siglip")
 
     def problems(self, config: CLIPConfig) -> Iterator[Problem]:

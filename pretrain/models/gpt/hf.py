@@ -1,8 +1,12 @@
-"""GPT decoders in transformers: GPT-2 for learned positions, Llama and its kin for rotary ones (facts: no torch)."""
+"""GPT decoders in transformers: GPT-2 for learned positions, Llama and its kin for rotary ones (no torch)."""
+
+from __future__ import annotations
 
 from typing import Any
 
+from data_pipeline.corruption.special_ids import SpecialIds
 from pretrain.models.gpt.spec import GPTConfig
+from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, TrainingModel
 from pretrain.models.hf_map import (
     DENSE,
     OF_A_MIXTURE,
@@ -21,7 +25,7 @@ from pretrain.models.hf_map import (
 
 ACTIVATIONS = (("gelu_tanh", "gelu_new"), ("gelu_tanh", "gelu_pytorch_tanh"), ("gelu_tanh", "gelu_fast"),
                ("gelu", "gelu"), ("relu", "relu"))
-FREE_OF_OURS = ("family", "dropout", "attention_dropout", "init_std", "pad_vocab_to")
+WITHOUT_KEY = ("family", "dropout", "attention_dropout", "init_std", "pad_vocab_to")
 
 # -- GPT-2 -------------------------------------------------------------------------------------------------------------
 
@@ -71,10 +75,10 @@ GPT2 = Architecture(
         RequiredValue("scale_attn_by_inverse_layer_idx", False, False),
         RequiredValue("add_cross_attention", False, False),
         Ignored(("reorder_and_upcast_attn", "n_ctx", "summary_type", "summary_use_proj", "summary_activation",
-              "summary_proj_to_labels", "summary_first_dropout")),
+                 "summary_proj_to_labels", "summary_first_dropout")),
     ),
     names=_gpt2_names,
-    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE, "rotary_base"),
+    without_key=(*WITHOUT_KEY, *OF_A_MIXTURE, "rotary_base"),
     copies=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tied_head else {},
     ignored=("transformer.h.{n}.attn.bias", "transformer.h.{n}.attn.masked_bias"),
     prefix="transformer.",
@@ -175,7 +179,7 @@ LLAMA = Architecture(
         Ignored(("pretraining_tp",)),
     ),
     names=_llama_names,
-    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
+    without_key=(*WITHOUT_KEY, *OF_A_MIXTURE),
     copies=_tied,
     ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
     prefix="model.",
@@ -194,7 +198,7 @@ MISTRAL = Architecture(
         RequiredValue("sliding_window", None, 4096, WHOLE_WINDOW),
     ),
     names=_llama_names,
-    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
+    without_key=(*WITHOUT_KEY, *OF_A_MIXTURE),
     copies=_tied,
     ignored=("model.layers.{n}.self_attn.rotary_emb.inv_freq",),
     prefix="model.",
@@ -220,10 +224,31 @@ MIXTRAL = Architecture(
         Ignored(("output_router_logits",)),
     ),
     names=_mixtral_names,
-    free_of_ours=(*FREE_OF_OURS, "expert_ffn", "capacity_factor", "z_loss"),
+    without_key=(*WITHOUT_KEY, "expert_ffn", "capacity_factor", "z_loss"),
     copies=_tied,
     prefix="model.",
     read=window_read,
 )
 
-ARCHITECTURES = (GPT2, LLAMA, MISTRAL, MIXTRAL)  # an export takes the first that fits, unless it is told which
+
+class GPTAdapter(HFAdapter[GPTConfig]):
+    """One sequence of tokens; logits [real tokens, v], since no token sees a later one and padding is at the end."""
+
+    architectures = (GPT2, LLAMA, MISTRAL, MIXTRAL)
+    text_separators = ("bos_token", "eos_token", "sep_token")  # a decoder sees the token before a text
+
+    def sample(self, model: GPTConfig, random: RandomInputs) -> Tensors:
+        return random.padded_ids(model.sequence_length)
+
+    def ours(self, sample: Tensors, model: TrainingModel) -> Tensors:
+        return {"logits": model.logits(model.run(sample["ids"]))[sample["mask"].bool()]}
+
+    def theirs(self, sample: Tensors, model: Any) -> Tensors:
+        outputs = model(input_ids=sample["ids"], attention_mask=sample["mask"])
+        return {"logits": outputs.logits[sample["mask"].bool()]}
+
+    def config_token_ids(self, special: SpecialIds, end_of_text: int, decoder_start: int) -> dict[str, int | None]:
+        return {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+
+
+ADAPTER = GPTAdapter()

@@ -62,6 +62,8 @@ class GPTSpec(FamilySpec[GPTConfig]):
 
     config_class = GPTConfig
     form = "decoder"
+    evaluation = "language"
+    generation = "continuation"
     objectives = ("causal_lm", "prefix_lm", "fill_in_the_middle")
 
     def problems(self, config: GPTConfig) -> Iterator[Problem]:

@@ -1,9 +1,10 @@
-"""T5 in transformers, both versions, and Switch, its mixtures of experts (facts: no torch)."""
+"""T5 in transformers, both versions, and Switch, its mixtures of experts (no torch)."""
 
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+from pretrain.models.encoder_decoder_hf import EncoderDecoderAdapter
 from pretrain.models.hf_map import (
     DENSE,
     OF_A_MIXTURE,
@@ -103,7 +104,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-FREE_OF_OURS = ("family", "attention_dropout", "target_length", "pad_vocab_to")
+WITHOUT_KEY = ("family", "attention_dropout", "target_length", "pad_vocab_to")
 
 
 def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) -> tuple:
@@ -137,7 +138,7 @@ T5 = Architecture(
         Ignored(("initializer_factor", "dense_act_fn", "is_gated_act", "classifier_dropout")),
     ),
     names=_t5_names,
-    free_of_ours=(*FREE_OF_OURS, *OF_A_MIXTURE),
+    without_key=(*WITHOUT_KEY, *OF_A_MIXTURE),
     copies=_copies,
     stand_ins=stand_ins,
     ignored=("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",),
@@ -162,7 +163,7 @@ def _every(layers: int, sparse: list[int]) -> int | None:
 
 
 def _switch_read(values: dict[str, Any]) -> dict[str, Any]:
-    """Which blocks are mixtures, in our words; a capacity that no sequence reaches is none."""
+    """Which blocks are mixtures, as expert_every; a capacity that no sequence reaches is none."""
     values = {"num_layers": 12, "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3, "expert_capacity": 64,
               "n_positions": 512, **values}
     layers = values["num_layers"]
@@ -223,13 +224,20 @@ SWITCH = Architecture(
         RequiredValue("router_dtype", "float32", "float32"),
         TrainingOnly("router_jitter_noise", 0.0),
         Ignored(("initializer_factor", "router_ignore_padding_tokens", "add_router_probs", "encoder_sparse_step",
-              "decoder_sparse_step")),
+                 "decoder_sparse_step")),
     ),
     names=_switch_names,
-    free_of_ours=(*FREE_OF_OURS, "capacity_factor"),
+    without_key=(*WITHOUT_KEY, "capacity_factor"),
     copies=_copies,
     read=_switch_read,
     write=_switch_write,
 )
 
-ARCHITECTURES = (T5, SWITCH)
+
+class T5Adapter(EncoderDecoderAdapter):
+    """T5 and Switch."""
+
+    architectures = (T5, SWITCH)
+
+
+ADAPTER = T5Adapter()

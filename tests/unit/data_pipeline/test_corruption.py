@@ -14,7 +14,7 @@ from data_pipeline.corruption.special_ids import SpecialIds, num_special_ids, ra
 
 NUM_DOCUMENTS = 10_000
 VOCAB_SIZE, END = 1_000, 1
-SPECIAL = SpecialIds(VOCAB_SIZE + 200)
+SPECIAL = SpecialIds.at_top(VOCAB_SIZE + 200)
 
 
 def documents(num_tokens, count=NUM_DOCUMENTS, seed=0):

@@ -21,7 +21,7 @@ from data_pipeline.loader import Loader, ReadOptions, each, heldout_batches
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
 from data_pipeline.tokens.in_memory_dataset import TextDataset
 
-LENGTH, SPECIAL, END = 32, SpecialIds(300), 256
+LENGTH, SPECIAL, END = 32, SpecialIds.at_top(300), 256
 
 
 class ByteTokenizer:

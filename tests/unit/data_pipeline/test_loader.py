@@ -145,12 +145,12 @@ def test_workers_end_with_their_rank(dataset_folder, tmp_path, end):
         if end == "killed":
             assert workers
             rank.kill()
-        rank.wait(timeout=60)
+        rank.wait(timeout=300)
     wait_for_end(workers)
 
 
 def wait_for_end(workers) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(map(is_loader_worker, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(is_loader_worker, workers))

@@ -137,9 +137,9 @@ class Flip(Hook):
 
 
 def train_with_a_fault(info, config_path: str, overrides: list[str], flip: Flip | None) -> int:
-    from pretrain.cli import report
     from pretrain.commands.train import run_rank
     from pretrain.config.run_config import load_run
+    from pretrain.reporting import report
     from pretrain.training import loop
 
     standard = loop.standard_hooks

@@ -252,7 +252,7 @@ def test_rendered_problems_are_numbered():
 
 
 def start(*argv: str, **environ: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False,
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=300, check=False,
                           cwd=Path(__file__).parents[3], env={**os.environ, **environ})
 
 

@@ -25,7 +25,7 @@ from parallel.single_rank import single_rank
 from parallel.tensor_slice import cut_from
 from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 from pretrain.hf.config_json import by_model_type, choose_architecture, read_config, write_config
-from pretrain.hf.export_folder import Export, export, write_folder
+from pretrain.hf.export_folder import Export, write_export, write_folder
 from pretrain.hf.read_folder import HFError, HFFolder
 from pretrain.models import FAMILIES, family_spec
 from pretrain.models.build import global_shapes
@@ -146,14 +146,14 @@ def ours(case: str, groups):
 
 def plan(model, tensors, architecture, **changes) -> Export:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    values = {"token_ids": {"eos_token_id": END}, "dtype": "fp32", "shard_bytes": 30_000, **changes}
+    values = {"token_ids": {"eos_token_id": END}, "dtype": "fp32", "file_bytes": 30_000, **changes}
     return Export(model, shapes, tensors.__getitem__, architecture, **values)
 
 
 def compared(model, architecture, groups, tensor, folder: Path, *, dtype=torch.float32) -> dict:
     sample = sample_inputs(model, architecture, END, 1)
     found = training_outputs(model, groups, lambda wanted: cut_from(tensor(wanted.name), wanted), dtype, sample=sample)
-    return certificate(found, folder_outputs(folder, architecture, model, sample), sample, model, {})
+    return certificate(found, folder_outputs(folder, architecture, model, sample), sample, {})
 
 
 @pytest.mark.parametrize("case", THEIRS)
@@ -172,7 +172,7 @@ def test_a_model_of_transformers_gives_the_same_logits_here(case, alone, tmp_pat
 def test_our_model_gives_the_same_logits_in_transformers(case, alone, tmp_path):
     model, tensors, architecture = ours(case, alone)
     what = plan(model, tensors, architecture)
-    told = export(what, tmp_path / "out",
+    told = write_export(what, tmp_path / "out",
                   lambda folder: compared(model, architecture, alone, tensors.__getitem__, folder))
     assert max(told["largest_differences"].values()) <= BOUND
     assert told["largest_logit"] > 0.5
@@ -256,7 +256,7 @@ def test_a_wrong_entry_is_found_and_nothing_is_left(wrong, alone, tmp_path):
 
     architecture = replace(right, names=names)
     with pytest.raises(ConversionError, match=r"not written.*off") as caught:
-        export(plan(model, tensors, architecture), tmp_path / "out",
+        write_export(plan(model, tensors, architecture), tmp_path / "out",
                lambda folder: compared(model, architecture, alone, tensors.__getitem__, folder))
     assert caught.value.exit_code == 70
     assert list(tmp_path.iterdir()) == []
@@ -266,7 +266,7 @@ def test_an_entry_that_is_missing_names_the_tensor(alone, tmp_path):
     model, tensors, right = ours("gpt2-padded", alone)
     architecture = replace(right, names=lambda config: right.names(config)[1:])
     with pytest.raises(LookupError, match=r"embedding\.table\.weight"):
-        export(plan(model, tensors, architecture), tmp_path / "out", lambda folder: {})
+        write_export(plan(model, tensors, architecture), tmp_path / "out", lambda folder: {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -290,7 +290,7 @@ def test_every_key_of_transformers_config_is_known_with_its_default(model_type):
 def test_every_field_of_ours_has_its_place(model_type):
     family, architecture = by_model_type()[model_type]
     said = {rule.ours for rule in architecture.fields if not isinstance(rule, RequiredValue | TrainingOnly | Ignored)}
-    silent = set(family_spec(family).config_class.model_fields) - said - set(architecture.free_of_ours)
+    silent = set(family_spec(family).config_class.model_fields) - said - set(architecture.without_key)
     assert silent == set()
     free_of_values = Mapped | RequiredValue | TrainingOnly | Ignored | IfTensorPresent
     assert all(isinstance(rule, free_of_values) or rule.values for rule in architecture.fields)

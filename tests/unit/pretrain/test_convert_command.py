@@ -14,13 +14,14 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, UserError
 from parallel.tensor_slice import SliceRange
 from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_problems
 from pretrain.checkpoint.tensor_file import Planned, in_shards, write_tensors
 from pretrain.cli import main
 from pretrain.config.run_config import load_config
+from pretrain.hf.conversion import export, import_folder
 from tests.helpers.ranks import run_ranks
 
 LLAMA = {"num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -63,6 +64,24 @@ def test_in_and_out_again_gives_every_tensor_back(whole, imported, tmp_path, cap
     assert told["layout"] == {"tensor": 1, "sequence": False}
     theirs = transformers.AutoConfig.from_pretrained(out)
     assert theirs.model_type == "llama" and theirs.eos_token_id == 2
+
+
+def test_both_ways_as_functions(whole, tmp_path):
+    """As a notebook calls them; what is not asked for has the defaults of the command."""
+    back = import_folder(whole, tmp_path / "run")
+    assert (back.family, back.model_type, back.notes) == ("gpt", "llama", [])
+    assert back.checkpoint == tmp_path / "run" / "checkpoints" / "step-00000000"
+    done = export(back.checkpoint, tmp_path / "out", dtype="bf16")
+    assert (done.class_name, done.step) == ("LlamaForCausalLM", 0)
+    assert done.certificate == json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert done.certificate["within"] and done.certificate["dtype"] == "bf16"
+    assert {tensor.dtype for tensor in contents(tmp_path / "out").values()} == {torch.bfloat16}
+    quick = export(tmp_path / "run", tmp_path / "quick", is_measured=False, with_tokenizer=False)
+    assert quick.certificate["largest_differences"] is None
+    with pytest.raises(UserError, match="exists already"):
+        export(tmp_path / "run", tmp_path / "out")
+    with pytest.raises(UserError, match="no checkpoint here"):
+        export(tmp_path / "nothing", tmp_path / "other")
 
 
 def test_list_and_verify(imported, tmp_path, capsys):
@@ -214,9 +233,8 @@ def test_shards_hold_at_most_their_size():
 def peak_growth(info, folder: str) -> dict[str, float]:
     """Bytes by which memory grew at its highest, for a way in and a way out of a model of 180 MB."""
     from parallel.single_rank import single_rank
-    from pretrain.commands.checkpoint_hf import _config
     from pretrain.hf.export_folder import Export, write_folder
-    from pretrain.hf.import_folder import write_run
+    from pretrain.hf.import_folder import starting_config, write_run
     from pretrain.hf.read_folder import HFFolder
     from pretrain.models.build import global_shapes
     from pretrain.models.gpt.hf import LLAMA as architecture
@@ -226,7 +244,8 @@ def peak_growth(info, folder: str) -> dict[str, float]:
                       positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, tied_head=False)
     with single_rank() as groups:
         shapes = global_shapes(model, groups)
-    what = Export(model, shapes, lambda name: torch.full(shapes[name], 0.5), architecture, {}, "fp32", SHARD_BYTES)
+    settings = {"token_ids": {}, "dtype": "fp32", "file_bytes": SHARD_BYTES}
+    what = Export(model, shapes, lambda name: torch.full(shapes[name], 0.5), architecture, **settings)
     (Path(folder) / "hf").mkdir(parents=True)
     source_bytes = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
     growth = {"model": source_bytes, "tensor": 4 * max(torch.Size(shape).numel() for shape in shapes.values())}
@@ -235,11 +254,11 @@ def peak_growth(info, folder: str) -> dict[str, float]:
     growth["export of drawn tensors"] = peak_bytes() - before
     source = HFFolder(Path(folder) / "hf")
     source.bind(shapes)
-    step = write_run(source, _config(source, Path(folder) / "run"), Path(folder) / "run", SHARD_BYTES)
+    step = write_run(source, starting_config(source, Path(folder) / "run"), Path(folder) / "run", SHARD_BYTES)
     growth["import"] = peak_bytes() - before
     checkpoint = Checkpoint(step)
     (Path(folder) / "again").mkdir()
-    write_folder(Export(model, shapes, checkpoint.tensor, architecture, {}, "fp32", SHARD_BYTES),
+    write_folder(Export(model, shapes, checkpoint.tensor, architecture, **settings),
                  Path(folder) / "again")
     growth["export"] = peak_bytes() - before
     return growth

@@ -61,5 +61,5 @@ def _with_and_without_cache(info, positions, kv_heads):
             pieces.append(stage.run(tokens[:, begin:end], cache=cache))
             cache.length = end
         difference = (torch.cat(pieces) - stage.run(tokens)).abs().max()
-        generated = list(continue_tokens(stage, tokens[0, :8].tolist(), 100, 48, Sampling(), stop_token=None))
+        generated = list(continue_tokens(stage, tokens[0, :8].tolist(), 100, 48, sampling=Sampling(), stop_token=None))
         return float(difference), generated

@@ -100,7 +100,7 @@ def test_every_family(family, tokenizer, tmp_path):
         assert theirs.encode(name, add_special_tokens=False, split_special_tokens=False) == [token]
         assert theirs.decode([token], skip_special_tokens=True) == ""
     text = tokenizer.encode("return")
-    special, end = SpecialIds(config.model.vocab_size), tokenizer.end_of_text
+    special, end = SpecialIds.at_top(config.model.vocab_size), tokenizer.end_of_text
     framed = {"gpt": text, "t5": [*text, end], "bart": [special.start, *text, end], "clip": [*text, end],
               "bert": [special.start, *text, special.separator]}
     assert theirs("return").input_ids == framed[family]
@@ -111,7 +111,7 @@ def test_every_family(family, tokenizer, tmp_path):
 
 def test_sentinels_of_the_middle(tokenizer, tmp_path):
     config, theirs = exported(tokenizer, tmp_path, "gpt", "fill_in_the_middle")
-    first = SpecialIds(config.model.vocab_size).first_sentinel
+    first = SpecialIds.at_top(config.model.vocab_size).first_sentinel
     ids = theirs.convert_tokens_to_ids(["<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
     assert ids == [first, first - 1, first - 2]
 
@@ -122,7 +122,7 @@ def test_a_piece_with_the_name_of_a_special_token(tokenizer, tmp_path):
     changed = Tokenizer(proto.SerializeToString())
     config, theirs = exported(changed, tmp_path, "t5")
     assert theirs.pad_token == "<<pad>>"
-    assert theirs.pad_token_id == SpecialIds(config.model.vocab_size).pad
+    assert theirs.pad_token_id == SpecialIds.at_top(config.model.vocab_size).pad
     same(changed, theirs, "<pad> <<pad>>")
 
 
