@@ -153,12 +153,11 @@ class OwnedFragment(NamedTuple):
 
 
 class Source(Protocol):
-    """Where an engine's weights and moments come from: drawn from the seed, or read from a checkpoint.
+    """Where an engine's weights and moments come from: drawn from the seed, or read from a checkpoint."""
 
-    `adam_step` is the number of optimizer steps behind the moments.
-    """
-
-    adam_step: int
+    @property
+    def adam_step(self) -> int:
+        """The number of optimizer steps behind the moments."""
 
     def read(self, wanted: SliceRange) -> Tensor | None:
         """A flat fp32 tensor of `wanted.count` elements on the CPU; None for zeros."""
