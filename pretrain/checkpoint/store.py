@@ -52,10 +52,8 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], field
     rank = dist.get_rank()
     _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
     entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
-    content = None
-    if rank == 0:
-        files = [entry for entry in entries if entry]
-        content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
+    files = [entry for entry in entries if entry]
+    content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
     _together(lambda: _publish(aside, final, content, keep=keep, companions=companions) if rank == 0 else None,
               f"cannot publish {final}")
     return final
@@ -63,6 +61,7 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], field
 
 def _together(work, what: str) -> list[Any]:
     """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits."""
+    outcome: tuple[Any, str | None]
     try:
         outcome = (work(), None)
     except OSError as error:
