@@ -60,6 +60,16 @@ class DenoisingConfig(ObjectiveConfig):
     rotate_rate: float = Field(0.0, ge=0, le=1, description="fraction of the samples rotated to a random first token")
 
 
+class GapSentencesConfig(ObjectiveConfig):
+    """Generates whole sentences that are masked in the source (Zhang et al. 2020, PEGASUS, section 3.1)."""
+
+    name: Literal["gap_sentences"] = Field("gap_sentences", description="the objective")
+    gap_ratio: float = Field(0.3, gt=0, le=0.9, description="fraction of the sentences that are masked, at least one")
+    choice: Literal["principal", "random"] = Field(
+        "principal", description="the sentences with the highest ROUGE-1 F1 against the rest, or random ones"
+    )
+
+
 class MaskedLMConfig(ObjectiveConfig):
     """Predicts masked tokens from both sides, masked anew in every epoch (Devlin et al. 2019, Liu et al. 2019)."""
 
@@ -156,6 +166,11 @@ SPECS: dict[str, ObjectiveSpec[Any, Any]] = {
         problems=_denoising_problems, special=SpecialTokens(
             needed=("pad", "start", "mask"), before=("start",), after=(END_OF_TEXT_ROLE,),
             decoder_start=END_OF_TEXT_ROLE)),
+    "gap_sentences": ObjectiveSpec(
+        GapSentencesConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:gap_sentences",
+        window_tokens=lambda config, model: model.sequence_length - 1, reserved_ids=_special_ids,
+        problems=_at_least(3, "two tokens of text and end-of-text"),
+        special=SpecialTokens(needed=("pad", "mask"), after=(END_OF_TEXT_ROLE,))),
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,

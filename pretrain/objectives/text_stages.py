@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.corruption.bart_denoising import Denoising
+from data_pipeline.corruption.gap_sentences import GapSentences
 from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
 from data_pipeline.corruption.special_ids import num_masked, raw_tokens
@@ -10,7 +11,13 @@ from data_pipeline.loader import each
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
 from pretrain.models.family import EncoderModel, SequenceModel, TargetModel
 from pretrain.objectives.objective import ObjectiveConfig, StageInputs
-from pretrain.objectives.text_spec import DenoisingConfig, FillInTheMiddleConfig, MaskedLMConfig, SpanCorruptionConfig
+from pretrain.objectives.text_spec import (
+    DenoisingConfig,
+    FillInTheMiddleConfig,
+    GapSentencesConfig,
+    MaskedLMConfig,
+    SpanCorruptionConfig,
+)
 
 
 def unchanged(given: StageInputs[ObjectiveConfig, SequenceModel]) -> list:
@@ -51,6 +58,15 @@ def denoising(given: StageInputs[DenoisingConfig, TargetModel]) -> list:
                            infill_ratio=config.infill_ratio, mean_span=config.mean_span_length,
                            mask_ratio=config.mask_ratio, delete_ratio=config.delete_ratio,
                            rotate_rate=config.rotate_rate))]
+
+
+def gap_sentences(given: StageInputs[GapSentencesConfig, TargetModel]) -> list:
+    """Whole sentences move from the source to the target."""
+    config, model, dataset = given.config, given.model, given.dataset
+    return [each(GapSentences(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+                              special=given.special, end_of_text=dataset.end_of_text,
+                              is_end=sentence_ends(dataset.tokenizer), gap_ratio=config.gap_ratio,
+                              choice=config.choice))]
 
 
 def masked_lm(given: StageInputs[MaskedLMConfig, EncoderModel]) -> list:
