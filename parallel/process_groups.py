@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 from parallel.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The process groups of this rank, one per axis, as megatron-core built them and `Layout` predicts them."""
 

@@ -118,4 +118,5 @@ def readable(trained: Trained, ids: list[int]) -> str:
 
     decode = trained.tokenizer.decode
     parts = [(is_text, list(group)) for is_text, group in groupby(ids, lambda token: name(token) is None)]
-    return "".join(decode(group) if is_text else "".join(name(token) or "" for token in group) for is_text, group in parts)
+    return "".join(decode(group) if is_text else "".join(name(token) or "" for token in group)
+                   for is_text, group in parts)

@@ -52,7 +52,8 @@ class EncoderDecoderSpec(FamilySpec[Config]):
     """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
     form = "encoder_decoder"
-    objectives: ClassVar[tuple[str, ...]] = ("span_corruption", "prefix_lm")  # of every such family; the first one is the usual one
+    # of every such family; the first one is the usual one
+    objectives: ClassVar[tuple[str, ...]] = ("span_corruption", "prefix_lm")
     evaluation = "masked_quality"
     generation = "answer"
 

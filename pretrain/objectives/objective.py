@@ -103,8 +103,8 @@ class ObjectiveSpec(Generic[Config, Model]):
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by `FamilySpec.form`, "module:Class", loaded on demand because it imports
-            torch; the class is made with (objective config, model config, tensor axis).
+        losses: by `FamilySpec.form`, "module:Class", loaded on demand because it imports torch; the class is made with
+            (objective config, model config, tensor axis).
         stages: "module:function", loaded on demand for the same reason; from `StageInputs` to the webdataset stages
             between a window of tokens and a batch.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.

@@ -160,6 +160,6 @@ def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt:
     facts = {**facts_of(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
     path = save(run.checkpoints, progress.step, run.engines[MODEL].owned_fragments(), facts,
-                run.config.checkpoint.keep, companions=[tokenizer])
+                keep=run.config.checkpoint.keep, companions=[tokenizer])
     hooks.on_checkpoint(run, path, progress.step)
     attempt.saved(path, progress.step, time.perf_counter() - started)

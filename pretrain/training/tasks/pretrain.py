@@ -104,7 +104,8 @@ class PretrainTask:
         if result.skipped:
             record["skipped"] = True
         flops = config.spec.flops_per_unit(config.model, config.window_tokens, config.num_predictions)
-        used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
+        used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size,
+                   dtype=config.precision.compute)
         return record if used is None else {**record, "mfu": used}
 
     def evaluate(self, engines: Engines, step: int) -> Record | None:
