@@ -46,6 +46,7 @@ faults: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 docs: install
 	$(BIN)/python -m pretrain.config.reference > docs/config.md

@@ -226,7 +226,7 @@ def timed(groups: Groups, device: torch.device, device_name: str, speeds: Sequen
             continue
         rate = throughput(tokens, statistics.median(seconds for _, seconds in steps[WARM_UP_STEPS:]))
         flops = config.spec.flops_per_unit(config.model, config.model.sequence_length)
-        yield SpeedRow(speed.name, rate, mfu(flops, rate, device_name, 1, config.precision.compute),
+        yield SpeedRow(speed.name, rate, mfu(flops, rate, device_name, 1, dtype=config.precision.compute),
                        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
                        " ".join(speed.overrides))
 

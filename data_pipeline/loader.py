@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from itertools import count
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from data_pipeline.samples import Dataset
 logger = logging.getLogger(__name__)
 
 MicroBatch = dict[str, torch.Tensor]
+Item = TypeVar("Item")
 
 FAULTS = "faults"
 MAX_FAULTS_NAMED = 10
@@ -117,7 +119,7 @@ def each(transform: Callable[[dict], dict]) -> Callable:
     return webdataset.map(transform)
 
 
-def unchanged(item: dict[str, np.ndarray] | Failure) -> dict[str, np.ndarray] | Failure:
+def unchanged(item: Item) -> Item:
     """Keeps torch from turning arrays into tensors inside a worker."""
     return item
 
@@ -216,7 +218,7 @@ class Loader:
 
     def _count(self, batch: dict[str, np.ndarray]) -> None:
         """Count unusable samples and name the first ones. Raises DataError when there are too many of them."""
-        faults = batch.get(FAULTS, ())
+        faults = tuple(batch.get(FAULTS, ()))
         self.num_read += self.plan.micro_batch + len(faults)
         for fault in faults[: max(0, MAX_FAULTS_NAMED - self.num_bad)]:
             logger.warning("passed over a sample that cannot be used: %s", fault)

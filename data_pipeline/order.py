@@ -104,7 +104,7 @@ class TokenSamples:
         self.dataset = dataset
         self.order = WindowOrder(dataset.token_counts, sequence_length, seed)
         self.per_epoch = self.order.windows_per_epoch
-        self.weights_shape = (sequence_length,)
+        self.weights_shape: tuple[int, ...] = (sequence_length,)
 
     def sample(self, position: int) -> dict:
         return {"tokens": self.dataset.window(self.order.pieces(position))}

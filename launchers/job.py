@@ -125,9 +125,9 @@ class Job:
                              *(("an override", word) for word in self.overrides),
                              *(("--array", word) for element in self.array for word in element)):
             yield from _plain(where, value)
-        for where, value in (("--include", self.include), ("--exclude", self.exclude)):
-            if value is not None:
-                yield from _checked(where, value, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@:\[\]-]{0,999}"),
+        for where, nodes in (("--include", self.include), ("--exclude", self.exclude)):
+            if nodes is not None:
+                yield from _checked(where, nodes, re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@:\[\]-]{0,999}"),
                                     "a list of nodes such as n1@n2:0,1")
         if self.master_address is not None:
             yield from _checked("--master-address", self.master_address, re.compile(r"[A-Za-z0-9:][A-Za-z0-9_.:%-]*"),

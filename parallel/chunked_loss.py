@@ -9,14 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor
 
 from parallel.tensor_parallel import TensorParallel
 
-# (hidden [.., h], weight [v/t, h], bias [v/t] or None, labels [..]) -> losses [..] in fp32; hidden is equal on all
-# tensor ranks and so is its gradient
-ChunkedCrossEntropy = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
+
+class ChunkedCrossEntropy(Protocol):
+    """The loss of each label without all logits at once."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """(hidden [.., h], weight [v/t, h], bias [v/t] or None, labels [..]) -> losses [..] in fp32.
+
+        `hidden` is equal on all tensor ranks and so is its gradient.
+        """
 
 
 @dataclass(frozen=True)

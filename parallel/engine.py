@@ -22,7 +22,7 @@ from parallel.gradient_cache import TwoPassStep
 from parallel.load_balance import Balances
 from parallel.loss_terms import Losses, LossTerms
 from parallel.objective import Batch, Batches, LossFunction, MicroBatch, Objective
-from parallel.parameter_plan import InitialWeights
+from parallel.parameter_plan import InitialWeights, plan_of
 from parallel.pipeline_stages import LayerSpec, Stage, cut
 from parallel.precision import DTYPES, CastOnUse
 from parallel.process_groups import Groups
@@ -106,11 +106,12 @@ class Engine:
         self.state = open_state(self.deepspeed, slots, parallel.zero_stage, groups)
         if parallel.offload_folder:
             self.state.move_to(MappedFiles(parallel.offload_folder))
-        max_values = {name: slot.parameter.plan.max_value for name, slot in self.slots.items()
-                      if slot.parameter.plan.max_value is not None and slot.parameter.plan.trainable}
+        plans = {name: plan_of(slot.parameter) for name, slot in self.slots.items()}
+        max_values = {name: plan.max_value for name, plan in plans.items()
+                      if plan.max_value is not None and plan.trainable}
         self.step_hooks = StepHooks(self.deepspeed, self.state, groups, clip_norm, is_counted=self._counts,
                                     max_values=max_values, is_replicated=self.is_replicated)
-        self.fill(source or InitialWeights({name: slot.parameter.plan for name, slot in self.slots.items()}, seed))
+        self.fill(source or InitialWeights(plans, seed))
 
     # -- construction -------------------------------------------------------------------------------------------------
 
@@ -118,9 +119,9 @@ class Engine:
         slots = []
         for name, parameter in stage.named_global_parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is already cut
-            stack = parameter.plan.stack
+            stack = plan_of(parameter).stack
             names, shape = (stack.names(name), shape[1:]) if stack else ((name,), shape)
-            slots.append(Slot(names, parameter, shape, parameter.plan.slice_dim))
+            slots.append(Slot(names, parameter, shape, plan_of(parameter).slice_dim))
         return slots
 
     def _wrap(self, specs: list[LayerSpec], precision: PrecisionConfig, parallel: ParallelConfig
@@ -132,20 +133,18 @@ class Engine:
         wrapped: dict[str, Callable] = {}
         for spec in stage.specs:
             layer = stage.by_name[spec.name]
+            call: Callable = layer
             if parallel.recompute == "selective" and spec.name in chosen:
                 recompute_selectively(layer)
             if cast:
-                layer = CastOnUse(layer, DTYPES[precision.compute])
+                call = CastOnUse(layer, DTYPES[precision.compute])
             if parallel.loss_chunk_tokens and spec.vocabulary:
-                layer = waiting(layer, chunked_cross_entropy(self.tp, parallel.loss_chunk_tokens))
+                call = waiting(call, chunked_cross_entropy(self.tp, parallel.loss_chunk_tokens))
             if parallel.recompute == "full" and spec.name in chosen:
-                layer = recomputed(layer)
-            if layer is not stage.by_name[spec.name]:
-                wrapped[spec.name] = layer
+                call = recomputed(call)
+            if call is not layer:
+                wrapped[spec.name] = call
         return wrapped
-
-    def _plan(self, name: str):
-        return self.slots[name].parameter.plan
 
     # -- the step -----------------------------------------------------------------------------------------------------
 
@@ -224,10 +223,9 @@ class Engine:
         """Whether this rank's piece of a tensor is the one that counts, and is stored."""
         slot, at = self.slots[name], self.groups.coordinates
         first = slot.slice_dim is not None or at.tp == 0
-        if self.is_replicated and not slot.parameter.plan.stack:
+        if self.is_replicated and not plan_of(slot.parameter).stack:
             first = first and at.dp % self.layout.expert == 0
         return name not in self._borrowed and first
-
 
     @torch.no_grad()
     def fill(self, source: Source) -> None:
@@ -275,9 +273,10 @@ def _fill(tensor: Tensor, wanted: SliceRange, source: Source) -> None:
 
 def _padded(micro_batches: Iterable[MicroBatch], least: int) -> Iterator[MicroBatch]:
     """The micro-batches, and behind them copies of the last one without weight until there are `least`."""
-    missing, last = least, None
+    missing = least
+    last: MicroBatch | None = None
     for last in micro_batches:
         missing -= 1
         yield last
-    for _ in range(missing if last else 0):
-        yield last.without_weight()
+    if last is not None:
+        yield from (last.without_weight() for _ in range(missing))

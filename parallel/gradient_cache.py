@@ -9,7 +9,7 @@ pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.loss_terms import LossTerms
-from parallel.objective import LossFunction, MicroBatch, Objective
+from parallel.objective import LossFunction, MicroBatch, ObjectiveTerms
 from parallel.process_groups import Groups
 
 Outputs = tuple[Tensor, ...]
 
 
-class TwoPassObjective(Objective, Protocol):
+class TwoPassObjective(ObjectiveTerms, Protocol):
     """A loss over the whole global batch (`two_pass` is True).
 
     The model's output is a tuple of real tensors whose first dim is the sample. `losses(outputs, targets, rows)` gives
@@ -89,14 +89,14 @@ class GradientCache:
 
 def surrogate(outputs: Outputs, gradients: Outputs) -> Tensor:
     """A scalar whose gradient with respect to `outputs` is `gradients`."""
-    return sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
+    return reduce(torch.add, [(output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True)])
 
 
 class TwoPassStep:
     """Forward and backward of one step of a `TwoPassObjective`; there is no pipeline then (a rule)."""
 
-    def __init__(self, forward: Callable[[Any, LossFunction], Any], backward: Callable[[Any, LossFunction], None],
-                 terms: LossTerms, groups: Groups):
+    def __init__(self, forward: Callable[[Any, Callable[[Any], Any]], Any],
+                 backward: Callable[[Any, LossFunction], None], terms: LossTerms, groups: Groups):
         """
         Args:
             forward: (inputs, function of the model's outputs) -> its value.
@@ -132,5 +132,6 @@ class TwoPassStep:
     def _loss_of(self, micro_batches: Sequence[MicroBatch]) -> LossFunction:
         """The loss of this rank's samples among those of all data ranks."""
         whole = MicroBatch(None, concatenated([micro_batch.targets for micro_batch in micro_batches]),
-                           micro_batches[0].weights, sum(micro_batch.counts for micro_batch in micro_batches))
+                           micro_batches[0].weights,
+                           torch.stack([micro_batch.counts for micro_batch in micro_batches]).sum(0))
         return partial(self.terms.loss, micro_batch=whole, rows=self.rows)

@@ -11,7 +11,7 @@ group), and the ranks that hold the same ones form an `edp` group.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import product
 from math import prod
 from typing import NamedTuple, Protocol
@@ -50,6 +50,7 @@ class Layout:
     pipeline: int = 1
     data: int = 1
     sequence: bool = False
+    _: KW_ONLY
     context: int = 1
     expert: int = 1
 
@@ -68,8 +69,8 @@ class Layout:
         model_ranks = parallel.tensor * parallel.context * parallel.pipeline
         if world_size < 1 or world_size % model_ranks:
             raise ValueError(f"{world_size} ranks do not divide into models of {model_ranks} ranks")
-        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence, parallel.context,
-                   parallel.expert)
+        return cls(parallel.tensor, parallel.pipeline, world_size // model_ranks, parallel.sequence,
+                   context=parallel.context, expert=parallel.expert)
 
     @property
     def degrees(self) -> dict[str, int]:

@@ -26,6 +26,8 @@ class Balance(nn.Module):
     for one that had more. It is a buffer, saved with the weights.
     """
 
+    bias: Tensor | None
+
     def __init__(self, num_experts: int, bias_rate: float, device: torch.device):
         super().__init__()
         self.num_experts, self.bias_rate = num_experts, bias_rate
@@ -101,7 +103,7 @@ class Balances:
         if not self.num_experts:
             return None
         width = self.num_experts + len(STATISTICS)
-        rows = [balance.totals for balance in self.here]
+        rows = [balance.totals for balance in self.here if balance.totals is not None]
         totals = torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64, device=self.device)
         if self.groups.layout.data > 1:
             dist.all_reduce(totals, group=self.groups.data)  # data group: each rank routed its share of the batch

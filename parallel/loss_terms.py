@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.objective import Batch, LossFunction, MicroBatch, Objective
+from parallel.objective import Batch, LossFunction, MicroBatch, Objective, SequenceObjective
 from parallel.process_groups import Groups
 from parallel.tensor_parallel import TensorParallel
 
@@ -79,9 +79,9 @@ class LossTerms:
         """One batch on the device, cut to this context rank's part of the sequence; every term has weight 1."""
         batch = {key: value.to(self.tp.device, non_blocking=True) for key, value in batch.items()}
         if self.layout.context > 1:
-            batch = self.objective.part(batch, self.tp.context)
-        counts = self.objective.counts(batch)
-        counts = torch.stack([counts[name].double() for name in self.names])
+            batch = cast(SequenceObjective, self.objective).part(batch, self.tp.context)
+        by_term = self.objective.counts(batch)
+        counts = torch.stack([by_term[name].double() for name in self.names])
         return MicroBatch(self.objective.inputs(batch), self.objective.targets(batch),
                           torch.ones_like(counts, dtype=torch.float32), counts)
 
@@ -97,7 +97,8 @@ class LossTerms:
         weighted = [losses[name] * micro_batch.weights[index] for index, name in enumerate(self.names)]
         self._sums += torch.stack([term.detach() for term in weighted]) / self._divisor
         self._counts += micro_batch.counts
-        return sum(weight * term for weight, term in zip(self.objective.terms.values(), weighted, strict=True))
+        terms = [weight * term for weight, term in zip(self.objective.terms.values(), weighted, strict=True)]
+        return reduce(torch.add, terms)
 
     # -- the report ---------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from parallel.context_parallel import ContextParallel
+
 Batch = dict[str, Tensor]
 
 
@@ -17,16 +19,8 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
 
-class Objective(Protocol):
-    """A loss of one or more named terms: loss = sum over terms of weight x (sum of the term's losses / its count).
-
-    Sums and counts run over the whole global batch, so the loss is the same on every layout and for every size of
-    micro-batch. A batch is a dict of tensors with the micro-batch as first dim.
-
-    Two more members are optional. `part(batch, context)` gives the batch of one context rank, for a loss that can be
-    cut along the sequence (parallel/context_parallel.py). `two_pass = True` marks a loss that couples all samples of
-    the global batch (parallel/gradient_cache.py).
-    """
+class ObjectiveTerms(Protocol):
+    """The terms of a loss, and what they take of a batch: a dict of tensors with the micro-batch as first dim."""
 
     terms: Mapping[str, float]  # the weight of each term, by name; the same on every rank
 
@@ -42,8 +36,25 @@ class Objective(Protocol):
         """By term, a scalar: the number of targets in the batch that the term averages over."""
         ...
 
+
+class Objective(ObjectiveTerms, Protocol):
+    """A loss of one or more named terms: loss = sum over terms of weight x (sum of the term's losses / its count).
+
+    Sums and counts run over the whole global batch, so the loss is the same on every layout and for every size of
+    micro-batch. `SequenceObjective` can be cut along the sequence. A loss that couples all samples of the global batch
+    is a `TwoPassObjective` (parallel/gradient_cache.py).
+    """
+
     def losses(self, outputs: Any, targets: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """By term, a scalar fp32: the sum of the losses of those targets; 0 where the batch holds none."""
+        ...
+
+
+class SequenceObjective(Objective, Protocol):
+    """A loss that context ranks can compute in parts."""
+
+    def part(self, batch: Batch, context: ContextParallel) -> Batch:
+        """The batch of one context rank."""
         ...
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
 from math import prod
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -58,21 +59,40 @@ class ParameterPlan:
     trainable: bool = True  # else it is filled and stored, and has no gradient, moments or weight decay
 
 
+class PlannedParameter(Protocol):
+    """What `plan_parameter` attaches to a parameter; the last two are for the optimizer and for DeepSpeed."""
+
+    plan: ParameterPlan
+    no_decay: bool
+    tensor_model_parallel: bool
+
+
+def planned(parameter: Tensor) -> PlannedParameter:
+    """A parameter with what `plan_parameter` has attached to it."""
+    return cast(PlannedParameter, parameter)
+
+
+def plan_of(parameter: Tensor) -> ParameterPlan:
+    """The plan of a parameter."""
+    return planned(parameter).plan
+
+
 def plan_parameter(parameter: nn.Parameter, *, mean: float = 0.0, std: Std = 0.0, slice_dim: int | None = None,
                    no_decay: bool | None = None, max_value: float | None = None, stack: Stack | None = None,
                    keep_fp32: bool = False) -> None:
     """Attach a plan to a parameter; biases and norms (one dim) are kept out of weight decay unless said otherwise."""
-    parameter.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack, keep_fp32=keep_fp32)
+    attached = planned(parameter)
+    attached.plan = ParameterPlan(mean, std, slice_dim, max_value=max_value, stack=stack, keep_fp32=keep_fp32)
     # DeepSpeed's bf16 optimizer fails on a tensor rank where no parameter is known to be sliced.
-    parameter.tensor_model_parallel = slice_dim is not None
+    attached.tensor_model_parallel = slice_dim is not None
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens a parameter as soon as it exists
     dims = len(shape) - (stack is not None)
-    parameter.no_decay = dims < 2 if no_decay is None else no_decay
+    attached.no_decay = dims < 2 if no_decay is None else no_decay
 
 
 def freeze(parameter: nn.Parameter) -> None:
     """Keep a planned parameter as it is filled: no gradient is computed for it, and no optimizer holds it."""
-    parameter.plan = replace(parameter.plan, trainable=False)
+    planned(parameter).plan = replace(plan_of(parameter), trainable=False)
     parameter.requires_grad_(False)
 
 

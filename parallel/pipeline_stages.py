@@ -7,6 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
+from parallel.parameter_plan import plan_of
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -140,7 +142,7 @@ class Stage(nn.Module):
     def named_global_tensors(self) -> Iterator[tuple[str, Tensor, int | None]]:
         """(global name, local tensor, slice dim) of everything a checkpoint stores of this stage; not under ZeRO-3."""
         for name, parameter in self.named_global_parameters():
-            plan = parameter.plan
+            plan = plan_of(parameter)
             parts = zip(plan.stack.names(name), parameter, strict=True) if plan.stack else [(name, parameter)]
             yield from ((part, tensor, plan.slice_dim) for part, tensor in parts)
         yield from ((name, buffer, None) for name, buffer in self.named_global_buffers())

@@ -18,6 +18,7 @@ from torch import nn
 from torch.func import functional_call
 
 from common.number_formats import NUMBER_FORMATS
+from parallel.parameter_plan import plan_of
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, number.torch) for name, number in NUMBER_FORMATS.items()}
 
@@ -35,5 +36,5 @@ class CastOnUse(nn.Module):
         self.dtype = dtype
 
     def forward(self, *state, **options):
-        low = {name: p if p.plan.keep_fp32 else p.to(self.dtype) for name, p in self.layer.named_parameters()}
+        low = {name: p if plan_of(p).keep_fp32 else p.to(self.dtype) for name, p in self.layer.named_parameters()}
         return functional_call(self.layer, low, state, options)

@@ -17,7 +17,7 @@ with warnings.catch_warnings():
 from parallel.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Groups:
     """The process groups of this rank, one per axis, as megatron-core built them and `Layout` predicts them."""
 
@@ -49,7 +49,8 @@ def answer_for_cuda() -> None:
     one line saves a second implementation of its layers.
     """
     if not torch.cuda.is_available():
-        torch.cuda.current_device = lambda: torch.device("cpu")
+        # torch declares a number; megatron-core passes the answer on as a device.
+        torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
 
 def build_groups(layout: Layout, timeout_seconds: float = 1800.0) -> Groups:

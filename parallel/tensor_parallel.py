@@ -7,6 +7,7 @@ v vocabulary; t is the tensor-parallel degree.
 from __future__ import annotations
 
 import warnings
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,14 @@ class _RowLinear(tensor_parallel.RowParallelLinear):
         return output + self.tp.shared(bias)
 
 
+class VocabularyTable(Protocol):
+    """An embedding table that is sliced over the vocabulary: ids [b, s] -> [b, s, h]."""
+
+    weight: Tensor
+
+    def __call__(self, ids: Tensor) -> Tensor: ...
+
+
 class TensorParallel:
     """What a block needs to know of the tensor axis: makes parallel layers and moves activations between regions."""
 
@@ -115,7 +124,7 @@ class TensorParallel:
             plan_parameter(layer.bias)
         return layer
 
-    def vocabulary(self, size: int, hidden: int, *, std: float) -> nn.Module:
+    def vocabulary(self, size: int, hidden: int, *, std: float) -> VocabularyTable:
         """Embedding table sliced over the vocabulary: ids [b, s] -> [b, s, h]."""
         layer = tensor_parallel.VocabParallelEmbedding(size, hidden, init_method=None, config=self.config,
                                                        tp_group=self.group)

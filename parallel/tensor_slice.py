@@ -101,7 +101,7 @@ class Overlap(NamedTuple):
 
     wanted: int
     held: int
-    count: int
+    num_elements: int
 
 
 def overlaps(wanted: SliceRange, held: SliceRange) -> Iterator[Overlap]:
@@ -139,7 +139,7 @@ def overlaps(wanted: SliceRange, held: SliceRange) -> Iterator[Overlap]:
 
 def cut_from(whole: Tensor, wanted: SliceRange) -> Tensor:
     """The elements of a range out of the whole global tensor: flat [wanted.count]."""
-    if wanted.is_sliced:
+    if wanted.slice_dim is not None and wanted.is_sliced:
         width = whole.shape[wanted.slice_dim] // wanted.slice_size
         whole = whole.narrow(wanted.slice_dim, wanted.slice_rank * width, width)
     return whole.reshape(-1)[wanted.start : wanted.start + wanted.count]
@@ -153,12 +153,11 @@ class OwnedFragment(NamedTuple):
 
 
 class Source(Protocol):
-    """Where an engine's weights and moments come from: drawn from the seed, or read from a checkpoint.
+    """Where an engine's weights and moments come from: drawn from the seed, or read from a checkpoint."""
 
-    `adam_step` is the number of optimizer steps behind the moments.
-    """
-
-    adam_step: int
+    @property
+    def adam_step(self) -> int:
+        """The number of optimizer steps behind the moments."""
 
     def read(self, wanted: SliceRange) -> Tensor | None:
         """A flat fp32 tensor of `wanted.count` elements on the CPU; None for zeros."""

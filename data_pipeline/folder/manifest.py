@@ -2,8 +2,10 @@
 
 import json
 import os
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -11,7 +13,7 @@ from common.errors import DataError, UserError
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 KINDS = {"tokens": "tokenized documents", "pairs": "images with captions"}
 BYTES_PER_INDEX_ROW = 24
 # Room for about 200,000 shards; anything larger is not a manifest of ours.
@@ -58,7 +60,9 @@ class TokenizerEntry(_Record):
 
 
 class _Manifest(_Record):
-    """The fields of every kind of dataset folder; shards are in reading order."""
+    """The fields of every kind of dataset folder."""
+
+    summed: ClassVar[tuple[str, ...]]  # counts that are the sums of those of the shards
 
     format_version: Literal[1] = FORMAT_VERSION
     split: str
@@ -69,9 +73,14 @@ class _Manifest(_Record):
     inputs_sha256: str = Sha256
 
     @property
+    @abstractmethod
+    def files(self) -> Sequence[ShardFile]:
+        """The shards in reading order, as far as all kinds have them in common."""
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all tar files together."""
-        return sum(shard.size_bytes for shard in self.shards)
+        return sum(shard.size_bytes for shard in self.files)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
@@ -105,7 +114,7 @@ class _Manifest(_Record):
         except ValueError as error:
             raise DataError(f"{path} is not valid JSON: {error}") from None
         for name in cls.summed:
-            if sum(getattr(shard, name) for shard in manifest.shards) != getattr(manifest, name):
+            if sum(getattr(shard, name) for shard in manifest.files) != getattr(manifest, name):
                 raise DataError(f"{path}: {name} is not the sum over the shards; the manifest was changed by hand")
         return manifest
 
@@ -117,7 +126,7 @@ class _Manifest(_Record):
 class Manifest(_Manifest):
     """Tokenized documents: counts and number format."""
 
-    summed: ClassVar = ("num_documents", "num_tokens")
+    summed = ("num_documents", "num_tokens")
 
     kind: Literal["tokens"] = "tokens"
     num_documents: int = Field(ge=1)
@@ -125,6 +134,10 @@ class Manifest(_Manifest):
     text_bytes: int = Field(ge=0, description="UTF-8 bytes of the text before it was tokenized")
     dtype: Literal["<u2", "<u4"]
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
+
+    @property
+    def files(self) -> Sequence[ShardFile]:
+        return self.shards
 
     @property
     def bytes_per_token(self) -> int:
@@ -135,11 +148,15 @@ class Manifest(_Manifest):
 class PairsManifest(_Manifest):
     """Images with captions; captions are text and meet the tokenizer when they are read."""
 
-    summed: ClassVar = ("num_pairs",)
+    summed = ("num_pairs",)
 
     kind: Literal["pairs"] = "pairs"
     num_pairs: int = Field(ge=1)
     shards: tuple[PairsEntry, ...] = Field(min_length=1)
+
+    @property
+    def files(self) -> Sequence[ShardFile]:
+        return self.shards
 
 
 def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:

@@ -38,8 +38,8 @@ class Shard:
     def tokens(self, offset: int, length_bytes: int, dtype: str) -> np.ndarray:
         """Read-only view of the token ids stored at `offset`. Raises DataError when the file shrank while in use."""
         self._require_whole()
-        dtype = np.dtype(dtype)
-        return np.frombuffer(self._map, dtype, length_bytes // dtype.itemsize, offset)
+        number = np.dtype(dtype)
+        return np.frombuffer(self._map, number, length_bytes // number.itemsize, offset)
 
     def content(self, offset: int, length_bytes: int) -> bytes:
         """The bytes stored at `offset`. Raises DataError when the file shrank while in use."""

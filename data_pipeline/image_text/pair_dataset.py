@@ -99,7 +99,7 @@ class PairSamples:
     stands), "faults": what is wrong with the pair that should have stood here, if anything}.
     """
 
-    weights_shape = ()
+    weights_shape: tuple[int, ...] = ()
 
     def __init__(self, dataset: PairsDataset, sequence_length: int, seed: int | None) -> None:
         self.dataset, self.sequence_length, self.seed = dataset, sequence_length, seed

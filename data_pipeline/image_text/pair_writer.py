@@ -120,8 +120,9 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     try:
         with tarfile.open(path, "r:*") as archive:
             for member in archive:
-                if member.isreg():
-                    yield f"{path.name}/{member.name}", member.size, archive.extractfile(member).read
+                content = archive.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield f"{path.name}/{member.name}", member.size, content.read
     except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (OSError, tarfile.TarError, EOFError) as error:
@@ -131,7 +132,9 @@ def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
 def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_uncaptioned: Callable[[str], None]
             ) -> Iterator[RawPair]:
     """Neighbours with the same name up to the suffix are one sample, as webdataset has it."""
-    key, image, caption = None, None, None
+    key = ""
+    image: tuple[str, bytes] | None = None
+    caption: str | None = None
     for name, size_bytes, read in chain(members, [("", 0, bytes)]):  # the last one closes the sample before it
         stem, suffix = os.path.splitext(name)
         if stem != key:

@@ -3,7 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from sentencepiece.sentencepiece_model_pb2 import (  # type: ignore[attr-defined]  # protobuf makes its classes at run time
+    ModelProto,
+    TrainerSpec,
+)
 
 from data_pipeline.text.tokenizer import SPACE_MARK, TextTokenizer, Tokenizer
 

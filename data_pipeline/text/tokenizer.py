@@ -103,7 +103,7 @@ class Tokenizer:
         """The text of every token id, with SPACE_MARK for a space and `<0x41>` for a byte."""
         return self._processor.id_to_piece(list(range(self.vocab_size)))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end-of-text has none."""
         return self._processor.decode([int(token) for token in ids])
 

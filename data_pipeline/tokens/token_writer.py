@@ -117,11 +117,11 @@ class _DatasetWriter:
                 before.num_documents + 1, before.text_bytes + self.inputs.add(document), before.num_tokens + len(tokens)
             )
             if self.shard.payload_bytes >= self.shard_bytes:
-                self._finish_shard()
+                self._finish_shard(self.shard)
 
     def finish(self, split: str, settings: str) -> Manifest:
         if self.shard is not None:
-            self._finish_shard()
+            self._finish_shard(self.shard)
         if not self.entries:
             raise UserError(
                 f"no document is left for split {split!r}; give more input or another share of held-out documents"
@@ -143,9 +143,9 @@ class _DatasetWriter:
         write_file(self.folder / MANIFEST_NAME, manifest.to_json().encode())
         return manifest
 
-    def _finish_shard(self) -> None:
-        num_tokens = sum(row[-1] for row in self.shard.rows)
-        entry = ShardEntry(**self.shard.finish(), num_documents=len(self.shard.rows), num_tokens=num_tokens)
+    def _finish_shard(self, shard: ShardWriter) -> None:
+        num_tokens = sum(row[-1] for row in shard.rows)
+        entry = ShardEntry(**shard.finish(), num_documents=len(shard.rows), num_tokens=num_tokens)
         self.entries.append(entry)
         self.shard = None
 

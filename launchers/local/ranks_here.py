@@ -51,6 +51,11 @@ class Rank:
         code = self.process.returncode
         return 128 - code if code is not None and code < 0 else code
 
+    @property
+    def failure_code(self) -> int:
+        """The same of a rank that failed; 0 for one that runs or that ended well."""
+        return self.exit_code or 0
+
 
 @dataclass
 class Received:
@@ -85,7 +90,8 @@ def run_ranks(command: Sequence[str], nproc: int, log_dir: Path | None, limits: 
     folder = log_dir if log_dir is not None else Path(tempfile.mkdtemp(prefix="trainyard-logs-"))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    received, ranks, code = Received(), [], 1
+    ranks: list[Rank] = []
+    received, code = Received(), 1
     try:
         with _handlers(received):
             try:
@@ -118,7 +124,8 @@ def _start_all(command: Sequence[str], nproc: int, folder: Path, ranks: list[Ran
         for number in range(nproc):
             environ = rank_environment(base, number, nproc, port)
             log, log_file, log_start = open_log(folder, number)
-            output, pass_fds = log_file, ()
+            output: BinaryIO | None = log_file
+            pass_fds: tuple[int, ...] = ()
             if number == 0:
                 # The console itself and no pipe to it, so that rank 0 can tell a terminal from a file.
                 output, pass_fds = None, (listener.fileno(),)
@@ -176,8 +183,8 @@ class _Deaths:
 
 def _first_failed(ranks: list[Rank]) -> Rank | None:
     """The rank that failed; of several seen together one that a signal ended, as its peers only lost a connection."""
-    failed = [rank for rank in ranks if rank.exit_code not in (None, 0)]
-    return min(failed, key=lambda rank: (rank.exit_code < 128, rank.number), default=None)
+    failed = [rank for rank in ranks if rank.failure_code]
+    return min(failed, key=lambda rank: (rank.failure_code < 128, rank.number), default=None)
 
 
 def _as_sent_on(number: int) -> int:
@@ -207,7 +214,7 @@ def _report(ranks: Sequence[Rank], failed: Rank | None, received: Received, fold
         return 128 + signal.SIGINT
     if failed is None:
         return 0
-    code = failed.exit_code
+    code = failed.failure_code
     if code in (ExitCode.USER, ExitCode.NODE) and ranks[0].exit_code == code:
         pass  # rank 0 has said it on the console
     elif code == ExitCode.USER:
@@ -218,7 +225,7 @@ def _report(ranks: Sequence[Rank], failed: Rank | None, received: Received, fold
 
 
 def _say_failure(ranks: Sequence[Rank], failed: Rank, folder: Path) -> None:
-    code = failed.exit_code
+    code = failed.failure_code
     how = f"was ended by {_signal_name(code - 128)}" if code > 128 else f"failed with exit code {code}"
     lines = [f"rank {failed.number} {how}; its log is {failed.log}"]
     text = failure_text(failed.log, failed.log_start)

@@ -95,7 +95,9 @@ def first_failure(folder: Path, token: str | None = None, since_unix_seconds: fl
     causes = _causes(notes, consequences)
     if causes:
         return _earliest(causes)
-    return _of_unknown_rank(consequences) if consequences else _earliest(notes)
+    if consequences:
+        return _of_unknown_rank(consequences)
+    return _earliest(notes) if notes else None
 
 
 def note_from(values: dict[str, Any]) -> Note | None:
@@ -137,5 +139,5 @@ def _of_unknown_rank(consequences: list[Note]) -> Note:
     return replace(first, rank=None, node=None, reason=f"ranks {ranks}: {reason}")
 
 
-def _earliest(notes: Iterable[Note]) -> Note | None:
-    return min(notes, key=lambda note: note.unix_seconds, default=None)
+def _earliest(notes: Iterable[Note]) -> Note:
+    return min(notes, key=lambda note: note.unix_seconds)

@@ -28,7 +28,8 @@ class RunLock:
 
     def __init__(self, folder: Path, info: RankInfo):
         self.path = Path(folder) / LOCK_FILE
-        self._own = {"token": uuid.uuid4().hex, "job_id": info.job_id, "host": socket.gethostname(),
+        self._token = uuid.uuid4().hex
+        self._own = {"token": self._token, "job_id": info.job_id, "host": socket.gethostname(),
                      "pid": os.getpid(), "process_start": _process_start(os.getpid()), "attempt": info.attempt,
                      "attempt_token": info.attempt_token}
         self._stop = threading.Event()
@@ -65,7 +66,7 @@ class RunLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=5)
-            self._remove(self._own["token"])
+            self._remove(self._token)
             self._thread = None
 
     def __enter__(self) -> "RunLock":
@@ -75,7 +76,7 @@ class RunLock:
         self.release()
 
     def _create(self) -> bool:
-        temporary = self.path.with_name(f".{LOCK_FILE}.{self._own['token']}")
+        temporary = self.path.with_name(f".{LOCK_FILE}.{self._token}")
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -37,7 +37,7 @@ def outcome(folder: Path, token: str, began_unix_seconds: float, launcher_code: 
     if failure is not None:
         return Outcome(failure.exit_code, failure.reason, failure.rank, failure.node)
     status = read(folder)
-    if status is not None and is_closed(status, token, began_unix_seconds):
+    if status is not None and status.exit_code is not None and is_closed(status, token, began_unix_seconds):
         return Outcome(status.exit_code, status.reason, status.rank, status.node)
     code = launcher_code if launcher_code not in (0, ExitCode.REQUEUE) else int(ExitCode.INTERNAL)
     return Outcome(code, f"the launcher ended with {launcher_code}, and no rank wrote down why")

@@ -66,23 +66,23 @@ class Supervisor:
             return Outcome(int(ExitCode.REQUEUE), self.asked)
         adopt_orphans()
         # A session of its own: what a terminal or scheduler sends to our group is passed on by us, once.
-        self.process = subprocess.Popen(
+        process = self.process = subprocess.Popen(
             list(self.command), stdin=subprocess.DEVNULL, start_new_session=True,
             env=process_environment() | {ATTEMPT: self.token, SUPERVISOR: str(os.getpid())},
             preexec_fn=dying_with_parent(held_back=()),  # noqa: PLW1509 (this process has one thread)
         )
         if self.asked:  # while the launcher was being started
             self._on_signal(signal.Signals[self.asked], None)
-        self._wait()
-        if self.process.returncode is None or not self.by_signal:
+        self._wait(process)
+        if process.returncode is None or not self.by_signal:
             end_descendants(POLITE_SECONDS if self.interrupts < 2 else 0)
-        code = self.process.wait()
+        code = process.wait()
         forget(self.folder, self.token)
         return outcome(self.folder, self.token, self.began_unix_seconds, 128 - code if code < 0 else code)
 
-    def _wait(self) -> None:
+    def _wait(self, process: subprocess.Popen[bytes]) -> None:
         give_up = float("inf")
-        while self.process.poll() is None and self.interrupts < 2:
+        while process.poll() is None and self.interrupts < 2:
             patience = self._patience_seconds()
             give_up = float("inf") if patience is None else min(give_up, time.monotonic() + patience)
             if time.monotonic() > give_up:

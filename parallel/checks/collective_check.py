@@ -61,10 +61,10 @@ class Measured(NamedTuple):
 
 def memberships(groups: Groups) -> list[Member]:
     """The groups of this rank with more than one member, and the world where it is none of them."""
-    named = {field.name: getattr(groups, field.name) for field in fields(groups)}
+    named = {**{field.name: getattr(groups, field.name) for field in fields(groups)}, "world": dist.group.WORLD}
     found = {axis: group for axis, group in named.items() if isinstance(group, dist.ProcessGroup)}
     members: dict[tuple[int, ...], Member] = {}
-    for axis, group in {**found, "world": dist.group.WORLD}.items():
+    for axis, group in found.items():
         ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) > 1:
             members.setdefault(ranks, Member(axis, group, ranks, ranks.index(dist.get_rank())))

@@ -96,7 +96,8 @@ def _disagreements(by_rank: Sequence[Sequence[Sequence[int]]]) -> list[tuple[int
     for rank, rows in enumerate(by_rank):
         for number, *words in rows:
             holders.setdefault(number, {}).setdefault(tuple(words), []).append(rank)
-    return [(number, tuple(sorted(rank for ranks in versions.values() for rank in ranks)), _outside(versions.values()))
+    return [(number, tuple(sorted(rank for ranks in versions.values() for rank in ranks)),
+             _outside(list(versions.values())))
             for number, versions in holders.items() if len(versions) > 1]
 
 

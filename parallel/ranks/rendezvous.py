@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from common.errors import RendezvousError
-from parallel.ranks.rank_info import RankInfo
+from parallel.ranks.rank_info import LOOPBACK, RankInfo
 
 if TYPE_CHECKING:
     import torch
@@ -104,12 +104,13 @@ def _open_store(info: RankInfo, deadline: float) -> tuple["torch.distributed.Sto
 
     if info.world_size == 1:
         return dist.HashStore(), info.master_port
+    address = info.master_address or LOOPBACK
     if info.store_is_hosted:
-        store = _client(info.master_address, info.master_port, info, deadline)
+        store = _client(address, info.master_port, info, deadline)
         # One store serves all attempts of an elastic run, so each gets its own part of it.
         return dist.PrefixStore(f"trainyard/attempt{info.attempt}", store), info.master_port
     if info.rank > 0:
-        host, port = (info.master_address, info.master_port) if info.port_is_fixed else _ask_for_store(info, deadline)
+        host, port = (address, info.master_port) if info.port_is_fixed else _ask_for_store(info, deadline)
         return _client(host, port, info, deadline), port
     if info.store_fd is not None:
         return _host(socket.socket(fileno=info.store_fd), info, deadline)
@@ -182,7 +183,7 @@ def _listen(info: RankInfo, ports: tuple[int, ...]) -> socket.socket:
 def _own_address(info: RankInfo) -> str:
     """Numeric address of the master on its own node, never 'any'."""
     try:
-        found = [entry[4][0] for entry in socket.getaddrinfo(info.master_address, None, type=socket.SOCK_STREAM)]
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(info.master_address, None, type=socket.SOCK_STREAM)]
     except OSError as error:
         raise RendezvousError(
             f"rank {info.rank} on {info.node}: the name {info.master_address!r} of rank 0's node has no address "
@@ -204,7 +205,7 @@ def _address_towards(nodes: list[str]) -> str | None:
             family, kind, protocol, _, address = socket.getaddrinfo(node, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(address)
-                return probe.getsockname()[0]
+                return str(probe.getsockname()[0])
     return None
 
 
@@ -259,7 +260,7 @@ def _not_found(info: RankInfo, where: str, why: str) -> str:
     addresses = "no address"
     with contextlib.suppress(OSError):
         entries = socket.getaddrinfo(info.master_address, None, type=socket.SOCK_STREAM)
-        addresses = ", ".join(sorted({entry[4][0] for entry in entries}))
+        addresses = ", ".join(sorted({str(entry[4][0]) for entry in entries}))
     return (f"rank {info.rank} on {info.node} did not find rank 0 at {where} ({addresses}): {why}; "
             "look whether rank 0 started, whether the name is right on this node, and whether a firewall is between")
 

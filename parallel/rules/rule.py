@@ -29,6 +29,11 @@ class Case:
         return self.parallel.context * (self.parallel.tensor if self.parallel.sequence else 1)
 
     @property
+    def num_ranks(self) -> int:
+        """The number of ranks for a message; 0 while it is not known."""
+        return self.world_size or 0
+
+    @property
     def data(self) -> int | None:
         """The data degree, None while it is unknown or not whole."""
         if self.world_size is None or self.world_size % self.parallel.model_ranks:

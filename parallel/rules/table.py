@@ -107,8 +107,8 @@ RULES: tuple[Rule, ...] = (
         asked=lambda c: f"{c.world_size} ranks for tensor={c.parallel.tensor}"
         + (f" x context={c.parallel.context}" if c.parallel.context > 1 else "") + f" x pipeline={c.parallel.pipeline}",
         possible=lambda c: f"a multiple of {c.parallel.model_ranks} ranks (the rest is the data degree)",
-        change=lambda c: f"start {either(nearest_multiples(c.world_size, c.parallel.model_ranks))} ranks, or choose "
-        f"degrees whose product is one of {listed(divisors(c.world_size))}",
+        change=lambda c: f"start {either(nearest_multiples(c.num_ranks, c.parallel.model_ranks))} ranks, or choose "
+        f"degrees whose product is one of {listed(divisors(c.num_ranks))}",
     ),
     _tensor_divides("tensor-heads", "model.heads", "attention heads", lambda m: m.heads,
                     otherwise="model.heads to {multiples}"),
@@ -147,10 +147,10 @@ RULES: tuple[Rule, ...] = (
         broken=lambda c: c.data is not None and c.model.experts > 0 and c.data % c.parallel.expert != 0,
         asked=lambda c: f"expert={c.parallel.expert} with {c.data} data ranks ({c.world_size} ranks in models of "
         f"{c.parallel.model_ranks})",
-        possible=lambda c: f"expert one of {listed(divisors(c.data))} (a divisor of {c.data}): data ranks share "
+        possible=lambda c: f"expert one of {listed(divisors(c.data or 1))} (a divisor of {c.data}): data ranks share "
         "the experts",
         change=lambda c: f"set parallel.expert to one of {listed(legal_expert_degrees(c))}, or start "
-        f"{either(nearest_multiples(c.world_size, c.parallel.model_ranks * c.parallel.expert))} ranks",
+        f"{either(nearest_multiples(c.num_ranks, c.parallel.model_ranks * c.parallel.expert))} ranks",
     ),
     Rule(
         name="expert-zero",

@@ -7,6 +7,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as expert_groups
 from torch import nn
 
+from parallel.parameter_plan import plan_of
 from parallel.process_groups import Groups
 
 
@@ -43,10 +44,10 @@ def separate_experts(model: nn.Module, optimizer: torch.optim.Optimizer, groups:
     name = _expert_group_name(groups)
     separated = []
     for group in optimizer.param_groups:
-        experts = [p for p in group["params"] if p.plan.stack]
+        experts = [p for p in group["params"] if plan_of(p).stack]
         for parameter in experts:
             parameter.allreduce, parameter.group_name = False, name
-        rest = [p for p in group["params"] if not p.plan.stack]
+        rest = [p for p in group["params"] if not plan_of(p).stack]
         if rest:
             separated.append({**group, "params": rest})
         if experts:

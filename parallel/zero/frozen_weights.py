@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.parameter_plan import plan_of
 from parallel.process_groups import Groups
+from parallel.zero.deepspeed_parameters import zero3
 from parallel.zero.offload import MappedFiles
 from parallel.zero.optimizer_state import (
     Fragment,
@@ -76,7 +78,7 @@ class SharedPiece:
 
     def __init__(self, slot: Slot, groups: Groups):
         self.slot = slot
-        spread = slot.parameter.plan.stack is not None and groups.layout.expert > 1
+        spread = plan_of(slot.parameter).stack is not None and groups.layout.expert > 1
         self.group = groups.expert_data if spread else groups.replicas  # those who hold the same experts, or weights
         self.size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         whole = slot.parameter.data.view(-1)
@@ -107,7 +109,7 @@ class Zero3Piece:
     """Stage 3: DeepSpeed has cut the parameter over the replicas already."""
 
     def __init__(self, slot: Slot, groups: Groups):
-        self.slot, self.replica, parameter = slot, groups.replica, slot.parameter
+        self.slot, self.replica, parameter = slot, groups.replica, zero3(slot.parameter)
         held = parameter.partition_numel()
         self.start = min(self.replica * held, parameter.ds_numel)
         self.own = parameter.ds_tensor.view(-1)[: min(held, parameter.ds_numel - self.start)]  # behind it is padding
@@ -124,7 +126,7 @@ class Zero3Piece:
 
 def open_state(engine, slots: Sequence[Slot], zero_stage: int, groups: Groups) -> StateView:
     """One view of all parameters of this rank: those that the optimizer trains, and those that are frozen."""
-    trained = [slot for slot in slots if slot.parameter.plan.trainable]
-    frozen = [slot for slot in slots if not slot.parameter.plan.trainable]
+    trained = [slot for slot in slots if plan_of(slot.parameter).trainable]
+    frozen = [slot for slot in slots if not plan_of(slot.parameter).trainable]
     view = open_optimizer_state(engine, trained, zero_stage, groups.replica)
     return WithFrozenWeights(view, frozen, zero_stage, groups) if frozen else view

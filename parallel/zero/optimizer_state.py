@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from parallel.zero.deepspeed_parameters import mapped, zero3
 from parallel.zero.offload import MappedFiles
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -95,7 +96,7 @@ def whole_weights(slots: Iterable[Slot]) -> Iterator[HeldWeight]:
 
 def zero3_weights(slot: Slot, replica: int) -> Iterator[HeldWeight]:
     """This replica's piece of a parameter, and all of it where DeepSpeed keeps it gathered."""
-    parameter = slot.parameter
+    parameter = zero3(slot.parameter)
     if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
         held = parameter.partition_numel()
         count = max(0, min(held, parameter.ds_numel - replica * held))  # behind it lies padding
@@ -141,11 +142,11 @@ class PartitionedState:
         self.base = optimizer.optimizer
         self.all_slots = slots
         # DeepSpeed maps a parameter to this rank's partition where the two overlap
-        self.slots = [slot for slot in slots if slot.parameter._hp_mapping is not None]
+        self.slots = [slot for slot in slots if mapped(slot.parameter)._hp_mapping is not None]
 
     def fragments(self, kind: str) -> Iterator[Fragment]:
         for slot in self.slots:
-            mapping = slot.parameter._hp_mapping
+            mapping = mapped(slot.parameter)._hp_mapping
             flat = self.base.param_groups[mapping.param_group_index]["params"][0]
             source = flat.data if kind == "weight" else _moment(self.base, flat, kind)
             address = mapping.get_hp_fragment_address()
@@ -158,12 +159,12 @@ class PartitionedState:
     def gradients(self) -> Iterator[Fragment]:
         whole = getattr(self.optimizer, "fp32_groups_gradient_flat_partition", None)  # the bf16 optimizer's
         for slot in self.slots:
-            mapping = slot.parameter._hp_mapping
+            mapping = mapped(slot.parameter)._hp_mapping
             address = mapping.get_hp_fragment_address()
             if whole is not None:
                 gradient = whole[mapping.param_group_index].narrow(0, address.start, address.numel)
             else:
-                gradient = mapping.get_lp_grad_fragment(slot.parameter._index_in_param_group).view(-1)
+                gradient = mapping.get_lp_grad_fragment(mapped(slot.parameter)._index_in_param_group).view(-1)
             yield from slot.fragments(mapping.lp_fragment_address.start, gradient)
 
     def move_to(self, files: MappedFiles) -> None:

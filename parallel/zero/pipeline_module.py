@@ -87,7 +87,7 @@ class VShapedPipeline(StagePipeline, DualPipeVModule):
 
     def _build_calls(self) -> None:
         self.phase_funcs = [self._calls(span) for span in self.stage.spans]
-        self.phase_checkpointable = [[], []]
+        self.phase_checkpointable: list[list[Callable]] = [[], []]
         self.activate_phase(0)
 
 

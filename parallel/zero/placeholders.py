@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from parallel.parameter_plan import Stack, plan_parameter
+from parallel.parameter_plan import Stack, plan_of, plan_parameter, planned
 from parallel.pipeline_stages import Stage
 from parallel.process_groups import Groups
 
@@ -27,7 +27,8 @@ def trained_parameters(stage: Stage, groups: Groups, device: torch.device) -> li
     named = [(name, parameter) for name, parameter in stage.named_global_parameters() if parameter.requires_grad]
     if groups.layout.pipeline == 1:
         return named
-    here = {(parameter.no_decay, bool(parameter.plan.stack) and groups.layout.expert > 1) for _, parameter in named}
+    here = {(planned(parameter).no_decay, bool(plan_of(parameter).stack) and groups.layout.expert > 1)
+            for _, parameter in named}
     anywhere = torch.tensor([int(kind in here) for kind in KINDS], device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX, group=groups.pipeline)  # pipeline group: all stages of a model
     stage.placeholders = nn.ParameterList()

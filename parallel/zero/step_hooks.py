@@ -58,7 +58,7 @@ class StepHooks:
             return result
 
         if self.bounded:  # first: at stage 0 both are the same method
-            self.state.base.step = step_and_bound
+            self.state.base.step = step_and_bound  # type: ignore[method-assign]  # on purpose: see the class
             whole_step = self.engine.optimizer.step
         self.engine.optimizer.step = clip_and_step
 

@@ -21,7 +21,8 @@ def checkpoints_at(path: Path) -> list[Path]:
         return []
     if folder is path and _step(path) is not None:
         return [path]
-    return sorted((found for found in folder.iterdir() if _step(found) is not None), key=_step, reverse=True)
+    steps = {found: step for found in folder.iterdir() if (step := _step(found)) is not None}
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def require_checkpoints(path: Path) -> list[Path]:

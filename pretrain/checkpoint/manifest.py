@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        body = document["body"]
+        body: dict[str, Any] = document["body"]
         expected = document["sha256"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: no {MANIFEST}; this is not a complete checkpoint") from None

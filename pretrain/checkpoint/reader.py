@@ -91,11 +91,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: {wanted.name} has the shape {list(shape)}, in this run it has "
                                   f"{list(wanted.shape)}; set the lengths in the section model as they were")
         found, covered = torch.empty(wanted.count), 0
-        target = memoryview(found.numpy()).cast("B")
+        target = found.numpy().data.cast("B")
         for part in stored:
             for same in overlaps(wanted, part.range):
                 self._read_into(part, same.held,
-                                target[same.wanted * ITEM_BYTES : (same.wanted + same.count) * ITEM_BYTES])
+                                target[same.wanted * ITEM_BYTES : (same.wanted + same.num_elements) * ITEM_BYTES])
                 covered += same.count
         if covered != wanted.count:
             raise CheckpointError(f"{self.folder}: the fragments of {wanted.name} ({wanted.kind}) hold {covered} "

@@ -32,8 +32,8 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.tensor_file import Planned, write_tensors
 
 
-def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], fields: dict[str, Any], keep: int, *,
-         companions: Iterable[Path] = ()) -> Path:
+def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], fields: dict[str, Any], *,
+         keep: int, companions: Iterable[Path] = ()) -> Path:
     """Write the checkpoint of one step; called by every rank together.
 
     Args:
@@ -52,17 +52,16 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], field
     rank = dist.get_rank()
     _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
     entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
-    content = None
-    if rank == 0:
-        files = [entry for entry in entries if entry]
-        content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
-    _together(lambda: _publish(aside, final, content, keep, companions) if rank == 0 else None,
+    files = [entry for entry in entries if entry]
+    content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
+    _together(lambda: _publish(aside, final, content, keep=keep, companions=companions) if rank == 0 else None,
               f"cannot publish {final}")
     return final
 
 
 def _together(work, what: str) -> list[Any]:
     """Run `work` on every rank and gather the results; a failure on one is raised on all, so that none waits."""
+    outcome: tuple[Any, str | None]
     try:
         outcome = (work(), None)
     except OSError as error:
@@ -93,7 +92,7 @@ def _write_own(aside: Path, rank: int, fragments: Iterable[OwnedFragment]) -> di
     return file_entry(path, digest)
 
 
-def _publish(aside: Path, final: Path, content: dict[str, Any], keep: int, companions: Iterable[Path]) -> None:
+def _publish(aside: Path, final: Path, content: dict[str, Any], *, keep: int, companions: Iterable[Path]) -> None:
     for source in companions:
         copy = Path(shutil.copyfile(source, aside / source.name))
         flush(copy)

@@ -75,7 +75,7 @@ def write_tensors(path: Path, planned: Sequence[Planned], tensors: Iterable[Tens
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class StoredTensor(NamedTuple):

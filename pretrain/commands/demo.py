@@ -98,9 +98,9 @@ def _call(what: str, argv: list[str]) -> int:
     return _called(what, argv).returncode
 
 
-def _called(what: str, argv: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+def _called(what: str, argv: list[str], stdout: int | None = None) -> subprocess.CompletedProcess[str]:
     _say(f"\n== {what}\n$ trainyard {shlex.join(argv)}")
-    return subprocess.run([sys.executable, "-m", "pretrain", *argv], check=False, **kwargs)
+    return subprocess.run([sys.executable, "-m", "pretrain", *argv], check=False, stdout=stdout, text=True)
 
 
 def _say(text: str) -> None:
@@ -163,7 +163,7 @@ def _filled_spans(folder: Path) -> int:
     _before_and_after(folder)
     argv = ["evaluate", str(folder), "--data", str(DATA / "heldout"), "--samples", "64", "--examples",
             str(NUM_EXAMPLES)]
-    done = _called("hidden spans of held-out code, filled in", argv, stdout=subprocess.PIPE, text=True)
+    done = _called("hidden spans of held-out code, filled in", argv, stdout=subprocess.PIPE)
     if done.returncode == 0:
         for example in json.loads(done.stdout)["examples"]:
             _say("\n".join(_example_lines(example)))

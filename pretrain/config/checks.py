@@ -11,6 +11,7 @@ from common.errors import Problem
 from common.files import nearest_existing
 from data_pipeline.config import DataConfig
 from data_pipeline.config import problems as data_problems
+from parallel.config import ParallelConfig, PrecisionConfig
 from parallel.rules import table as rules
 from pretrain.checkpoint.start_weights import start_folder, start_problems
 from pretrain.config.config_file import shown
@@ -24,8 +25,9 @@ from pretrain.objectives.objective import ObjectiveConfig
 def problems_between(sections: dict[str, BaseModel], world_size: int | None) -> Iterator[Problem]:
     """What the sections that are there contradict each other in, on `world_size` ranks (None: not known). Pure."""
     yield from _found(_CHECKS, sections)
-    if {"parallel", "precision", "model"} <= sections.keys():
-        parallel, precision, model = (sections[name] for name in ("parallel", "precision", "model"))
+    parallel, precision, model = (sections.get(name) for name in ("parallel", "precision", "model"))
+    if isinstance(parallel, ParallelConfig) and isinstance(precision, PrecisionConfig) \
+            and isinstance(model, FamilyConfig):
         yield from rules.problems(parallel, precision, world_size, family_spec(model.family).traits(model))
 
 

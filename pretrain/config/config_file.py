@@ -5,9 +5,10 @@ build objects are refused: a config needs none, and aliases are how a small file
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,14 +38,14 @@ class _Refused(yaml.YAMLError):
 class _Loader(yaml.SafeLoader):
     """A safe loader with the core schema, which notes where each key stands and which ones stand twice."""
 
-    yaml_implicit_resolvers: dict = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def __init__(self, text: str):
         super().__init__(text)
         self.depth = 0
         self.twice: list[tuple[str, int, int]] = []
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
             raise _Refused("an alias (*name) is not supported; write the value out", mark)
@@ -56,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         finally:
             self.depth -= 1
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -67,10 +68,10 @@ class _Loader(yaml.SafeLoader):
             lines.setdefault(key.value, line)
         return super().construct_mapping(node, deep)
 
-    def construct_yaml_int(self, node):
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         return int(node.value)
 
-    def construct_yaml_float(self, node):
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
         text = node.value.lower()
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
@@ -130,7 +131,7 @@ def read_config_file(path: Path) -> RawConfig:
                                     f"start from a recipe under {shipped_folder('configs')}"))
         return raw
     raw.values = values
-    raw.places = _places(node)
+    raw.places = _places(node) if isinstance(node, yaml.MappingNode) else {}
     return raw
 
 
@@ -153,7 +154,7 @@ def apply_overrides(raw: RawConfig, overrides: Sequence[str]) -> None:
             raw.places.setdefault(section, "command line")
 
 
-def dump(values: dict) -> str:
+def dump(values: Mapping[str, Any]) -> str:
     """The values as YAML, in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 

@@ -47,7 +47,9 @@ def _table(title: str, section: type[BaseModel]) -> str:
 
 def _kind(field: FieldInfo) -> str:
     """The type and its limits in words."""
-    names = {int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    names: dict[object, str] = {
+        int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null",
+    }
     if get_origin(field.annotation) is list:
         return "list of texts"
     options = getattr(field.annotation, "__args__", (field.annotation,))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from common.errors import ConfigError, Problem
 from common.files import write_file
@@ -64,7 +65,7 @@ class RunConfig(Section):
     @classmethod
     def _of_its_class(cls, values: object, info: ValidationInfo) -> object:
         """Plain values (of a checkpoint's manifest, say) become the config of their family or objective."""
-        key, _, choices, class_of = VARIANTS[info.field_name]
+        key, _, choices, class_of = VARIANTS[str(info.field_name)]
         if isinstance(values, dict) and values.get(key) in choices:
             return class_of(values[key]).model_validate(values)
         return values
@@ -75,7 +76,7 @@ class RunConfig(Section):
         return family_spec(self.model.family)
 
     @property
-    def objective_spec(self) -> ObjectiveSpec:
+    def objective_spec(self) -> ObjectiveSpec[Any, Any]:
         """What is known of the objective without torch."""
         return OBJECTIVES[self.objective.name]
 
@@ -128,14 +129,15 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), world_size: int | 
         ConfigError: with the problems of single fields and those between the sections that could be read.
     """
     raw, sections = _read(Path(path), overrides)
-    if world_size is None and "parallel" in sections:
-        world_size = sections["parallel"].model_ranks
+    parallel = sections.get("parallel")
+    if world_size is None and isinstance(parallel, ParallelConfig):
+        world_size = parallel.model_ranks
     found = [*problems_between(sections, world_size), *machine_problems(sections)]
     raw.problems.extend(problem._replace(where=raw.located(problem.where)) for problem in found)
     return _config_or_error(raw, sections)
 
 
-def config_from(values: dict, source: str) -> RunConfig:
+def config_from(values: dict[str, Any], source: str) -> RunConfig:
     """A config from values that were written before (a checkpoint's manifest). Raises ConfigError with all problems."""
     raw = RawConfig(source)
     raw.values = values
@@ -200,7 +202,7 @@ def _section(raw: RawConfig, name: str) -> BaseModel | None:
         return None
 
 
-def _field_problem(raw: RawConfig, section: str, cls: type[BaseModel], detail: dict) -> Problem:
+def _field_problem(raw: RawConfig, section: str, cls: type[BaseModel], detail: ErrorDetails) -> Problem:
     """One of pydantic's errors in our words."""
     name = str(detail["loc"][0]) if detail["loc"] else section
     key = f"{section}.{name}"
@@ -212,7 +214,7 @@ def _field_problem(raw: RawConfig, section: str, cls: type[BaseModel], detail: d
     if detail["type"] == "missing":
         return Problem(where, "nothing, and it has no default", meaning, f"add {name} to the section {section}")
     if detail["type"] == "literal_error":
-        choices = [str(choice) for choice in getattr(field.annotation, "__args__", ())]
+        choices = [str(choice) for choice in getattr(field and field.annotation, "__args__", ())]
         return _choice_problem(where, key, detail["input"], choices)
     wanted = detail["msg"].removeprefix("Input should be ").replace("a valid integer", "a whole number")
     wanted = wanted.replace("a valid boolean", "true or false").replace("a valid string", "a text in quotes")

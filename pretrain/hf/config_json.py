@@ -76,7 +76,7 @@ def read_config(family: str, architecture: Architecture, values: dict[str, Any],
         else:
             known.add(rule.theirs)
             value = _at(values, rule.theirs, getattr(rule, "default", _ABSENT))
-            _take(rule, value, ours, source, found)
+            _take(rule, value, ours, source, found=found)
     found.problems += [_unknown(key) for key in sorted(_keys(values, known) - known)]
     if not found.problems:
         found.model, problems = _model(family, ours, source)
@@ -84,7 +84,7 @@ def read_config(family: str, architecture: Architecture, values: dict[str, Any],
     return found
 
 
-def _take(rule: Mapped | RequiredValue | TrainingOnly, value: Any, ours: dict[str, Any], source: dict[str, str],
+def _take(rule: Mapped | RequiredValue | TrainingOnly, value: Any, ours: dict[str, Any], source: dict[str, str], *,
           found: ImportedConfig) -> None:
     """Turn one transformers key into a value of ours, a note or a problem. `source`: the key of each of our values."""
     if value is REQUIRED:

@@ -52,6 +52,7 @@ class EncoderDecoderSpec(FamilySpec[Config]):
     """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
     form = "encoder_decoder"
+    objectives = ("span_corruption", "prefix_lm", "gap_sentences")  # of every such family, the usual one first
     evaluation = "masked_quality"
     generation = "answer"
 

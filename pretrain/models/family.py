@@ -18,7 +18,7 @@ One line in `pretrain.models.FAMILIES` makes the family known.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from math import gcd
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -42,6 +42,37 @@ class FamilyConfig(BaseModel):
         [], description="patterns of parameter names (`*` and `?` as in file names, such as `embedding.*` or "
         "`blocks.0.*`); the parameters that they match are not trained"
     )
+
+
+class SequenceModel(Protocol):
+    """A config of a model, as far as an objective reads it. The classes below belong to one `FamilySpec.form` each."""
+
+    @property
+    def sequence_length(self) -> int: ...
+
+
+class EncoderModel(SequenceModel, Protocol):
+    """An encoder: tokens around the text of a sample, and whether it judges pairs of segments."""
+
+    @property
+    def num_frame_tokens(self) -> int: ...
+
+    @property
+    def next_sentence(self) -> bool: ...
+
+
+class TargetModel(SequenceModel, Protocol):
+    """An encoder-decoder: tokens that the decoder takes."""
+
+    @property
+    def num_targets(self) -> int: ...
+
+
+class ImageTextModel(SequenceModel, Protocol):
+    """A dual encoder: height and width of its images in pixels."""
+
+    @property
+    def image_size(self) -> int: ...
 
 
 class TextConfig(FamilyConfig):

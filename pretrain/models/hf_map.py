@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from pretrain.models.mixture import MixtureFields
@@ -130,6 +130,7 @@ class Mapped:
     theirs: str
     default: Any = REQUIRED
     words: tuple[tuple[Any, Any], ...] = ()
+    _: KW_ONLY
     value: Callable[[Config], Any] | None = None
 
 
@@ -206,7 +207,7 @@ def unchanged(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """A model_type of transformers that has the same layers as a family of ours, under other names."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,20 @@ from parallel.parameter_plan import plan_parameter
 from parallel.random_streams import dropout
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Norm
-from pretrain.models.family import TextConfig
 from pretrain.models.state import State
+
+
+class VocabularyConfig(Protocol):
+    """What the token table and the head read of a family's config."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def padded_vocab_size(self) -> int: ...
+
+    @property
+    def hidden(self) -> int: ...
 
 
 class Embedding(nn.Module):
@@ -22,7 +35,7 @@ class Embedding(nn.Module):
     The ids are the first part of the state; the other parts are handed on.
     """
 
-    def __init__(self, config: TextConfig, tp: TensorParallel, std: float):
+    def __init__(self, config: VocabularyConfig, tp: TensorParallel, std: float):
         super().__init__()
         self.table = tp.vocabulary(config.padded_vocab_size, config.hidden, std=std)
 
@@ -39,7 +52,7 @@ class Embedding(nn.Module):
 class Logits(nn.Module):
     """Products with this rank's slice of the token table, its own or a tied one; the padding never gets probability."""
 
-    def __init__(self, config: TextConfig, tp: TensorParallel, std: float | None, bias: bool = False):
+    def __init__(self, config: VocabularyConfig, tp: TensorParallel, std: float | None, bias: bool = False):
         """With `std` None the table is tied: it comes with each call."""
         super().__init__()
         padded, slice_size = config.padded_vocab_size, config.padded_vocab_size // tp.size
@@ -58,11 +71,18 @@ class Logits(nn.Module):
 
         The gradient of x is summed over tensor ranks by x's own backward for logits, by `cross_entropy` for losses.
         """
-        weight = (tied.weight if self.weight is None else self.weight).to(x.dtype)
+        weight = self._table(tied).to(x.dtype)
         bias = self._bias(weight)
         if cross_entropy is not None:
             return cross_entropy(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def _table(self, tied: Embedding | None) -> Tensor:
+        if self.weight is not None:
+            return self.weight
+        if tied is None:
+            raise ValueError("a head without a table of its own is called with the one that it is tied to")
+        return tied.weight
 
     def _bias(self, weight: Tensor) -> Tensor | None:
         """The bias of this rank's columns, where those of the padding have the lowest number there is."""
@@ -76,7 +96,7 @@ class Logits(nn.Module):
 class Head(Logits):
     """Logits of every token, or the losses of all labels. Only the first part of the state, x, is used."""
 
-    def __init__(self, config: TextConfig, tp: TensorParallel, std: float | None, scale: float = 1.0):
+    def __init__(self, config: VocabularyConfig, tp: TensorParallel, std: float | None, scale: float = 1.0):
         super().__init__(config, tp, std)
         self.tp, self.scale = tp, scale
 
@@ -114,7 +134,7 @@ class PositionedInput(nn.Module):
         """x [b, s, h] and the type of each token's segment [b, s] -> [s(/t), b, h]."""
         x = x.to(self.positions.dtype)  # a table of another layer is not cast with this one
         x = x + self.positions[self.offset : self.offset + x.shape[1]]
-        if self.types is not None:
+        if self.types is not None and types is not None:
             x = x + F.embedding(types, self.types)
         x = self.norm(entered(x, self.tp, 0.0))
         if self.training and self.probability:

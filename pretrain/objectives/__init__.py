@@ -10,7 +10,7 @@ from pretrain.models.family import FamilyConfig
 from pretrain.objectives import pairs_spec, text_spec
 from pretrain.objectives.objective import ObjectiveConfig, ObjectiveSpec, StageInputs
 
-OBJECTIVES: dict[str, ObjectiveSpec] = {**text_spec.SPECS, **pairs_spec.SPECS}
+OBJECTIVES: dict[str, ObjectiveSpec[Any, Any]] = {**text_spec.SPECS, **pairs_spec.SPECS}
 
 
 def make_loss(config: ObjectiveConfig, model: FamilyConfig, tp: object) -> Any:

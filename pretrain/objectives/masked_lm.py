@@ -7,7 +7,7 @@ from torch import Tensor
 
 from parallel.chunked_loss import DeferredHead, token_losses
 from parallel.tensor_parallel import TensorParallel
-from pretrain.models.family import FamilyConfig
+from pretrain.models.family import EncoderModel
 from pretrain.objectives.objective import ObjectiveConfig
 
 
@@ -20,9 +20,9 @@ class MaskedLM:
     prediction that counts is padding of the batch, and no pair.
     """
 
-    def __init__(self, config: ObjectiveConfig, model: FamilyConfig, tp: TensorParallel):
+    def __init__(self, config: ObjectiveConfig, model: EncoderModel, tp: TensorParallel):
         self.tp = tp
-        self.has_pairs: bool = model.next_sentence
+        self.has_pairs = model.next_sentence
         self.terms = {"masked_lm": 1.0, "next_sentence": 1.0} if self.has_pairs else {"masked_lm": 1.0}
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ a loss (`parallel.objective.Objective`). One line in `pretrain.objectives.OBJECT
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel
 
@@ -16,7 +16,7 @@ from common.errors import Problem
 from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.special_ids import SpecialIds
 from parallel.config import STRICT
-from pretrain.models.family import FamilyConfig
+from pretrain.models.family import SequenceModel
 
 
 class ObjectiveConfig(BaseModel):
@@ -26,6 +26,9 @@ class ObjectiveConfig(BaseModel):
 
     name: str
 
+
+Config = TypeVar("Config", bound=ObjectiveConfig)
+Model = TypeVar("Model", bound=SequenceModel)
 
 END_OF_TEXT_ROLE = "end_of_text"  # the one role that is a token of the tokenizer and no field of SpecialIds
 
@@ -55,7 +58,7 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageInputs:
+class StageInputs(Generic[Config, Model]):
     """What the function that makes an objective's stages is given.
 
     Args:
@@ -66,42 +69,42 @@ class StageInputs:
         special: the ids of the objective's special tokens.
     """
 
-    config: ObjectiveConfig
-    model: FamilyConfig
+    config: Config
+    model: Model
     dataset: Any
     window_tokens: int
     seed: NoiseSeed
     special: SpecialIds
 
 
-def sequence_length(config: ObjectiveConfig, model: FamilyConfig) -> int:
+def sequence_length(config: ObjectiveConfig, model: SequenceModel) -> int:
     """The window of an objective that takes a sample as long as the model does."""
     return model.sequence_length
 
 
-def all_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int | None:
+def all_tokens(config: ObjectiveConfig, model: SequenceModel) -> int | None:
     """Predictions of an objective whose head makes logits for every token of a sample."""
     return None
 
 
-def no_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
+def no_ids(config: ObjectiveConfig, model: SequenceModel) -> int:
     """Reserved ids of an objective without special tokens."""
     return 0
 
 
-def no_problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
+def no_problems(config: ObjectiveConfig, model: SequenceModel) -> Iterator[Problem]:
     """Problems of an objective that fits every model."""
     return iter(())
 
 
 @dataclass(frozen=True)
-class ObjectiveSpec:
+class ObjectiveSpec(Generic[Config, Model]):
     """What is known of an objective from the sections `objective` and `model` alone.
 
     Args:
         config_class: the fields of the `objective` section.
-        losses: by `FamilySpec.form`, "module:Class", loaded on demand because it imports
-            torch; the class is made with (objective config, model config, tensor axis).
+        losses: by `FamilySpec.form`, "module:Class", loaded on demand because it imports torch; the class is made with
+            (objective config, model config, tensor axis).
         stages: "module:function", loaded on demand for the same reason; from `StageInputs` to the webdataset stages
             between a window of tokens and a batch.
         window_tokens: tokens of one sample before anything is done to it; windows hold one more, the next token.
@@ -111,12 +114,12 @@ class ObjectiveSpec:
         special: the special tokens that it uses.
     """
 
-    config_class: type[ObjectiveConfig]
+    config_class: type[Config]
     losses: Mapping[str, str]
     stages: str
     _: KW_ONLY
-    window_tokens: Callable[[ObjectiveConfig, FamilyConfig], int] = sequence_length
-    reserved_ids: Callable[[ObjectiveConfig, FamilyConfig], int] = no_ids
-    problems: Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]] = no_problems
-    num_predictions: Callable[[ObjectiveConfig, FamilyConfig], int | None] = all_tokens
+    window_tokens: Callable[[Config, Model], int] = sequence_length
+    reserved_ids: Callable[[Config, Model], int] = no_ids
+    problems: Callable[[Config, Model], Iterator[Problem]] = no_problems
+    num_predictions: Callable[[Config, Model], int | None] = all_tokens
     special: SpecialTokens = SpecialTokens()

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 
 from common.errors import Problem
-from pretrain.models.family import FamilyConfig
+from pretrain.models.family import SequenceModel
 from pretrain.objectives.objective import END_OF_TEXT_ROLE, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.pairs_stages:unchanged"
@@ -24,13 +24,13 @@ class SigLIPConfig(ObjectiveConfig):
     name: Literal["siglip"] = Field("siglip", description="the objective")
 
 
-def _problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
+def _problems(config: ObjectiveConfig, model: SequenceModel) -> Iterator[Problem]:
     if model.sequence_length < 2:
         yield Problem("model.sequence_length", f"captions of {model.sequence_length} token",
                       "at least 2: text and end-of-text", "set model.sequence_length=2 or more")
 
 
-def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec:
+def _spec(config_class: type[ObjectiveConfig], loss: str) -> ObjectiveSpec[ObjectiveConfig, SequenceModel]:
     return ObjectiveSpec(
         config_class, {"dual_encoder": f"pretrain.objectives.contrastive:{loss}"}, STAGES,
         problems=_problems, special=SpecialTokens(after=(END_OF_TEXT_ROLE,)))

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from common.errors import Problem
 from data_pipeline.corruption.special_ids import num_masked, num_special_ids, raw_tokens
-from pretrain.models.family import FamilyConfig
+from pretrain.models.family import SequenceModel, TargetModel
 from pretrain.objectives.objective import END_OF_TEXT_ROLE, ObjectiveConfig, ObjectiveSpec, SpecialTokens
 
 STAGES = "pretrain.objectives.text_stages"
@@ -60,6 +60,16 @@ class DenoisingConfig(ObjectiveConfig):
     rotate_rate: float = Field(0.0, ge=0, le=1, description="fraction of the samples rotated to a random first token")
 
 
+class GapSentencesConfig(ObjectiveConfig):
+    """Generates whole sentences that are masked in the source (Zhang et al. 2020, PEGASUS, section 3.1)."""
+
+    name: Literal["gap_sentences"] = Field("gap_sentences", description="the objective")
+    gap_ratio: float = Field(0.3, gt=0, le=0.9, description="fraction of the sentences that are masked, at least one")
+    choice: Literal["principal", "random"] = Field(
+        "principal", description="the sentences with the highest ROUGE-1 F1 against the rest, or random ones"
+    )
+
+
 class MaskedLMConfig(ObjectiveConfig):
     """Predicts masked tokens from both sides, masked anew in every epoch (Devlin et al. 2019, Liu et al. 2019)."""
 
@@ -72,11 +82,11 @@ class MaskedLMConfig(ObjectiveConfig):
     whole_words: bool = Field(False, description="mask all pieces of a word or none")
 
 
-Problems = Callable[[ObjectiveConfig, FamilyConfig], Iterator[Problem]]
+Problems = Callable[[ObjectiveConfig, SequenceModel], Iterator[Problem]]
 
 
 def _at_least(num_tokens: int, why: str) -> Problems:
-    def problems(config: ObjectiveConfig, model: FamilyConfig) -> Iterator[Problem]:
+    def problems(config: ObjectiveConfig, model: SequenceModel) -> Iterator[Problem]:
         if model.sequence_length < num_tokens:
             yield Problem("model.sequence_length", f"{model.sequence_length} tokens for {config.name}",
                           f"at least {num_tokens}: {why}", f"set model.sequence_length={num_tokens} or more")
@@ -84,7 +94,7 @@ def _at_least(num_tokens: int, why: str) -> Problems:
     return problems
 
 
-def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterator[Problem]:
+def _span_problems(config: SpanCorruptionConfig, model: TargetModel) -> Iterator[Problem]:
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
     if counts is None:
         best = next(n for n in count(max(3, model.sequence_length))
@@ -101,41 +111,41 @@ def _span_problems(config: SpanCorruptionConfig, model: FamilyConfig) -> Iterato
                       f"set model.target_length={counts.num_targets} or more")
 
 
-def _denoising_problems(config: DenoisingConfig, model: FamilyConfig) -> Iterator[Problem]:
+def _denoising_problems(config: DenoisingConfig, model: TargetModel) -> Iterator[Problem]:
     yield from _at_least(4, "two tokens of text between the first and the last")(config, model)
     if model.num_targets < model.sequence_length:
         yield Problem("model.target_length", f"{model.num_targets} tokens to restore {model.sequence_length}",
                       f"at least {model.sequence_length}, the length of the sample", "leave model.target_length out")
 
 
-def _masked_problems(config: MaskedLMConfig, model: FamilyConfig) -> Iterator[Problem]:
+def _masked_problems(config: MaskedLMConfig, model: SequenceModel) -> Iterator[Problem]:
     yield from _at_least(5, "three special tokens and one token of text on either side")(config, model)
     if config.masked_part + config.random_part > 1:
         yield Problem("objective.masked_part", f"masked_part={config.masked_part} and random_part={config.random_part}",
                       "a sum of at most 1", f"set objective.random_part={round(1 - config.masked_part, 6)} or less")
 
 
-def _prefix_tokens(config: ObjectiveConfig, model: FamilyConfig) -> int:
+def _prefix_tokens(config: ObjectiveConfig, model: SequenceModel) -> int:
     """A decoder takes the sample as it is; an encoder-decoder splits it, and either part must fit its side."""
     targets = getattr(model, "num_targets", None)
     return model.sequence_length if targets is None else min(model.sequence_length, targets)
 
 
-def _span_raw(config: SpanCorruptionConfig, model: FamilyConfig) -> int:
+def _span_raw(config: SpanCorruptionConfig, model: SequenceModel) -> int:
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
     return counts.num_raw if counts else model.sequence_length
 
 
-def _span_ids(config: SpanCorruptionConfig, model: FamilyConfig) -> int:
+def _span_ids(config: SpanCorruptionConfig, model: SequenceModel) -> int:
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
     return num_special_ids(counts.num_spans if counts else 0)
 
 
-def _special_ids(config: ObjectiveConfig, model: FamilyConfig) -> int:
+def _special_ids(config: ObjectiveConfig, model: SequenceModel) -> int:
     return num_special_ids()
 
 
-SPECS = {
+SPECS: dict[str, ObjectiveSpec[Any, Any]] = {
     "causal_lm": ObjectiveSpec(CausalLMConfig, {"decoder": CAUSAL}, f"{STAGES}:unchanged"),
     "prefix_lm": ObjectiveSpec(
         PrefixLMConfig, {"decoder": CAUSAL, "encoder_decoder": SEQ2SEQ}, f"{STAGES}:prefix_lm",
@@ -156,6 +166,11 @@ SPECS = {
         problems=_denoising_problems, special=SpecialTokens(
             needed=("pad", "start", "mask"), before=("start",), after=(END_OF_TEXT_ROLE,),
             decoder_start=END_OF_TEXT_ROLE)),
+    "gap_sentences": ObjectiveSpec(
+        GapSentencesConfig, {"encoder_decoder": SEQ2SEQ}, f"{STAGES}:gap_sentences",
+        window_tokens=lambda config, model: model.sequence_length - 1, reserved_ids=_special_ids,
+        problems=_at_least(3, "two tokens of text and end-of-text"),
+        special=SpecialTokens(needed=("pad", "mask"), after=(END_OF_TEXT_ROLE,))),
     "masked_lm": ObjectiveSpec(
         MaskedLMConfig, {"encoder": MASKED}, f"{STAGES}:masked_lm",
         window_tokens=lambda config, model: model.sequence_length - model.num_frame_tokens,

@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 from data_pipeline.corruption.bart_denoising import Denoising
+from data_pipeline.corruption.gap_sentences import GapSentences
 from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
 from data_pipeline.corruption.special_ids import num_masked, raw_tokens
 from data_pipeline.loader import each
 from data_pipeline.text.token_pieces import sentence_ends, word_starts
-from pretrain.objectives.objective import StageInputs
+from pretrain.models.family import EncoderModel, SequenceModel, TargetModel
+from pretrain.objectives.objective import ObjectiveConfig, StageInputs
+from pretrain.objectives.text_spec import (
+    DenoisingConfig,
+    FillInTheMiddleConfig,
+    GapSentencesConfig,
+    MaskedLMConfig,
+    SpanCorruptionConfig,
+)
 
 
-def unchanged(given: StageInputs) -> list:
+def unchanged(given: StageInputs[ObjectiveConfig, SequenceModel]) -> list:
     """Windows are batches already."""
     return []
 
 
-def prefix_lm(given: StageInputs) -> list:
+def prefix_lm(given: StageInputs[ObjectiveConfig, SequenceModel]) -> list:
     """A decoder sees the prefix in both directions; an encoder-decoder gets it as its source."""
     model = given.model
-    if getattr(model, "num_targets", None) is None:  # one sequence, and no side for targets
+    num_targets = getattr(model, "num_targets", None)
+    if num_targets is None:  # one sequence, and no side for targets
         return [each(PrefixCut(given.seed))]
-    return [each(PrefixSplit(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+    return [each(PrefixSplit(given.seed, given.window_tokens, model.sequence_length, num_targets,
                              special=given.special))]
 
 
-def fill_in_the_middle(given: StageInputs) -> list:
+def fill_in_the_middle(given: StageInputs[FillInTheMiddleConfig, SequenceModel]) -> list:
     """The middle of documents moves to their end."""
     return [each(FillInTheMiddle(given.seed, given.config.rate, given.config.spm_rate, given.special,
                                  end_of_text=given.dataset.end_of_text))]
 
 
-def span_corruption(given: StageInputs) -> list:
+def span_corruption(given: StageInputs[SpanCorruptionConfig, TargetModel]) -> list:
     """Spans move from the source to the target."""
     config, model = given.config, given.model
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
@@ -39,7 +49,7 @@ def span_corruption(given: StageInputs) -> list:
                                 end_of_text=given.dataset.end_of_text))]
 
 
-def denoising(given: StageInputs) -> list:
+def denoising(given: StageInputs[DenoisingConfig, TargetModel]) -> list:
     """The source is corrupted, the target is the whole text."""
     config, model, dataset = given.config, given.model, given.dataset
     is_end = sentence_ends(dataset.tokenizer) if config.permute_sentences else None
@@ -50,7 +60,16 @@ def denoising(given: StageInputs) -> list:
                            rotate_rate=config.rotate_rate))]
 
 
-def masked_lm(given: StageInputs) -> list:
+def gap_sentences(given: StageInputs[GapSentencesConfig, TargetModel]) -> list:
+    """Whole sentences move from the source to the target."""
+    config, model, dataset = given.config, given.model, given.dataset
+    return [each(GapSentences(given.seed, given.window_tokens, model.sequence_length, model.num_targets,
+                              special=given.special, end_of_text=dataset.end_of_text,
+                              is_end=sentence_ends(dataset.tokenizer), gap_ratio=config.gap_ratio,
+                              choice=config.choice))]
+
+
+def masked_lm(given: StageInputs[MaskedLMConfig, EncoderModel]) -> list:
     """Tokens are masked; a model with a head for next-sentence prediction gets pairs of segments."""
     config, dataset, window, seed = given.config, given.dataset, given.window_tokens, given.seed
     starts = word_starts(dataset.tokenizer) if config.whole_words else None

@@ -6,19 +6,21 @@ import json
 import statistics
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from common.errors import ConfigError, ExitCode, NodeSuspected, UserError
+from common.errors import ConfigError, ExitCode, NodeSuspected, RendezvousError, UserError
 from parallel.checks.collective_check import Measured, measure
 from parallel.layout import Layout
 from parallel.process_groups import build_groups, destroy_groups
 from parallel.ranks.agreement import Progress, all_gather_text
 from parallel.ranks.rank_info import RankInfo
-from parallel.ranks.rendezvous import RendezvousError, join, leave
+from parallel.ranks.rendezvous import join, leave
 from pretrain.config.run_config import RunConfig
 from pretrain.selfcheck.rank_report import Finding, SharedToken, breaks_groups, differing, report_of_rank, skewed
 from pretrain.training.devices import local_device
@@ -57,7 +59,7 @@ class Report:
         return ExitCode.NODE if self.findings else ExitCode.DONE
 
     def as_json(self) -> str:
-        offsets = self.offsets_seconds or [None] * len(self.reports)
+        offsets: Sequence[float | None] = self.offsets_seconds or [None] * len(self.reports)
         ranks = [{**report, "clock_offset_seconds": offset}
                  for report, offset in zip(self.reports, offsets, strict=True)]
         return json.dumps({
@@ -140,14 +142,14 @@ def _tell(info: RankInfo, config: RunConfig | None, config_error: ConfigError | 
         raise UserError(next(text for text in mistakes if text))
     refused = [report.pop("refused") for report in told]
     if all(refused):
-        raise config_error if info.rank == 0 else UserError(f"rank {info.rank}: the config is {first}")
+        raise config_error if config_error and info.rank == 0 else UserError(f"rank {info.rank}: the config is {first}")
     return device, told
 
 
 def _shared_folder(info: RankInfo, config: RunConfig, reports: list[dict[str, Any]]) -> list[Finding]:
     """Which ranks do not see what rank 0 writes into the run folder."""
     token = all_gather_text(uuid.uuid4().hex)[0]
-    with SharedToken(config.run.dir, token, info.rank == 0) as shared:
+    with SharedToken(Path(config.run.dir), token, info.rank == 0) as shared:
         all_gather_text("written")
         problems = all_gather_text(shared.problem() or "")
     return [Finding(rank, reports[rank]["node"], text) for rank, text in enumerate(problems) if text]
@@ -179,8 +181,8 @@ def _clock_offsets(info: RankInfo) -> list[float]:
 
 def _speeds(by_rank: list[list[Measured]]) -> list[Speed]:
     found: dict[tuple[str, str], list[tuple[float, int, Measured]]] = {}
-    for rank, entries in enumerate(by_rank):
-        for seen in entries:
+    for rank, measured in enumerate(by_rank):
+        for seen in measured:
             key = (seen.axis, seen.operation)
             found.setdefault(key, []).append((seen.link_bytes_per_second, rank, seen))
     speeds = []

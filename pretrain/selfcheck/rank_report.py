@@ -100,7 +100,7 @@ class SharedToken:
     """A file that rank 0 leaves in the run folder, and that every rank has to find there."""
 
     def __init__(self, folder: Path, token: str, is_main: bool):
-        self._folder, self._is_main = Path(folder), is_main
+        self._folder, self._is_main = folder, is_main
         self._path = self._folder / f".selfcheck-{token}"
         self._made: list[Path] = []
 

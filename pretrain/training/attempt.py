@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import TypedDict, Unpack
 
 from common.errors import ExitCode, NodeSuspected
 from launchers.run_folder.notes import HANGS, note_failure
@@ -19,6 +20,15 @@ from pretrain.training.stop_watchdog import StopWatchdog
 WRITE_SECONDS = 10.0
 # How long stopping may take: this, and twice the longest step and a save; UNKNOWN while those have not been measured.
 GRACE_SECONDS, UNKNOWN_GRACE_SECONDS = 30.0, 600.0
+
+
+class Ending(TypedDict, total=False):
+    """What the end of an attempt changes of its `Status`."""
+
+    reason: str
+    exit_code: int
+    rank: int | None
+    node: str | None
 
 
 class Attempt:
@@ -124,7 +134,7 @@ class Attempt:
                      reason=f"was asked to stop {seconds:.0f} s ago, and the ranks have not come to one step: {HANGS}")
         os._exit(ExitCode.INTERNAL)
 
-    def _write(self, **changes: object) -> None:
+    def _write(self, **changes: Unpack[Ending]) -> None:
         if self._status is not None:
             self._status = write(self.folder, replace(self._status, last_step=self.last_step, **changes))
             self._written_seconds = time.monotonic()

@@ -17,7 +17,7 @@ from torch import nn
 
 from common.errors import ConfigError, Problem
 from common.wording import nearest
-from parallel.parameter_plan import Stack, freeze
+from parallel.parameter_plan import freeze, plan_of
 from parallel.pipeline_stages import LayerSpec
 from pretrain.models.build import build_stage
 from pretrain.models.family import FamilyConfig
@@ -56,7 +56,7 @@ def check_freeze(model: FamilyConfig) -> None:
 
 
 def _global_names(name: str, parameter: nn.Parameter) -> tuple[str, ...]:
-    stack: Stack | None = parameter.plan.stack
+    stack = plan_of(parameter).stack
     return stack.names(name) if stack else (name,)
 
 

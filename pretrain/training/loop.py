@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from common.errors import NodeSuspected, UserError
+from common.errors import NodeSuspected, RendezvousError, UserError
 from common.files import writing
 from data_pipeline.folder.manifest import TOKENIZER_FILE
 from parallel.layout import Layout
 from parallel.process_groups import Groups, build_groups, destroy_groups
 from parallel.ranks.rank_info import RankInfo
-from parallel.ranks.rendezvous import RendezvousError, join, leave
+from parallel.ranks.rendezvous import join, leave
 from pretrain.checkpoint.locate import checkpoints_at
 from pretrain.checkpoint.reader import Checkpoint, StartWeights
 from pretrain.checkpoint.start_weights import start_folder
@@ -160,6 +160,6 @@ def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt:
     facts = {**facts_of(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
     path = save(run.checkpoints, progress.step, run.engines[MODEL].owned_fragments(), facts,
-                run.config.checkpoint.keep, companions=[tokenizer])
+                keep=run.config.checkpoint.keep, companions=[tokenizer])
     hooks.on_checkpoint(run, path, progress.step)
     attempt.saved(path, progress.step, time.perf_counter() - started)

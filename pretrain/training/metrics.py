@@ -87,7 +87,7 @@ def throughput(num_items: int, seconds: float) -> float:
 
 
 def mfu(
-    flops_per_unit: float, units_per_second: float, device_name: str, num_devices: int, dtype: str
+    flops_per_unit: float, units_per_second: float, device_name: str, num_devices: int, *, dtype: str
 ) -> float | None:
     """Model FLOPs utilisation, a share of the peak (Chowdhery et al. 2022, PaLM, appendix B).
 

@@ -18,7 +18,9 @@ WSD_DECAY_SHARE = 0.1
 class ScheduleSettings(Protocol):
     """The `schedule` section of a config."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
     warmup_steps: int
     min_lr_ratio: float
     decay_steps: int | None

@@ -57,9 +57,10 @@ def check_same_run(config: RunConfig, manifest: dict[str, Any], folder: Path) ->
 
 
 def _at(tree: dict[str, Any], key: str) -> Any:
+    found: Any = tree
     for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def _differences(where: str, old: Any, new: Any):

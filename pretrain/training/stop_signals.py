@@ -6,16 +6,20 @@ All ranks have to stop at the same step, so the loop reduces ``requested_number(
 import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from common.errors import ExitCode
 from launchers.run_folder.stop_requests import STOP, STOP_AND_GO_ON, requested
 
 # A scheduler's early warning and its polite end, and Ctrl-C.
+Handler = Callable[[int, FrameType | None], Any] | int | None
 REQUESTS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_NUMBERS = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
+_NUMBERS: dict[int, int] = {signal.SIGUSR1: 1, signal.SIGINT: 2, signal.SIGTERM: 3}
 _FILES = {STOP: 4, STOP_AND_GO_ON: 1}
-_NAMES = {number: name.name for name, number in _NUMBERS.items()} | {_FILES[STOP]: STOP}
+_NAMES = {number: signal.Signals(name).name for name, number in _NUMBERS.items()} | {_FILES[STOP]: STOP}
 
 
 class StopSignals:
@@ -27,7 +31,7 @@ class StopSignals:
         self._owner = os.getpid()
         self._noted: set[int] = set()  # adding is one step, which no handler can come between
         self._interrupts = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def install(self) -> "StopSignals":
         """Takes the signals over (main thread only) and lets those in that the launcher held back until now."""
@@ -57,7 +61,7 @@ class StopSignals:
     def requested_number(self) -> int:
         """0, or a number that the loop reduces with MAX over all ranks: STOP file > SIGTERM > SIGINT > SIGUSR1."""
         if self._folder is not None:
-            self._noted.add(_FILES.get(requested(self._folder, self._token), 0))
+            self._noted.add(_FILES.get(requested(self._folder, self._token) or "", 0))
         return max(self._noted, default=0)
 
     def _handle(self, number: int, _frame: object) -> None:

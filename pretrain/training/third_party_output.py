@@ -160,7 +160,7 @@ class _LogRouting:
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         self._saved: dict[logging.Logger, tuple[list[logging.Handler], bool, int]] = {}
         self._captures_warnings = False
-        own = [self._file] if on_warning is None else [self._file, _Callback(on_warning)]
+        own: list[logging.Handler] = [self._file] if on_warning is None else [self._file, _Callback(on_warning)]
         for name in OUR_LOGGERS:
             our_logger = logging.getLogger(name)
             self._save(our_logger)

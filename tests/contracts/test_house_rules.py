@@ -17,11 +17,6 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 MAY_TOUCH_THE_ENVIRONMENT = {"parallel/ranks/rank_info.py", "parallel/ranks/rendezvous.py"}
 MAY_PRINT = ("pretrain/training/hooks/console.py", "pretrain/commands/")
 MAX_POSITIONAL = 4
-# Rooms whose functions and dataclasses take every argument from the fifth on by keyword.
-ROOMS_DONE = ("common/", "launchers/", "parallel/rules/", "parallel/ranks/", "pretrain/cli.py", "pretrain/config/",
-              "pretrain/selfcheck/", "data_pipeline/", "pretrain/commands/data/",
-              *(f"pretrain/commands/{verb}.py" for verb in (
-                  "submit", "status", "cancel", "selfcheck", "train", "checkpoint", "demo", "generate")))
 MAY_BE_POSITIONAL = {"forward"}  # of modules and autograd functions, which torch calls
 ERROR_BASE = "TrainyardError"
 MAY_HAVE_ANOTHER_BASE = {"_Refused"}  # raised through PyYAML, which lets only its own errors pass
@@ -115,7 +110,7 @@ def _positional_fields(node: ast.ClassDef) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if name(path).startswith(ROOMS_DONE)], ids=name)
+@pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_the_fifth_argument_and_later_ones_are_by_keyword(path):
     found = []
     for node in ast.walk(tree(path)):

@@ -15,6 +15,7 @@ EXPERTS = ["model.experts=4"]
 UNTIED = ["model.tied_head=false"]
 ROOM = ["model.vocab_size=544"]  # for what an objective needs beside the tokenizer's ids
 MIDDLE = [*ROOM, "objective.name=fill_in_the_middle"]
+GAPS = ["objective.name=gap_sentences"]
 PREFIX = ["objective.name=prefix_lm"]
 BF16 = ["precision.compute=bf16"]
 REDUCE = ["precision.reduce=compute"]
@@ -52,6 +53,10 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
     ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
     ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
     ("bart", 2, [], zero(2)),
+    ("t5", 4, [*GAPS, *UNTIED], [*SEQUENCE, *zero(3), *BF16, *REDUCE, *SPARSE, *CHUNKS, *WHOLE]),
+    ("bart", 2, [*GAPS, *EXPERTS], [*SPREAD, *zero(2), *SELECTIVE]),
+    ("t5", 2, GAPS, [*FOLDED, *zero(1), *OFFLOAD]),
+    ("bart", 4, GAPS, [*TENSOR, *SPARSE]),
     ("bart", 1, ["objective.name=span_corruption"], WHOLE),
     ("bert", 1, [], [*zero(1), *OFFLOAD, *REDUCE, *SPARSE, *WHOLE]),
     ("clip", 4, ["objective.name=siglip"], [*SEQUENCE, *zero(2), *REDUCE, *SPARSE]),

@@ -11,6 +11,8 @@ from rich.table import Table
 from common.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from data_pipeline.folder.manifest import Manifest, PairsManifest
 
 MEGABYTE = 1e6
@@ -117,7 +119,7 @@ def _folder_rows(folder: Path, manifest: "Manifest | PairsManifest", counts: Row
             ("tokenizer", f"{manifest.tokenizer.file}, SHA-256 {manifest.tokenizer.sha256[:16]}...")]
 
 
-def _spread(values: Sequence[int]) -> str:
+def _spread(values: "np.ndarray | Sequence[int]") -> str:
     import numpy as np
 
     least, median, most = np.percentile(values, (0, 50, 100))

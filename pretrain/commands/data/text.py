@@ -18,7 +18,7 @@ from common.files import write_aside, writing
 from pretrain.commands.data.describe import MEGABYTE
 
 if TYPE_CHECKING:
-    from data_pipeline.text.corpus import Corpus
+    from data_pipeline.text.corpus import Corpus, Part
     from data_pipeline.text.tokenizer import Tokenizer
     from data_pipeline.tokens.token_writer import WriteProgress
 
@@ -60,7 +60,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _open_corpus(args: argparse.Namespace, part: str) -> "Corpus":
+def _open_corpus(args: argparse.Namespace, part: "Part") -> "Corpus":
     from data_pipeline.text.corpus import CorpusLimits, documents, standard_library_documents
 
     limits = CorpusLimits(heldout_fraction=args.heldout_fraction)

@@ -37,7 +37,7 @@ class BARTSpec(EncoderDecoderSpec[BARTConfig]):
     """What is known of a BART from its config."""
 
     config_class = BARTConfig
-    objectives = ("denoising", "span_corruption", "prefix_lm")
+    objectives = ("denoising", *EncoderDecoderSpec.objectives)
 
     def problems(self, config: BARTConfig) -> Iterator[Problem]:
         yield from heads_divide(config.hidden, config.heads)

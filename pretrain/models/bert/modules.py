@@ -113,6 +113,6 @@ class MaskedHead(Logits):
         if cross_entropy is None:
             chosen = self.tp.copy_to_ranks(chosen)
         output = self.over(chosen, tied, cross_entropy)
-        if self.judge is None:
+        if self.pooler is None or self.judge is None:
             return output
         return output, self.judge(torch.tanh(self.pooler(x[0])))

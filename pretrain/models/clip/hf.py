@@ -63,7 +63,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "text_config": {"eos_token_id": 49407, **text}}
 
 
-def _tower_fields(tower: str, theirs: str, hidden: int, ffn: int, heads: int) -> tuple:
+def _tower_fields(tower: str, theirs: str, *, hidden: int, ffn: int, heads: int) -> tuple:
     return (
         Mapped(f"{tower}_layers", f"{theirs}.num_hidden_layers", 12),
         Mapped(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),

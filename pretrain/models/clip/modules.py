@@ -46,9 +46,10 @@ def layers(config: CLIPConfig, tp: TensorParallel) -> list[LayerSpec]:
     ]
 
 
-def _parameter(tp: TensorParallel, *shape: int, **plan: float) -> nn.Parameter:
+def _parameter(tp: TensorParallel, *shape: int, mean: float = 0.0, std: float = 0.0, max_value: float | None = None
+               ) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(*shape, device=tp.device))
-    plan_parameter(parameter, **plan)
+    plan_parameter(parameter, mean=mean, std=std, max_value=max_value)
     return parameter
 
 

@@ -140,7 +140,8 @@ def window_read(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def llama_fields(max_positions: int, ffn: int, kv_heads: int | None, norm_epsilon: float, rotary_base: float) -> tuple:
+def llama_fields(*, max_positions: int, ffn: int, kv_heads: int | None, norm_epsilon: float, rotary_base: float
+                 ) -> tuple:
     """What Llama and its descendants share; the arguments are the defaults in which they differ."""
     return (
         Mapped("layers", "num_hidden_layers", 32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import log
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +56,27 @@ class DecoderState(NamedTuple):
     mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
 
 
-class Enter(nn.Module):
+class Entrance(nn.Module):
     """[b, s, h] -> [s(/tp), b, h]: there are no absolute positions."""
 
     def __init__(self, config: T5Config, tp: TensorParallel):
         super().__init__()
         self.tp, self.probability = tp, config.dropout
 
-    def forward(self, state: State) -> State:
-        parts = opened(EncoderState, state)
-        return handed_on(parts._replace(x=self.enter(parts.x)))
-
     def enter(self, x: Tensor) -> Tensor:
         """Rows of the token table [b, s, h] -> [s(/tp), b, h], with dropout in training."""
         return entered(x, self.tp, self.probability if self.training else 0.0)
 
 
-class DecoderEmbedding(Enter):
+class Enter(Entrance):
+    """From rows of the token table to the encoder's state."""
+
+    def forward(self, state: State) -> State:
+        parts = opened(EncoderState, state)
+        return handed_on(parts._replace(x=self.enter(parts.x)))
+
+
+class DecoderEmbedding(Entrance):
     """From the encoder's state to the decoder's: its ids become rows, and the encoder's output becomes the memory."""
 
     def forward(self, state: State, embedding: Embedding) -> State:
@@ -150,6 +154,12 @@ class DecoderBlock(Block):
 
 class FinalNorm(Norm):
     """The norm at the end of the encoder or the decoder, on the first part of the state, whichever side's it is."""
+
+    @overload
+    def forward(self, state: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
 
     def forward(self, state: State) -> State:
         if isinstance(state, tuple):

@@ -39,7 +39,6 @@ class T5Spec(EncoderDecoderSpec[T5Config]):
     """What is known of a T5 from its config."""
 
     config_class = T5Config
-    objectives = ("span_corruption", "prefix_lm")
 
     def problems(self, config: T5Config) -> Iterator[Problem]:
         if config.head_width is None:

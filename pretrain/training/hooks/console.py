@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from common.wording import count, duration, short_number
@@ -41,7 +41,7 @@ class ConsoleHook(Hook):
         self._stream: TextIO = quiet.terminal if quiet else sys.stdout
         self._console = Console(file=self._stream, highlight=False)
         self._live: Progress | None = None
-        self._task = None
+        self._task: TaskID | None = None
         self._file: logging.FileHandler | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
         self._started_seconds = time.monotonic()
@@ -74,8 +74,9 @@ class ConsoleHook(Hook):
         if due:
             line = f"step {record['step']}/{run.total_steps}  " + "  ".join(self._facts(run, record, in_full=True))
             self._say(Text(_stamped(line)), to_console=self._live is None)
-        if self._live:
-            self._draw(record["step"], self._facts(run, record), force=record["step"] == run.total_steps)
+        if self._live is not None and self._task is not None:
+            self._draw(self._live, self._task, record["step"], self._facts(run, record),
+                       force=record["step"] == run.total_steps)
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
         self._heldout = record
@@ -119,7 +120,7 @@ class ConsoleHook(Hook):
             facts.append(f"{duration(remaining * statistics.median(s for s, _ in self._recent))} left")
         return facts
 
-    def _draw(self, step: int, facts: list[str], force: bool) -> None:
+    def _draw(self, live: Progress, task: TaskID, step: int, facts: list[str], *, force: bool) -> None:
         # Drawn from here and not by a thread of rich: a process with threads is not safe to fork data workers from.
         now = time.monotonic()
         if not force and now - self._drawn_seconds < REFRESH_SECONDS:
@@ -131,8 +132,8 @@ class ConsoleHook(Hook):
             size = os.get_terminal_size(self._stream.fileno())
             if size.columns and size.lines:
                 self._console.size = size
-        self._live.update(self._task, completed=step, facts="  ".join(facts))
-        self._live.refresh()
+        live.update(task, completed=step, facts="  ".join(facts))
+        live.refresh()
 
     def _summary(self, run: RunView, reason: str) -> list[Text]:
         elapsed = duration(time.monotonic() - self._started_seconds)
@@ -165,7 +166,7 @@ class ConsoleHook(Hook):
         """One line for the log file and, unless said otherwise, for the person."""
         if to_console:
             self._console.print(text, soft_wrap=True)
-        if self._file:
+        if self._file and self._file.stream:
             self._file.stream.write(text.plain + "\n")
             self._file.flush()
 

@@ -13,15 +13,31 @@ class RunView(Protocol):
     rank: int
     world_size: int
     folder: Path
-    is_main: bool
     start_step: int  # last step done before this process; 0 for a new run
-    total_steps: int
-    num_parameters: int  # of the whole model, tied ones once
-    num_active_parameters: int  # of them, those that one token meets; fewer only with experts
-    tokens_per_step: int  # over the whole global batch; samples for a family without tokens
     device_name: str
     node: str  # name of this rank's node
-    engine: Any  # from on_start on
+
+    @property
+    def engine(self) -> Any:
+        """From on_start on."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, tied ones once."""
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of them, those that one token meets; fewer only with experts."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over the whole global batch; samples for a family without tokens."""
 
 
 class Hook:

@@ -12,20 +12,18 @@ class MetricsFileHook(Hook):
     main_only = True
 
     def __init__(self) -> None:
-        self._steps: MetricsWriter | None = None
-        self._evaluations: MetricsWriter | None = None
+        self._writers: dict[str, MetricsWriter] = {}
 
     def on_start(self, run: RunView) -> None:
-        self._steps = MetricsWriter(run.folder / METRICS_FILE, run.start_step)
-        self._evaluations = MetricsWriter(run.folder / EVALUATIONS_FILE, run.start_step, first_step=0)
+        self._writers[METRICS_FILE] = MetricsWriter(run.folder / METRICS_FILE, run.start_step)
+        self._writers[EVALUATIONS_FILE] = MetricsWriter(run.folder / EVALUATIONS_FILE, run.start_step, first_step=0)
 
     def on_step_end(self, run: RunView, record: dict[str, Any]) -> None:
-        self._steps.write(record)
+        self._writers[METRICS_FILE].write(record)
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
-        self._evaluations.write(record)
+        self._writers[EVALUATIONS_FILE].write(record)
 
     def on_end(self, run: RunView, reason: str) -> None:
-        for writer in (self._steps, self._evaluations):
-            if writer:
-                writer.close()
+        for writer in self._writers.values():
+            writer.close()

@@ -33,15 +33,19 @@ class TensorBoardHook(Hook):
 
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
         self._add(record, ("heldout_loss", *term_names(record, "heldout_loss")))
-        self._writer.flush()
+        self._flush()
 
     def _add(self, record: dict[str, Any], names: Iterable[str]) -> None:
         for name in names:
-            if record.get(name) is not None:
+            if self._writer and record.get(name) is not None:
                 self._writer.add_scalar(name, record[name], record["step"])
 
     def on_checkpoint(self, run: RunView, path: Path, step: int) -> None:
-        self._writer.flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._writer:
+            self._writer.flush()
 
     def on_end(self, run: RunView, reason: str) -> None:
         if self._writer:

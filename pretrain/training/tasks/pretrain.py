@@ -32,6 +32,8 @@ class HeldoutBatches:
     """
 
     def __init__(self, config: RunConfig, data_rank: int, data_ranks: int):
+        if config.data.heldout is None:
+            raise ValueError("the config names no held-out set")
         self.dataset = open_dataset(config, config.data.heldout)
         self.num_samples = config.log.evaluate_samples
         self.plan = BatchPlan.heldout(config.parallel.micro_batch, data_rank, data_ranks)
@@ -96,13 +98,14 @@ class PretrainTask:
             f"{run.unit}_per_second": throughput(run.tokens_per_step, seconds),
         }
         if config.spec.reads == "pairs":  # each data rank has counted its own, and all its tensor ranks the same
-            record["bad_samples"] = sum_over_ranks(self.loader.num_bad) // run.layout.tensor
+            record["bad_samples"] = sum_over_ranks(self.loader.num_bad if self.loader else 0) // run.layout.tensor
         if result.routing:
             record.update(result.routing)
         if result.skipped:
             record["skipped"] = True
         flops = config.spec.flops_per_unit(config.model, config.window_tokens, config.num_predictions)
-        used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size, config.precision.compute)
+        used = mfu(flops, record[f"{run.unit}_per_second"], run.device_name, run.world_size,
+                   dtype=config.precision.compute)
         return record if used is None else {**record, "mfu": used}
 
     def evaluate(self, engines: Engines, step: int) -> Record | None:

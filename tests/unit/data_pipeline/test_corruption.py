@@ -314,4 +314,4 @@ def test_a_word_longer_than_the_tokens_to_mask():
 
 def test_special_ids_do_not_meet():
     ids = [SPECIAL.pad, SPECIAL.start, SPECIAL.separator, SPECIAL.mask, SPECIAL.first_sentinel]
-    assert sorted(ids) == list(range(SPECIAL.vocab_size - num_special_ids(1), SPECIAL.vocab_size))
+    assert sorted(ids) == list(range(VOCAB_SIZE + 200 - num_special_ids(1), VOCAB_SIZE + 200))

@@ -13,6 +13,7 @@ from PIL import Image
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.corruption.bart_denoising import Denoising
 from data_pipeline.corruption.masked_tokens import Masking, SegmentPairs
+from data_pipeline.corruption.noise_seed import HELDOUT, NoiseSeed
 from data_pipeline.corruption.span_corruption import FillInTheMiddle, PrefixCut, PrefixSplit, SpanCorruption
 from data_pipeline.corruption.special_ids import SpecialIds, raw_tokens
 from data_pipeline.image_text.pair_dataset import PairsDataset
@@ -60,8 +61,7 @@ STAGES = {
         infill_ratio=0.3, mean_span=3.0, mask_ratio=0.1, delete_ratio=0.1, rotate_rate=0.5),
     "masked tokens": masking,
     "masked words": lambda seed: masking(seed, starts=word_starts(ByteTokenizer())),
-    "segment pairs": lambda seed: masking(
-        seed, pairs=SegmentPairs(DATASET, LENGTH, seed, seed if isinstance(seed, int) else None)),
+    "segment pairs": lambda seed: masking(seed, pairs=SegmentPairs(DATASET, LENGTH, seed)),
 }
 GOLDEN = {
     "tokens": ("f6e0f204e8bb2b07", "9b5cea05ca957e39"),
@@ -98,8 +98,8 @@ def train_batches(dataset, stages):
 @pytest.mark.parametrize("name", STAGES)
 def test_text(name):
     stage = STAGES[name]
-    train = train_batches(DATASET, [each(stage(1234))] if stage else [])
-    read = ReadOptions(LENGTH, stages=[each(stage("heldout"))] if stage else [])
+    train = train_batches(DATASET, [each(stage(NoiseSeed(1234)))] if stage else [])
+    read = ReadOptions(LENGTH, stages=[each(stage(HELDOUT))] if stage else [])
     heldout = heldout_batches(DATASET, BatchPlan.heldout(2, 1, 2), read, num_samples=13)
     assert (digest(train), digest(heldout)) == GOLDEN[name]
 

@@ -40,9 +40,9 @@ def test_overlaps_are_the_elements_that_both_hold(data, shape):
     ours, theirs = indices(wanted), indices(held)
     found = []
     for same in overlaps(wanted, held):
-        assert same.count > 0
-        piece = ours[same.wanted : same.wanted + same.count]
-        assert torch.equal(piece, theirs[same.held : same.held + same.count])
+        assert same.num_elements > 0
+        piece = ours[same.wanted : same.wanted + same.num_elements]
+        assert torch.equal(piece, theirs[same.held : same.held + same.num_elements])
         found += piece.tolist()
     assert sorted(found) == sorted({*ours.tolist()} & {*theirs.tolist()})
 

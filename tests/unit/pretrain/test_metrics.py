@@ -126,7 +126,7 @@ def test_throughput_and_units():
 
 def test_mfu_is_model_flops_over_the_peak_of_all_devices():
     # Half the peak of two A100s: 6e9 FLOPs a token, 52,000 tokens a second.
-    assert mfu(6e9, 52_000, "NVIDIA A100-SXM4-80GB", 2, "bf16") == pytest.approx(0.5)
+    assert mfu(6e9, 52_000, "NVIDIA A100-SXM4-80GB", 2, dtype="bf16") == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_mfu_is_model_flops_over_the_peak_of_all_devices():
     ],
 )
 def test_no_peak_is_guessed(name, dtype):
-    assert mfu(6e9, 1000, name, 1, dtype) is None
+    assert mfu(6e9, 1000, name, 1, dtype=dtype) is None
 
 
 @pytest.mark.parametrize(
