@@ -17,6 +17,7 @@ from pretrain.models.hf_map import (
     IGNORED_EVERYWHERE,
     REQUIRED,
     TOKEN_IDS,
+    WITHOUT_KEY_EVERYWHERE,
     Architecture,
     IfTensorPresent,
     Ignored,
@@ -198,8 +199,7 @@ def misfits(architecture: Architecture, model: FamilyConfig) -> Iterator[Problem
                               ", ".join(sorted({str(mine) for mine, _ in rule.words})),
                               "keep the model in Trainyard's format: transformers' class has no such part")
         mapped.add(getattr(rule, "ours", ""))
-    # `freeze` says what is trained and nothing of the model itself
-    left = set(type(model).model_fields) - mapped - {*architecture.without_key, "freeze"}
+    left = set(type(model).model_fields) - mapped - {*architecture.without_key, *WITHOUT_KEY_EVERYWHERE}
     if left:
         raise LookupError(f"the name map of {architecture.model_type} has no rule for {sorted(left)}")
 

@@ -198,6 +198,7 @@ _WITHOUT_EFFECT = """
     begin_suppress_tokens tf_legacy_loss gradient_checkpointing output_past classifier_dropout attn_implementation
     _attn_implementation_autoset vocab_file
 """
+WITHOUT_KEY_EVERYWHERE = ("freeze",)  # fields of our configs that say what is trained and nothing of the model
 IGNORED_EVERYWHERE = frozenset(_WITHOUT_EFFECT.split())
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 

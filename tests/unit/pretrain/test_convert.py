@@ -30,7 +30,15 @@ from pretrain.hf.read_folder import HFError, HFFolder
 from pretrain.models import FAMILIES, family_spec
 from pretrain.models.build import global_shapes
 from pretrain.models.clip.spec import PIXEL_MEAN, PIXEL_STD
-from pretrain.models.hf_map import Entry, IfTensorPresent, Ignored, Mapped, RequiredValue, TrainingOnly
+from pretrain.models.hf_map import (
+    WITHOUT_KEY_EVERYWHERE,
+    Entry,
+    IfTensorPresent,
+    Ignored,
+    Mapped,
+    RequiredValue,
+    TrainingOnly,
+)
 from tests.helpers.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -290,8 +298,8 @@ def test_every_key_of_transformers_config_is_known_with_its_default(model_type):
 def test_every_field_of_ours_has_its_place(model_type):
     family, architecture = by_model_type()[model_type]
     said = {rule.ours for rule in architecture.fields if not isinstance(rule, RequiredValue | TrainingOnly | Ignored)}
-    silent = set(family_spec(family).config_class.model_fields) - said - set(architecture.without_key)
-    assert silent == set()
+    without_key = {*architecture.without_key, *WITHOUT_KEY_EVERYWHERE}
+    assert set(family_spec(family).config_class.model_fields) - said - without_key == set()
     free_of_values = Mapped | RequiredValue | TrainingOnly | Ignored | IfTensorPresent
     assert all(isinstance(rule, free_of_values) or rule.values for rule in architecture.fields)
 
