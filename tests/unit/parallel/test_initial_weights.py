@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from importlib import import_module
 from math import prod
 from statistics import NormalDist
 
@@ -21,7 +20,7 @@ from parallel.single_rank import single_rank
 from parallel.tensor_parallel import TensorParallel
 from parallel.tensor_slice import SliceRange, cut_from
 from pretrain.config.run_config import load_config
-from pretrain.models import FAMILIES
+from pretrain.models.build import layer_list
 
 KEY = 0x0123456789ABCDEF_FEDCBA9876543210
 FUSED = ((6, 0.5), (2, 0.25), (4, 2.0))  # standard deviations of the rows of query, key and value of a group
@@ -187,8 +186,7 @@ def test_a_rank_of_gpt3_draws_its_part_of_the_numbers():
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     assert (tensor, pipeline) == (8, 16)
     with single_rank() as groups, torch.device("meta"):
-        modules = import_module(f"{FAMILIES[config.model.family]}.modules")
-        specs = modules.layers(config.model, TensorParallel(groups, torch.device("meta")))
+        specs = layer_list(config.model, TensorParallel(groups, torch.device("meta")))
         bounds = cut([spec.cost for spec in specs], pipeline, [spec.with_next for spec in specs])
         stages = [Stage(specs, span) for span in zip(bounds, bounds[1:], strict=False)]
         whole = drawn_by_rank(Stage(specs, (0, len(specs))), rank=0, size=1)

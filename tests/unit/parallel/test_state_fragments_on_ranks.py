@@ -42,8 +42,9 @@ def owned(info, values: dict) -> list[list[tuple]]:
     for step in range(2):
         if step:
             engine.train_step(batches if engine.needs_data else None, step, 1e-3)
-        found.append([(part.name, part.kind, part.global_shape, part.slice_dim, part.slice_rank, part.slice_size,
-                       part.start, part.tensor.detach().float().numpy().copy()) for part in engine.owned_fragments()])
+        owned_here = [(part.range, part.tensor.detach().float().numpy().copy()) for part in engine.owned_fragments()]
+        found.append([(at.name, at.kind, at.shape, at.slice_dim, at.slice_rank, at.slice_size, at.start, numbers)
+                      for at, numbers in owned_here])
     engine.close()
     return found
 
