@@ -110,7 +110,7 @@ def overlaps(wanted: SliceRange, held: SliceRange) -> Iterator[Overlap]:
         done = 0  # two dims have no common period: the runs of one are ranges of the unsliced tensor
         for start, length in wanted.runs():
             run = replace(wanted, slice_dim=None, slice_rank=0, slice_size=1, start=start, count=length)
-            yield from (Overlap(done + found.wanted, found.held, found.count) for found in overlaps(run, held))
+            yield from (Overlap(done + found.wanted, found.held, found.num_elements) for found in overlaps(run, held))
             done += length
         return
     sliced = wanted if wanted.is_sliced else held

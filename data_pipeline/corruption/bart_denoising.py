@@ -95,11 +95,11 @@ class Denoising:
     def __call__(self, sample: dict) -> dict:
         """Fields `source` and `source_mask` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.num_raw]
-        start, end = [self.special.start], [self.end_of_text]
+        start, end, pad = [self.special.required("start")], [self.end_of_text], self.special.required("pad")
         corrupted = self.corrupted(tokens, sample["position"])
-        source, mask = padded(np.concatenate([start, corrupted, end]), self.source_length, self.special.pad)
+        source, mask = padded(np.concatenate([start, corrupted, end]), self.source_length, pad)
         original = np.concatenate([start, tokens, end])
-        row, weights = shifted(self.end_of_text, original, self.target_length, self.special.pad)
+        row, weights = shifted(self.end_of_text, original, self.target_length, pad)
         return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
                 "weights": weights}
 
@@ -114,10 +114,10 @@ class Denoising:
         num_masked = round(tokens.size * self.infill_ratio)
         if num_masked:
             spans = draw_spans(random("infill"), tokens.size, num_masked, self.mean_span)
-            tokens = infill(tokens, spans, self.special.mask)
+            tokens = infill(tokens, spans, self.special.required("mask"))
         if self.mask_ratio:
             chosen = random("mask").chosen(tokens.size, round(tokens.size * self.mask_ratio))
-            tokens = np.where(chosen, self.special.mask, tokens)
+            tokens = np.where(chosen, self.special.required("mask"), tokens)
         if self.delete_ratio:
             tokens = tokens[~random("delete").chosen(tokens.size, round(tokens.size * self.delete_ratio))]
         if self.rotate_rate:

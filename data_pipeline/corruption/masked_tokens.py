@@ -120,6 +120,6 @@ class Masking:
     def _replaced(self, random: RandomStream, tokens: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         chance = random.uniform(tokens.size)
         others = random.below(self.vocab_size, tokens.size)
-        shown = np.where(chance < self.masked_part, self.special.mask, tokens)
+        shown = np.where(chance < self.masked_part, self.special.required("mask"), tokens)
         shown = np.where((chance >= self.masked_part) & (chance < self.masked_part + self.random_part), others, shown)
         return np.where(chosen, shown, tokens)

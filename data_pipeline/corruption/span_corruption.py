@@ -72,10 +72,10 @@ class SpanCorruption:
         """Fields `source` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.counts.num_raw]
         masked = span_mask(RandomStream(self.seed, sample["position"], "spans"), self.counts)
-        end = [self.end_of_text]
-        source = np.concatenate([spans_to_sentinels(tokens, masked, self.special.first_sentinel), end])
-        target = np.concatenate([spans_to_sentinels(tokens, ~masked, self.special.first_sentinel), end])
-        row, weights = shifted(self.special.pad, target, self.target_length, self.special.pad)
+        end, pad, sentinel = [self.end_of_text], self.special.required("pad"), self.special.required("first_sentinel")
+        source = np.concatenate([spans_to_sentinels(tokens, masked, sentinel), end])
+        target = np.concatenate([spans_to_sentinels(tokens, ~masked, sentinel), end])
+        row, weights = shifted(pad, target, self.target_length, pad)
         return {"position": sample["position"], "source": source, "tokens": row, "weights": weights}
 
 
@@ -121,8 +121,9 @@ class PrefixSplit:
         tokens = sample["tokens"][: self.num_raw]
         random = RandomStream(self.seed, sample["position"], "prefix")
         prefix = 1 + int(random.below(self.num_raw - 1, 1)[0])
-        source, mask = padded(tokens[:prefix], self.source_length, self.special.pad)
-        row, weights = shifted(self.special.pad, tokens[prefix:], self.target_length, self.special.pad)
+        pad = self.special.required("pad")
+        source, mask = padded(tokens[:prefix], self.source_length, pad)
+        row, weights = shifted(pad, tokens[prefix:], self.target_length, pad)
         return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
                 "weights": weights}
 
@@ -165,7 +166,7 @@ class FillInTheMiddle:
             return document
         first, second = np.sort((chances[2:] * (text.size + 1)).astype(np.int64))
         prefix, middle, suffix = text[:first], text[first:second], text[second:]
-        pre, suf, mid = ([self.special.first_sentinel - number] for number in range(3))
+        pre, suf, mid = ([self.special.required("first_sentinel") - number] for number in range(3))
         if chances[1] < self.spm_rate:
             parts = [pre, suf, suffix, mid, prefix, middle]
         else:

@@ -27,6 +27,13 @@ class SpecialIds(NamedTuple):
     mask: int | None = None
     first_sentinel: int | None = None
 
+    def required(self, role: str) -> int:
+        """The id of a field. Raises ValueError where the tokenizer has no such token."""
+        found: int | None = getattr(self, role)
+        if found is None:
+            raise ValueError(f"the tokenizer has no token for {role}")
+        return found
+
     @classmethod
     def at_top(cls, vocab_size: int) -> SpecialIds:
         """The ids of a model trained here, counted down from the top of its vocabulary."""

@@ -17,7 +17,7 @@ from data_pipeline.folder.manifest import PairsEntry, PairsManifest
 from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.order import MAX_CACHED_EPOCHS, permutation
-from data_pipeline.text.tokenizer import Tokenizer
+from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 
 CAPTION_SUFFIXES = (".txt", ".json")
 CAPTION_KEYS = ("caption", "text")
@@ -153,7 +153,7 @@ def caption_of(content: bytes, is_json: bool) -> str:
     return text.strip()
 
 
-def caption_tokens(tokenizer: Tokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
+def caption_tokens(tokenizer: TextTokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:
     """int64 [length]: the caption, cut so that end-of-text is kept, padded with it; the place of the first one."""
     ids = tokenizer.encode(caption)[: length - 1]
     tokens = np.full(length, tokenizer.end_of_text, dtype=np.int64)

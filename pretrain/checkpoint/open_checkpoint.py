@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.errors import UserError
 from pretrain.checkpoint.locate import require_checkpoints
 from pretrain.checkpoint.reader import Checkpoint
 from pretrain.checkpoint.store import newest_whole
@@ -20,4 +21,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     require_checkpoints(path)
     checkpoint, _ = newest_whole(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: the checkpoint that was here is gone")
     return checkpoint

@@ -96,7 +96,7 @@ class Checkpoint:
             for same in overlaps(wanted, part.range):
                 self._read_into(part, same.held,
                                 target[same.wanted * ITEM_BYTES : (same.wanted + same.num_elements) * ITEM_BYTES])
-                covered += same.count
+                covered += same.num_elements
         if covered != wanted.count:
             raise CheckpointError(f"{self.folder}: the fragments of {wanted.name} ({wanted.kind}) hold {covered} "
                                   f"elements of {wanted.count}")

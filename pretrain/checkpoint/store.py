@@ -53,7 +53,8 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], field
     _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
     entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
     files = [entry for entry in entries if entry]
-    content = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(), **fields}
+    content: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(),
+                               **fields}
     _together(lambda: _publish(aside, final, content, keep=keep, companions=companions) if rank == 0 else None,
               f"cannot publish {final}")
     return final

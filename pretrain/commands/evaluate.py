@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from common.errors import ExitCode, UserError
 from pretrain.models import families_with
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from parallel.process_groups import Groups
     from pretrain.inference.language import Text
     from pretrain.inference.trained_model import Trained
+    from pretrain.models.family import ImageTextModel
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -130,7 +131,7 @@ def _zero_shot(args: argparse.Namespace, trained: "Trained", groups: "Groups") -
     from data_pipeline.image_text.pair_dataset import PairsDataset
     from pretrain.inference.zero_shot import DualEncoder, classification, retrieval, templates_of
 
-    config = trained.model
+    config = cast("ImageTextModel", trained.model)
     model = DualEncoder(trained.stage, trained.tokenizer, config.image_size, config.sequence_length,
                         batch=args.batch)
     found: dict = {}
@@ -171,7 +172,7 @@ def _masked_quality(args: argparse.Namespace, trained: "Trained", groups: "Group
     dataset = _dataset(args, trained)
     objective = make_loss(trained.objective, trained.model, TensorParallel(groups, trained.device))
     batches = corrupted_batches(trained, dataset, args.batch, args.samples)
-    found = masked_measures(trained, objective, _shown(batches))
+    found: dict[str, Any] = {**masked_measures(trained, objective, _shown(batches))}
     if args.examples:
         found["examples"] = examples(trained, corrupted_batches(trained, dataset, 1, args.examples), args.examples)
     return found

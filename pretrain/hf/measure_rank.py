@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import ConversionError, ExitCode
 from launchers.local.ranks_here import run_ranks
-from parallel.ranks.rank_info import RankInfo, read_rank_info
+from parallel.ranks.rank_info import RankInfo, alone, read_rank_info
 from pretrain.config.run_config import config_from
 from pretrain.reporting import report
 
@@ -42,7 +42,7 @@ def outputs_of_ranks(checkpoint: Path, num_ranks: int, sample: "Tensors", dtype:
 def main(argv: Sequence[str]) -> int:
     """The exit code of this rank."""
     folder, inputs, outputs, dtype = argv
-    info = read_rank_info()
+    info = read_rank_info() or alone()
     return report(lambda: _measure(info, Path(folder), Path(inputs), Path(outputs), dtype=dtype))
 
 

@@ -195,7 +195,7 @@ class HFFolder:
 
 def _wanted(ways: Mapping[str, Converted], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Name and shape in transformers of every tensor that ours are made from."""
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, way in ways.items():
         parts = to_theirs(torch.empty(shapes[name], device="meta"), way.steps)
         wanted |= {theirs: tuple(part.shape) for theirs, part in zip(way.theirs, parts, strict=True)}

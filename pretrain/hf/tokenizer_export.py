@@ -66,7 +66,8 @@ def special_ids(config: RunConfig) -> dict[str, int]:
     spec = OBJECTIVES[config.objective.name]
     num_sentinels = max(spec.reserved_ids(config.objective, config.model) - NUM_FIXED_IDS, 0)
     return {usual[role]: getattr(ids, role) for role in _roles(config)} | {
-        name: ids.first_sentinel - number for number, name in enumerate(spec.special.names_of_sentinels(num_sentinels))}
+        name: ids.required("first_sentinel") - number
+        for number, name in enumerate(spec.special.names_of_sentinels(num_sentinels))}
 
 
 def _usual_names(config: RunConfig) -> dict[str, str]:

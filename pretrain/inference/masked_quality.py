@@ -6,7 +6,7 @@ those of the held-out evaluations in training.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 
@@ -53,24 +53,27 @@ def masked_measures(trained: Trained, objective: Objective, batches: Iterable[Ba
 
     Every further term has its own mean loss, `<term>_loss`; next-sentence prediction also has its accuracy.
     """
-    sums, counts = Counter(), Counter()
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, float] = defaultdict(float)
     hits = num_targets = pair_hits = 0.0
     for batch in batches:
         outputs = trained.stage.run(objective.inputs(batch))
         logits, *scores = outputs if isinstance(outputs, tuple) else (outputs,)
         labels, weights, *not_next = targets = objective.targets(batch)
-        sums.update({name: float(loss) for name, loss in objective.losses(outputs, targets).items()})
-        counts.update({name: float(count) for name, count in objective.counts(batch).items()})
+        for name, loss in objective.losses(outputs, targets).items():
+            sums[name] += float(loss)
+        for name, count in objective.counts(batch).items():
+            counts[name] += float(count)
         num_targets += float(weights.sum())
         hits += float(((logits.argmax(dim=-1) == labels) * weights).sum())
         if scores:
             is_real = weights.sum(dim=0) > 0
             pair_hits += float((scores[0].argmax(dim=-1) == not_next[0])[is_real].sum())
     first, *others = ((name, sums[name] / counts[name]) for name in objective.terms)
-    loss = first[1]
-    found = {"objective": trained.objective.name, "loss": loss, "perplexity": perplexity(loss),
-             "accuracy": hits / num_targets, "num_targets": round(num_targets),
-             **{f"{name}_loss": mean for name, mean in others}}
+    found: dict[str, float | int | str] = {
+        "objective": trained.objective.name, "loss": first[1], "perplexity": perplexity(first[1]),
+        "accuracy": hits / num_targets, "num_targets": round(num_targets),
+        **{f"{name}_loss": mean for name, mean in others}}
     if "next_sentence" in objective.terms:
         found["next_sentence_accuracy"] = pair_hits / counts["next_sentence"]
     return found
@@ -115,4 +118,5 @@ def readable(trained: Trained, ids: list[int]) -> str:
 
     decode = trained.tokenizer.decode
     parts = [(is_text, list(group)) for is_text, group in groupby(ids, lambda token: name(token) is None)]
-    return "".join(decode(group) if is_text else "".join(map(name, group)) for is_text, group in parts)
+    return "".join(decode(group) if is_text else "".join(name(token) or "" for token in group)
+                   for is_text, group in parts)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from pydantic import Field
 
@@ -52,7 +52,8 @@ class EncoderDecoderSpec(FamilySpec[Config]):
     """What families of encoder and decoder have in common; each gives its blocks and the layers around them."""
 
     form = "encoder_decoder"
-    objectives = ("span_corruption", "prefix_lm", "gap_sentences")  # of every such family, the usual one first
+    # of every such family; the first one is the usual one
+    objectives: ClassVar[tuple[str, ...]] = ("span_corruption", "prefix_lm", "gap_sentences")
     evaluation = "masked_quality"
     generation = "answer"
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.corruption.special_ids import SpecialIds
-from pretrain.models.encoder_decoder import EncoderDecoderConfig
+from pretrain.models.encoder_decoder import Config
 from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, TrainingModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class EncoderDecoderAdapter(HFAdapter[EncoderDecoderConfig]):
+class EncoderDecoderAdapter(HFAdapter[Config]):
     """A padded source and a whole target; logits [n, t, v] of the target."""
 
-    def sample(self, model: EncoderDecoderConfig, random: RandomInputs) -> Tensors:
+    def sample(self, model: Config, random: RandomInputs) -> Tensors:
         return {**random.padded_ids(model.sequence_length), "decoder_ids": random.ids(model.num_targets)}
 
     def ours(self, sample: Tensors, model: TrainingModel) -> Tensors:

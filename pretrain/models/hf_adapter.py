@@ -12,13 +12,13 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from data_pipeline.corruption.special_ids import SpecialIds
-from pretrain.models.family import FamilyConfig
+from pretrain.models.family import TextConfig
 from pretrain.models.hf_map import Architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Config = TypeVar("Config", bound=FamilyConfig)
+Config = TypeVar("Config", bound=TextConfig)
 Tensors = dict[str, "Tensor"]
 
 
@@ -85,7 +85,7 @@ class HFAdapter(ABC, Generic[Config]):
         keeps_text_start: a text keeps the tokens that the tokenizer puts before it, as in training.
     """
 
-    architectures: tuple[Architecture, ...]
+    architectures: tuple[Architecture[Config], ...]
     token_names: TokenNames = TokenNames()
     text_separators: tuple[str, ...] = ("eos_token", "sep_token", "bos_token")
     keeps_text_start: bool = False

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from pretrain.models.family import TextConfig
 from pretrain.models.mixture import MixtureFields
 
 REQUIRED = object()  # a key that config.json must hold
-Config = Any  # the config class of the family
+Config = TypeVar("Config", bound=TextConfig, contravariant=True)  # the config class of the family
 
 # -- steps from a tensor of ours to one of transformers ----------------------------------------------------------------
 
@@ -115,7 +116,7 @@ def converted(entries: Iterable[Entry], names: Iterable[str]) -> dict[str, Conve
 
 
 @dataclass(frozen=True)
-class Mapped:
+class Mapped(Generic[Config]):
     """A value that both configs hold.
 
     Args:
@@ -145,7 +146,7 @@ class RequiredValue:
 
 
 @dataclass(frozen=True)
-class SupportedValues:
+class SupportedValues(Generic[Config]):
     """A field of ours that this architecture has for some values only; an import sets the first of them.
 
     implied: an import leaves the field out, because it follows from others or is the default.
@@ -180,10 +181,10 @@ class Ignored:
     theirs: tuple[str, ...]
 
 
-DENSE = SupportedValues("experts", (0,))  # of an architecture without mixtures of experts
+DENSE: SupportedValues[TextConfig] = SupportedValues("experts", (0,))  # of an architecture without mixtures of experts
 OF_A_MIXTURE = tuple(name for name in MixtureFields.model_fields if name != "experts")  # fields without effect there
 
-FieldRule = Mapped | RequiredValue | SupportedValues | TrainingOnly | IfTensorPresent | Ignored
+FieldRule = Mapped[Config] | RequiredValue | SupportedValues[Config] | TrainingOnly | IfTensorPresent | Ignored
 
 # In every config.json: who wrote it, labels of other heads, how texts are generated. No output depends on them.
 _WITHOUT_EFFECT = """
@@ -209,12 +210,12 @@ def unchanged(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class Architecture(Generic[Config]):
     """A model_type of transformers that has the same layers as a family of ours, under other names."""
 
     model_type: str  # as config.json says it
     class_name: Callable[[Config], str]  # the class that holds all of our weights
-    fields: tuple[FieldRule, ...]
+    fields: tuple[FieldRule[Config], ...]
     names: Callable[[Config], tuple[Entry, ...]]
     # our fields that config.json has no key for: they don't change the outputs, or follow from others on import
     without_key: tuple[str, ...] = ()
@@ -233,7 +234,7 @@ class Architecture:
     pads_with: Callable[[Config], int | None] = lambda config: None  # an id that means padding at every place
 
 
-def vocabulary(config: Config) -> Rows:
+def vocabulary(config: TextConfig) -> Rows:
     """The token table without its padding."""
     return Rows(0, config.vocab_size, config.padded_vocab_size)
 

@@ -45,6 +45,8 @@ def span_corruption(given: StageInputs[SpanCorruptionConfig, TargetModel]) -> li
     """Spans move from the source to the target."""
     config, model = given.config, given.model
     counts = raw_tokens(model.sequence_length, config.noise_density, config.mean_span_length)
+    if counts is None:
+        raise ValueError(f"no sample of span corruption has a source of {model.sequence_length} tokens")
     return [each(SpanCorruption(given.seed, counts, model.num_targets, given.special,
                                 end_of_text=given.dataset.end_of_text))]
 

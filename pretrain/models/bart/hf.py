@@ -51,7 +51,7 @@ def _names(config: BARTConfig) -> tuple[Entry, ...]:
     return table, *_side_names(config, "encoder"), *_side_names(config, "decoder")
 
 
-BART = Architecture(
+BART: Architecture[BARTConfig] = Architecture(
     model_type="bart",
     class_name=lambda config: "BartForConditionalGeneration",
     fields=(
@@ -95,7 +95,7 @@ BART = Architecture(
 )
 
 
-class BARTAdapter(EncoderDecoderAdapter):
+class BARTAdapter(EncoderDecoderAdapter[BARTConfig]):
     """BART."""
 
     architectures = (BART,)

@@ -11,6 +11,7 @@ from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, TokenNa
 from pretrain.models.hf_map import (
     Architecture,
     Entry,
+    FieldRule,
     IfTensorPresent,
     Mapped,
     RequiredValue,
@@ -62,7 +63,7 @@ def _roberta_names(config: BERTConfig) -> tuple[Entry, ...]:
     )
 
 
-_FIELDS = (
+_FIELDS: tuple[FieldRule[BERTConfig], ...] = (
     Mapped("layers", "num_hidden_layers", 12),
     Mapped("hidden", "hidden_size", 768),
     Mapped("heads", "num_attention_heads", 12),
@@ -100,7 +101,7 @@ def _roberta_write(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"pad_token_id": offset - 1, "max_position_embeddings": rows}
 
 
-BERT = Architecture(
+BERT: Architecture[BERTConfig] = Architecture(
     model_type="bert",
     class_name=lambda config: "BertForPreTraining" if config.next_sentence else "BertForMaskedLM",
     fields=(
@@ -117,7 +118,7 @@ BERT = Architecture(
     renamed=(("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")),
 )
 
-ROBERTA = Architecture(
+ROBERTA: Architecture[BERTConfig] = Architecture(
     model_type="roberta",
     class_name=lambda config: "RobertaForMaskedLM",
     fields=(

@@ -10,6 +10,7 @@ from pretrain.models.hf_adapter import HFAdapter, RandomInputs, Tensors, Trainin
 from pretrain.models.hf_map import (
     Architecture,
     Entry,
+    FieldRule,
     Ignored,
     Mapped,
     RequiredValue,
@@ -63,7 +64,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "text_config": {"eos_token_id": 49407, **text}}
 
 
-def _tower_fields(tower: str, theirs: str, *, hidden: int, ffn: int, heads: int) -> tuple:
+def _tower_fields(tower: str, theirs: str, *, hidden: int, ffn: int, heads: int) -> tuple[FieldRule[CLIPConfig], ...]:
     return (
         Mapped(f"{tower}_layers", f"{theirs}.num_hidden_layers", 12),
         Mapped(f"{tower}_hidden", f"{theirs}.hidden_size", hidden),
@@ -90,7 +91,7 @@ def _image_processor(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-CLIP = Architecture(
+CLIP: Architecture[CLIPConfig] = Architecture(
     model_type="clip",
     class_name=lambda config: "CLIPModel",
     fields=(

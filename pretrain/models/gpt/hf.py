@@ -12,6 +12,7 @@ from pretrain.models.hf_map import (
     OF_A_MIXTURE,
     Architecture,
     Entry,
+    FieldRule,
     Ignored,
     Joined,
     Mapped,
@@ -48,7 +49,7 @@ def _gpt2_names(config: GPTConfig) -> tuple[Entry, ...]:
     )
 
 
-GPT2 = Architecture(
+GPT2: Architecture[GPTConfig] = Architecture(
     model_type="gpt2",
     class_name=lambda config: "GPT2LMHeadModel",
     fields=(
@@ -141,7 +142,7 @@ def window_read(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def llama_fields(*, max_positions: int, ffn: int, kv_heads: int | None, norm_epsilon: float, rotary_base: float
-                 ) -> tuple:
+                 ) -> tuple[FieldRule[GPTConfig], ...]:
     """What Llama and its descendants share; the arguments are the defaults in which they differ."""
     return (
         Mapped("layers", "num_hidden_layers", 32),
@@ -169,7 +170,7 @@ def _tied(config: GPTConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tied_head else {}
 
 
-LLAMA = Architecture(
+LLAMA: Architecture[GPTConfig] = Architecture(
     model_type="llama",
     class_name=lambda config: "LlamaForCausalLM",
     fields=(
@@ -189,7 +190,7 @@ LLAMA = Architecture(
 
 WHOLE_WINDOW = "set max_position_embeddings in config.json to at most sliding_window: up to there attention is whole"
 
-MISTRAL = Architecture(
+MISTRAL: Architecture[GPTConfig] = Architecture(
     model_type="mistral",
     class_name=lambda config: "MistralForCausalLM",
     fields=(
@@ -206,7 +207,7 @@ MISTRAL = Architecture(
     read=window_read,
 )
 
-MIXTRAL = Architecture(
+MIXTRAL: Architecture[GPTConfig] = Architecture(
     model_type="mixtral",
     class_name=lambda config: "MixtralForCausalLM",
     fields=(

@@ -10,6 +10,7 @@ from pretrain.models.hf_map import (
     OF_A_MIXTURE,
     Architecture,
     Entry,
+    FieldRule,
     Grouped,
     Ignored,
     Mapped,
@@ -107,7 +108,7 @@ def _read(values: dict[str, Any]) -> dict[str, Any]:
 WITHOUT_KEY = ("family", "attention_dropout", "target_length", "pad_vocab_to")
 
 
-def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) -> tuple:
+def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) -> tuple[FieldRule[T5Config], ...]:
     """What T5 and Switch share; the arguments are the defaults in which they differ."""
     return (
         Mapped("layers", "num_layers", layers),
@@ -128,7 +129,7 @@ def _fields(layers: int, decoder_layers: int | None, hidden: int, heads: int) ->
     )
 
 
-T5 = Architecture(
+T5: Architecture[T5Config] = Architecture(
     model_type="t5",
     class_name=lambda config: "T5ForConditionalGeneration",
     fields=(
@@ -196,7 +197,7 @@ def _as_there(config: T5Config) -> bool:
                for count in (config.layers, config.num_decoder_layers))
 
 
-SWITCH = Architecture(
+SWITCH: Architecture[T5Config] = Architecture(
     model_type="switch_transformers",
     class_name=lambda config: "SwitchTransformersForConditionalGeneration",
     fields=(
@@ -234,7 +235,7 @@ SWITCH = Architecture(
 )
 
 
-class T5Adapter(EncoderDecoderAdapter):
+class T5Adapter(EncoderDecoderAdapter[T5Config]):
     """T5 and Switch."""
 
     architectures = (T5, SWITCH)
