@@ -1,7 +1,7 @@
 # make install   a virtual environment in .venv with the tested versions; nothing to do the second time
 # make demo      prepares data, trains the tiny GPT and shows the result
-# make demo-t5   the same with the tiny T5, which fills in hidden spans
-# make demo-clip draws captioned shapes, trains the tiny CLIP, names combinations that it never saw
+# make demo-t5   the same with the tiny T5, which fills in masked spans
+# make demo-clip draws captioned shapes, trains the tiny CLIP, classifies combinations outside of its training set
 # make gpu-check  on one GPU: what must agree there, then the speed of two models, in about eight minutes
 # make test      what CI runs     make quick   the fast part of it     make lint   make docs
 # make faults    signals, lost nodes, killed launchers, hostile values: ARGS="--rows F3,F8 --trials 2 --seed 7"
