@@ -53,10 +53,11 @@ class GapSentences:
         tokens, end = sample["tokens"][: self.num_raw], [self.end_of_text]
         sentences = np.split(tokens, np.flatnonzero(self.is_end[tokens[:-1]]) + 1)
         gaps = self.gaps(sentences, sample["position"])
-        kept = [[self.special.mask] if number in gaps else sentence for number, sentence in enumerate(sentences)]
-        source, mask = padded(np.concatenate([*kept, end]), self.source_length, self.special.pad)
+        gap, pad = [self.special.required("mask")], self.special.required("pad")
+        kept = [gap if number in gaps else sentence for number, sentence in enumerate(sentences)]
+        source, mask = padded(np.concatenate([*kept, end]), self.source_length, pad)
         target = np.concatenate([sentences[number] for number in sorted(gaps)])[: self.target_length - 1]
-        row, weights = shifted(self.special.pad, np.concatenate([target, end]), self.target_length, self.special.pad)
+        row, weights = shifted(pad, np.concatenate([target, end]), self.target_length, pad)
         return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
                 "weights": weights}
 
