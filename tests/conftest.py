@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from data_pipeline.image_text.synthetic_shapes import write_shapes
 from tests.helpers import devices
@@ -14,6 +15,10 @@ from tests.helpers.recipes import write_drawn_dataset, write_recipe
 from tests.helpers.shared import make_once
 
 devices.hide()
+
+# A busy machine is no reason to fail: neither a slow example nor slow generation of examples.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 STARTS_RANKS = ("parity", "e2e")  # folders whose tests say themselves whether `make quick` takes them
 
