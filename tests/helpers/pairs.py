@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
 from itertools import combinations, pairwise, product
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -21,6 +20,7 @@ from parallel.pipeline_stages import cut
 from pretrain.config.config_file import RawConfig, apply_overrides
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.models import FAMILIES, family_spec
+from pretrain.models.build import layer_list
 from pretrain.objectives import OBJECTIVES
 from tests.helpers.recipes import recipe_of
 
@@ -113,7 +113,7 @@ def crosses_two_tensors(record: Mapping[str, Any]) -> bool:
     config = config_from({name: record[name] for name in RunConfig.model_fields}, "record")
     if config.model.family not in ENCODER_DECODERS:
         return False
-    specs = import_module(f"{FAMILIES[config.model.family]}.modules").layers(config.model, None)
+    specs = layer_list(config.model, None, config.num_predictions)
     bounds = cut([spec.cost for spec in specs], config.parallel.num_stages, [spec.with_next for spec in specs])
     inside = [spec.name.startswith("decoder.") and not spec.name.endswith("final_norm") for spec in specs]
     return any(inside[before] and inside[after] for before, after in pairwise(range(len(specs))) if after in bounds)

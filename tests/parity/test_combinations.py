@@ -53,7 +53,7 @@ CASES = [  # family, ranks, what makes the model or its loss another, what must 
     ("bart", 1, [*PREFIX, *EXPERTS], [*zero(2), *OFFLOAD, *BF16, *REDUCE, *SELECTIVE, *CHUNKS, *WHOLE]),
     ("bart", 1, EXPERTS, [*zero(1), *OFFLOAD, *REDUCE, *SELECTIVE, "parallel.recompute_every=2", *CHUNKS, *WHOLE]),
     ("bart", 2, [], zero(2)),
-    ("t5", 4, [*GAPS, *UNTIED], [*SEQUENCE, *zero(3), *BF16, *REDUCE, *SPARSE, *CHUNKS, *WHOLE]),
+    ("t5", 2, [*GAPS, *UNTIED], [*SEQUENCE, *zero(3), *BF16, *REDUCE, *SPARSE, *CHUNKS, *WHOLE]),
     ("bart", 2, [*GAPS, *EXPERTS], [*SPREAD, *zero(2), *SELECTIVE]),
     ("t5", 2, GAPS, [*FOLDED, *zero(1), *OFFLOAD]),
     ("bart", 4, GAPS, [*TENSOR, *SPARSE]),

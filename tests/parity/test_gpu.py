@@ -49,6 +49,8 @@ CASES = [  # GPUs, family, options of the model, options that change nothing but
     (2, "gpt", [], [*HOST, "parallel.context=2", "precision.compute=fp16"], HALF),
     (2, "t5", [], [*HOST, "precision.compute=bf16", "precision.reduce=compute", "parallel.micro_batch=2"], HALF),
     (1, "bart", [], HOST, FP32),
+    (1, "bart", ["objective.name=gap_sentences"], HOST, FP32),
+    (1, "t5", ["objective.name=gap_sentences"], FP16, HALF),
     (1, "bert", [], HOST, FP32),
     (1, "clip", [], HOST, FP32),
     (2, "clip", ["objective.name=siglip"], HOST, FP32),

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.training.metrics import METRICS_FILE, read_metrics
-from tests.helpers.ranks import train_on
-from tests.helpers.recipes import recipe_of, write_recipe
-
 pytestmark = pytest.mark.slow
 
 STEPS = 4
@@ -41,31 +37,17 @@ CASES = [  # family, ranks, what makes the model another, what must change nothi
     ("bart", 2, STRONG, [*PIPELINE, *ZERO_1, *SELECTIVE]),
     ("bart", 2, [*STRONG, "objective.name=span_corruption"], [*FOLDED, *ZERO_1, *FULL]),
     ("bart", 2, STRONG, [*PIPELINE, *BF16, *SELECTIVE]),
+    ("bart", 2, [*STRONG, "objective.name=gap_sentences"], [*PIPELINE, *ZERO_1, *FULL]),
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
-    """The records of a family's run by its options, each made once."""
-    known: dict[tuple, list[dict]] = {}
-
-    def records(family: str, ranks: int, options: list[str]) -> list[dict]:
-        key = (family, ranks, *options)
-        if key not in known:
-            folder = tmp_path_factory.mktemp(family)
-            recipe = write_recipe(folder / "recipe.yaml", dataset, recipe_of(family))
-            codes = train_on(ranks, recipe, [f"run.dir={folder / 'run'}", f"run.steps={STEPS}",
-                                             "schedule.warmup_steps=1", "optimizer.lr=1e-3", *options])
-            assert codes == [0] * ranks
-            known[key] = read_metrics(folder / "run" / METRICS_FILE)
-        return known[key]
-
-    return records
+OPTIONS = [f"run.steps={STEPS}", "schedule.warmup_steps=1", "optimizer.lr=1e-3"]
 
 
 @pytest.mark.parametrize(("family", "ranks", "model", "extra"), CASES, ids=str)
-def test_the_curve_is_the_same(family, ranks, model, extra, run):
-    expected, found = run(family, 1, model), run(family, ranks, [*model, *extra])
+def test_the_curve_is_the_same(family, ranks, model, extra, runs):
+    expected = runs(family, 1, [*OPTIONS, *model]).steps
+    found = runs(family, ranks, [*OPTIONS, *model, *extra]).steps
     assert len(found) == len(expected) == STEPS
     bound = 2e-2 if BF16[0] in extra else 1e-5
     assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], rel=bound)
