@@ -139,6 +139,5 @@ def check_same(found: Run, expected: Run, bound: float = 1e-5) -> None:
 
 def check_reference(run: Run, learnt: float, clip_norm: float = SHORT_CLIP_NORM) -> None:
     """The reference learned and was clipped; else equality with it would prove little."""
-    # the lowest loss and not the last one: a step of BERT has few masked tokens, and the last one may be a hard batch
-    assert min(run.losses) < run.losses[0] - learnt, "the reference did not learn"
+    assert run.losses[-1] < run.losses[0] - learnt, "the reference did not learn"
     assert any(norm > clip_norm for norm in run.norms), "clipping never acted"
