@@ -25,7 +25,7 @@ from data_pipeline.samples import Dataset
 
 logger = logging.getLogger(__name__)
 
-MicroBatch = dict[str, torch.Tensor]
+TensorBatch = dict[str, torch.Tensor]
 Item = TypeVar("Item")
 
 FAULTS = "faults"
@@ -124,7 +124,7 @@ def unchanged(item: Item) -> Item:
     return item
 
 
-def as_tensors(arrays: dict[str, np.ndarray]) -> MicroBatch:
+def as_tensors(arrays: dict[str, np.ndarray]) -> TensorBatch:
     """The same memory as tensors."""
     return {name: torch.from_numpy(array) for name, array in arrays.items() if name != FAULTS}
 
@@ -195,7 +195,7 @@ class Loader:
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> list[MicroBatch]:
+    def __next__(self) -> list[TensorBatch]:
         micro_batches = []
         for _ in range(self.plan.micro_batches_per_step):
             item = next(self._stream)
@@ -245,7 +245,7 @@ class Loader:
 
 def heldout_batches(
     dataset: Dataset, plan: BatchPlan, read: ReadOptions, num_samples: int | None = None
-) -> Iterator[MicroBatch]:
+) -> Iterator[TensorBatch]:
     """Yield this rank's micro-batches of the first `num_samples` samples (None: one epoch), then end.
 
     Each holds the fields of a training batch and "weights", float32: [micro_batch, sequence_length] for text, or what

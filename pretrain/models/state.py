@@ -8,7 +8,7 @@ parts that may be absent stand last in each NamedTuple.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -25,3 +25,19 @@ def handed_on(parts: tuple[Tensor | None, ...]) -> State:
     """The parts that are there, as a layer gives them to the next: a tensor where there is one, else a tuple."""
     present = tuple(part for part in parts if part is not None)
     return present if len(present) > 1 else present[0]
+
+
+class EncoderState(NamedTuple):
+    """Between the layers of the encoder, in a family of encoder and decoder."""
+
+    x: Tensor  # source ids int64 [b, s], their rows [b, s, h], then [s(/tp), b, h]
+    decoder_ids: Tensor  # int64 [b, t]
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
+
+
+class DecoderState(NamedTuple):
+    """Between the layers of the decoder, in a family of encoder and decoder."""
+
+    x: Tensor  # [t(/tp), b, h]
+    memory: Tensor | None = None  # the encoder's output [s(/tp), b, h]; absent behind the last block
+    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source

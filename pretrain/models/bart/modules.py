@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
-
-from torch import Tensor
+from typing import Any
 
 from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.bart.spec import NUM_UNUSED_POSITIONS, SPEC, BARTConfig
 from pretrain.models.blocks import Block, key_mask
 from pretrain.models.shapes import BlockShape
-from pretrain.models.state import State, handed_on, opened
+from pretrain.models.state import DecoderState, EncoderState, State, handed_on, opened
 from pretrain.models.vocabulary import Embedding, Head, PositionedInput
 
 
@@ -30,22 +28,6 @@ def layers(config: BARTConfig, tp: TensorParallel) -> list[LayerSpec]:
     specs += [LayerSpec(name, partial(DecoderBlock, shape, tp, name, last=name == last), recompute=True)
               for name, shape in decoder.named()]
     return [*specs, LayerSpec("head", partial(Head, config, tp, None), tied_to="embedding", vocabulary=True)]
-
-
-class EncoderState(NamedTuple):
-    """Between the layers of the encoder."""
-
-    x: Tensor  # source ids int64 [b, s], their rows [b, s, h], then [s(/tp), b, h]
-    decoder_ids: Tensor  # int64 [b, t]
-    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
-
-
-class DecoderState(NamedTuple):
-    """Between the layers of the decoder."""
-
-    x: Tensor  # [t(/tp), b, h]
-    memory: Tensor | None = None  # the encoder's output [s(/tp), b, h]; absent behind the last block
-    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
 
 
 class EncoderInput(PositionedInput):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import log
-from typing import NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from parallel.pipeline_stages import LayerSpec
 from parallel.tensor_parallel import TensorParallel
 from pretrain.models.blocks import Block, Norm, causal_mask, key_mask
 from pretrain.models.shapes import BlockShape
-from pretrain.models.state import State, handed_on, opened
+from pretrain.models.state import DecoderState, EncoderState, State, handed_on, opened
 from pretrain.models.t5.spec import SPEC, T5Config
 from pretrain.models.vocabulary import Embedding, Head, entered
 
@@ -38,22 +38,6 @@ def layers(config: T5Config, tp: TensorParallel) -> list[LayerSpec]:
     head = partial(Head, config, tp, None, small) if config.tied_head else partial(Head, config, tp, small)
     return [*specs, LayerSpec("decoder.final_norm", norm),
             LayerSpec("head", head, tied_to="embedding" if config.tied_head else None, vocabulary=True)]
-
-
-class EncoderState(NamedTuple):
-    """Between the layers of the encoder."""
-
-    x: Tensor  # source ids int64 [b, s], their rows [b, s, h], then [s(/tp), b, h]
-    decoder_ids: Tensor  # int64 [b, t]
-    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
-
-
-class DecoderState(NamedTuple):
-    """Between the layers of the decoder."""
-
-    x: Tensor  # [t(/tp), b, h]
-    memory: Tensor | None = None  # the encoder's output [s(/tp), b, h]; absent behind the last block
-    mask: Tensor | None = None  # int64 [b, s], 0 for padding of the source
 
 
 class Entrance(nn.Module):
