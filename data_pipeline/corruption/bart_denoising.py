@@ -8,10 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
-from data_pipeline.corruption.span_corruption import padded, shifted
-from data_pipeline.corruption.special_ids import SpecialIds
+from data_pipeline.corruption.span_corruption import SourceTarget
 
 
 class Spans(NamedTuple):
@@ -61,14 +59,12 @@ def permute_sentences(random: RandomStream, tokens: np.ndarray, is_end: np.ndarr
 
 
 @dataclass(frozen=True)
-class Denoising:
+class Denoising(SourceTarget):
     """The source is the corrupted sample between start and end-of-text, the target the original sample.
 
+    Both lengths are at least `num_raw` + 2.
+
     Args:
-        seed: of the random stream.
-        num_raw: tokens of a sample.
-        source_length, target_length: s and t, each at least `num_raw` + 2.
-        special: ids of start, mask and padding.
         end_of_text: ends source and target; also the first decoder input.
         is_end: bool [vocabulary], True for tokens that end a sentence; None leaves sentences in order.
         infill_ratio: fraction of the tokens in spans that become one mask each.
@@ -78,12 +74,7 @@ class Denoising:
         rotate_rate: fraction of the samples that are rotated to begin at a random token.
     """
 
-    seed: NoiseSeed
-    num_raw: int
-    source_length: int
-    target_length: int
     _: KW_ONLY
-    special: SpecialIds
     end_of_text: int
     is_end: np.ndarray | None
     infill_ratio: float
@@ -95,13 +86,10 @@ class Denoising:
     def __call__(self, sample: dict) -> dict:
         """Fields `source` and `source_mask` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.num_raw]
-        start, end, pad = [self.special.required("start")], [self.end_of_text], self.special.required("pad")
+        start, end = [self.special.required("start")], [self.end_of_text]
         corrupted = self.corrupted(tokens, sample["position"])
-        source, mask = padded(np.concatenate([start, corrupted, end]), self.source_length, pad)
-        original = np.concatenate([start, tokens, end])
-        row, weights = shifted(self.end_of_text, original, self.target_length, pad)
-        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
-                "weights": weights}
+        return self.fields(sample["position"], np.concatenate([start, corrupted, end]),
+                           np.concatenate([start, tokens, end]), decoder_start=self.end_of_text)
 
     def corrupted(self, tokens: np.ndarray, position: int) -> np.ndarray:
         """The corrupted tokens of the sample at `position`, at most as many as `tokens`."""

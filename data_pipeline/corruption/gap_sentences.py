@@ -4,10 +4,8 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 
-from data_pipeline.corruption.noise_seed import NoiseSeed
 from data_pipeline.corruption.random_stream import RandomStream
-from data_pipeline.corruption.span_corruption import padded, shifted
-from data_pipeline.corruption.special_ids import SpecialIds
+from data_pipeline.corruption.span_corruption import SourceTarget
 
 
 def rouge1_f1(sentences: list[np.ndarray]) -> np.ndarray:
@@ -23,26 +21,19 @@ def rouge1_f1(sentences: list[np.ndarray]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class GapSentences:
+class GapSentences(SourceTarget):
     """The source is the window with one mask for each gap sentence, the target the gap sentences in their order.
 
+    The source length is at least `num_raw` + 1.
+
     Args:
-        seed: of the random stream.
-        num_raw: tokens of a sample.
-        source_length, target_length: s, at least `num_raw` + 1, and t.
-        special: ids of the mask and of padding.
         end_of_text: ends source and target.
         is_end: bool [vocabulary], True for tokens that end a sentence.
         gap_ratio: fraction of the sentences that become gaps; at least one does, and only those that fit the target.
         choice: "principal", the sentences with the highest ROUGE-1 F1 against the rest, or "random".
     """
 
-    seed: NoiseSeed
-    num_raw: int
-    source_length: int
-    target_length: int
     _: KW_ONLY
-    special: SpecialIds
     end_of_text: int
     is_end: np.ndarray
     gap_ratio: float
@@ -53,13 +44,11 @@ class GapSentences:
         tokens, end = sample["tokens"][: self.num_raw], [self.end_of_text]
         sentences = np.split(tokens, np.flatnonzero(self.is_end[tokens[:-1]]) + 1)
         gaps = self.gaps(sentences, sample["position"])
-        gap, pad = [self.special.required("mask")], self.special.required("pad")
+        gap = [self.special.required("mask")]
         kept = [gap if number in gaps else sentence for number, sentence in enumerate(sentences)]
-        source, mask = padded(np.concatenate([*kept, end]), self.source_length, pad)
         target = np.concatenate([sentences[number] for number in sorted(gaps)])[: self.target_length - 1]
-        row, weights = shifted(pad, np.concatenate([target, end]), self.target_length, pad)
-        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
-                "weights": weights}
+        return self.fields(sample["position"], np.concatenate([*kept, end]), np.concatenate([target, end]),
+                           decoder_start=self.special.required("pad"))
 
     def gaps(self, sentences: list[np.ndarray], position: int) -> set[int]:
         """Numbers of the gap sentences of the sample at `position`, the best ones first until the target is full."""

@@ -48,6 +48,32 @@ def padded(tokens: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.nd
 
 
 @dataclass(frozen=True)
+class SourceTarget:
+    """What stages have in common whose source and target are padded to the lengths of the two sides of a model.
+
+    Args:
+        seed: of the random stream.
+        num_raw: tokens of a sample.
+        source_length, target_length: s and t.
+        special: ids of the special tokens that the stage uses, and of padding.
+    """
+
+    seed: NoiseSeed
+    num_raw: int
+    source_length: int
+    target_length: int
+    _: KW_ONLY
+    special: SpecialIds
+
+    def fields(self, position: int, source: np.ndarray, target: np.ndarray, decoder_start: int) -> dict:
+        """Fields `source` and `source_mask` [s], `tokens` [t + 1] behind `decoder_start`, `weights` [t]."""
+        pad = self.special.required("pad")
+        row, weights = shifted(decoder_start, target, self.target_length, pad)
+        source, mask = padded(source, self.source_length, pad)
+        return {"position": position, "source": source, "source_mask": mask, "tokens": row, "weights": weights}
+
+
+@dataclass(frozen=True)
 class SpanCorruption:
     """T5's objective: masked spans move from the source to the target (Raffel et al. 2020, section 3.1.4).
 
@@ -99,33 +125,18 @@ class PrefixCut:
 
 
 @dataclass(frozen=True)
-class PrefixSplit:
+class PrefixSplit(SourceTarget):
     """Prefix LM of an encoder-decoder: a random prefix is the source, the rest the target.
 
-    Args:
-        seed: of the random stream.
-        num_raw: tokens of a sample.
-        source_length, target_length: s and t, each at least `num_raw` - 1.
-        special: the id of padding.
+    Both lengths are at least `num_raw` - 1.
     """
-
-    seed: NoiseSeed
-    num_raw: int
-    source_length: int
-    target_length: int
-    _: KW_ONLY
-    special: SpecialIds
 
     def __call__(self, sample: dict) -> dict:
         """Fields `source` and `source_mask` [s], `tokens` [t + 1], `weights` [t]."""
         tokens = sample["tokens"][: self.num_raw]
         random = RandomStream(self.seed, sample["position"], "prefix")
         prefix = 1 + int(random.below(self.num_raw - 1, 1)[0])
-        pad = self.special.required("pad")
-        source, mask = padded(tokens[:prefix], self.source_length, pad)
-        row, weights = shifted(pad, tokens[prefix:], self.target_length, pad)
-        return {"position": sample["position"], "source": source, "source_mask": mask, "tokens": row,
-                "weights": weights}
+        return self.fields(sample["position"], tokens[:prefix], tokens[prefix:], self.special.required("pad"))
 
 
 @dataclass(frozen=True)
