@@ -1,4 +1,4 @@
-"""How the work is spread and in which numbers it is done: the user's degrees and precision (facts: no torch)."""
+"""How the work is spread and in which numbers it is done: the user's degrees and precision (no torch)."""
 
 from typing import Literal
 
@@ -41,7 +41,7 @@ class ParallelConfig(BaseModel):
         "`parameters` also the weights (stage 3)"
     )
     offload_folder: str = Field(
-        "", description="folder on a local disc of each node (NVMe) in whose files offload keeps master weights and "
+        "", description="folder on a local disk of each node (NVMe) in whose files offload keeps master weights and "
         "moments, where host memory is too small for them; empty: in host memory"
     )
     loss_chunk_tokens: int = Field(

@@ -76,7 +76,7 @@ class Engine:
             source: where weights and moments come from; None for weights drawn from `seed`.
 
         Raises:
-            NoRoom: the disc of `parallel.offload_folder` is full.
+            NoRoom: the disk of `parallel.offload_folder` is full.
         """
         self.groups, self.layout, self.objective, self.device = groups, groups.layout, objective, device
         self.seed = seed
@@ -150,7 +150,7 @@ class Engine:
 
     @property
     def needs_data(self) -> bool:
-        """Whether this rank reads batches: only those of the first and the last stage do; folded, that is one rank."""
+        """Whether this rank reads batches: the first and the last stage do, and one rank has both if V-shaped."""
         return self.groups.coordinates.pp in (0, 0 if self.v_shaped else self.layout.pipeline - 1)
 
     def train_step(self, batches: list[Batch] | None, step: int, learning_rate: float) -> StepResult:

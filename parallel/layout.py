@@ -1,4 +1,4 @@
-"""Where each rank stands on each axis, in pure integers (facts: no torch).
+"""Where each rank stands on each axis, in pure integers (no torch).
 
 The order is megatron-core's default, `tp-cp-ep-dp-pp`, and that of DeepSpeed's `PipeModelDataParallelTopology`: tensor
 ranks are neighbours, then context ranks, then data ranks, and stages are furthest apart.

@@ -118,7 +118,9 @@ class LossTerms:
             dist.all_reduce(totals, group=self.groups.replicas)  # replicas: each computed the losses of its share
         if self.layout.pipeline > 1:
             dist.all_reduce(totals, group=self.groups.pipeline)  # pipeline: one of its stages computed the losses
-        return totals[0].float().tolist(), totals[1].tolist()
+        totals[0] = totals[0].float()  # losses are reported in fp32
+        sums, counts = totals.tolist()  # one copy from the device
+        return sums, counts
 
     def _losses(self, means: list[float], counts: list[float]) -> Losses:
         loss = sum(weight * mean for weight, mean in zip(self.objective.terms.values(), means, strict=True))

@@ -6,7 +6,6 @@ elements that it keeps and no others.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.seeding import derive_key
 from parallel.normal_numbers import UniformBits, inverse_normal
 from parallel.tensor_slice import SliceRange
 
@@ -109,8 +109,7 @@ def draw_range(wanted: SliceRange, plan: ParameterPlan, seed: int) -> Tensor:
     """
     if plan.std == 0.0:
         return torch.full((wanted.count,), plan.mean)
-    digest = hashlib.sha256(f"{seed}:{wanted.name}".encode()).digest()
-    key = int.from_bytes(digest[:16], "little")
+    key = derive_key(seed, wanted.name)
     drawn = np.empty(wanted.count, dtype=np.float32)
 
     def draw_chunk(chunk: SliceRange) -> None:

@@ -1,8 +1,4 @@
-"""The doorway to DeepSpeed: from a layout to its configuration and engine. No other file imports it.
-
-DeepSpeed's defaults are not ours (it clips at 1.0 when nothing is said and accepts unknown keys), so every key that
-matters is written out here.
-"""
+"""DeepSpeed's engines around a model that we built: the pipeline engine where there are stages, else its plain one."""
 
 from __future__ import annotations
 

@@ -53,5 +53,5 @@ def separate_experts(model: nn.Module, optimizer: torch.optim.Optimizer, groups:
         if experts:
             separated.append({**group, "params": experts, "moe": True, "name": name})
     if any(group.get("moe") for group in separated):
-        model.spread_experts = _ExpertGroups(groups)
+        model.expert_groups = _ExpertGroups(groups)
         optimizer.param_groups[:] = separated

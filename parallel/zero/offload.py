@@ -1,4 +1,4 @@
-"""What offload needs of a machine, and optimizer state in files of a local disc where host memory is too small."""
+"""What offload needs of a machine, and optimizer state in files of a local disk where host memory is too small."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def lacking_for_offload(parallel: ParallelConfig, device_type: str) -> str | Non
     folder = parallel.offload_folder
     if folder and not (Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         return (f"parallel.offload_folder={folder} is not a folder that this process may write to: name one on a local "
-                "disc of every node (NVMe), or leave it empty to keep the optimizer in host memory")
+                "disk of every node (NVMe), or leave it empty to keep the optimizer in host memory")
     return None
 
 
 class MappedFiles:
-    """Tensors whose memory is a file: the kernel writes them to the disc and reads them back as room requires.
+    """Tensors whose memory is a file: the kernel writes them to the disk and reads them back as room requires.
 
     A file has no name from the moment it is mapped, so that its room is free again however the process ends.
     """
@@ -47,7 +47,7 @@ class MappedFiles:
         self.folder = Path(folder)
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
-        """Raises NoRoom when the disc is full: better now than by SIGBUS at the first write."""
+        """Raises NoRoom when the disk is full: better now than by SIGBUS at the first write."""
         num_bytes = max(1, tensor.numel()) * tensor.element_size()
         try:
             with tempfile.NamedTemporaryFile(prefix="trainyard-", suffix=".optimizer", dir=self.folder) as file:

@@ -97,7 +97,7 @@ def whole_weights(slots: Iterable[Slot]) -> Iterator[HeldWeight]:
 def zero3_weights(slot: Slot, replica: int) -> Iterator[HeldWeight]:
     """This replica's piece of a parameter, and all of it where DeepSpeed keeps it gathered."""
     parameter = zero3(slot.parameter)
-    if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disc
+    if parameter.ds_tensor.status.name == "AVAILABLE":  # not while it lies on a disk
         held = parameter.partition_numel()
         count = max(0, min(held, parameter.ds_numel - replica * held))  # behind it lies padding
         start, piece = replica * held, parameter.ds_tensor.view(-1)[:count]

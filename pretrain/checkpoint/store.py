@@ -52,11 +52,13 @@ def save(checkpoints: Path, step: int, fragments: Iterable[OwnedFragment], field
     rank = dist.get_rank()
     _together(lambda: _clear(aside) if rank == 0 else None, f"cannot make {aside}")
     entries = _together(lambda: _write_own(aside, rank, fragments), f"cannot write to {aside}")
-    files = [entry for entry in entries if entry]
-    content: dict[str, Any] = {"format": FORMAT, "step": step, "files": files, "versions": package_versions(),
-                               **fields}
-    _together(lambda: _publish(aside, final, content, keep=keep, companions=companions) if rank == 0 else None,
-              f"cannot publish {final}")
+
+    def publish() -> None:
+        content = {"format": FORMAT, "step": step, "files": [entry for entry in entries if entry],
+                   "versions": package_versions(), **fields}
+        _publish(aside, final, content, keep=keep, companions=companions)
+
+    _together(lambda: publish() if rank == 0 else None, f"cannot publish {final}")
     return final
 
 

@@ -71,7 +71,7 @@ def write_run(source: HFFolder, config: RunConfig, to: Path, file_bytes: int) ->
 
 
 def _manifest_fields(source: HFFolder, config: RunConfig) -> dict[str, Any]:
-    """As `pretrain.training.resume.facts_of`, for a run that has not taken a step."""
+    """As `pretrain.training.resume.manifest_fields`, for a run that has not taken a step."""
     return {
         "config": json.loads(config.model_dump_json()), "dataset": None, "world_size": 1, "step": 0, "adam_step": 0,
         "position_samples": 0, "parameters": config.spec.built_parameter_count(config.model), "weights_only": True,

@@ -25,7 +25,7 @@ from pretrain.training.attempt import Attempt
 from pretrain.training.build_engine import build_engine
 from pretrain.training.devices import choose_device
 from pretrain.training.hooks import Hooks, standard_hooks
-from pretrain.training.resume import check_same_run, facts_of
+from pretrain.training.resume import check_same_run, manifest_fields
 from pretrain.training.run import MODEL, Run, RunProgress
 from pretrain.training.stop_signals import request_name
 from pretrain.training.tasks.pretrain import PretrainTask
@@ -157,9 +157,9 @@ def _evaluate(run: Run, task: Task, hooks: Hooks, step: int) -> None:
 def _save(run: Run, task: Task, progress: RunProgress, hooks: Hooks, *, attempt: Attempt) -> None:
     """Write a checkpoint of the engine that the run is about."""
     started = time.perf_counter()
-    facts = {**facts_of(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}
+    fields = {**manifest_fields(run.config, run.world_size, progress.adam_step), **task.state(progress.step)}
     tokenizer = Path(run.config.data.train) / TOKENIZER_FILE
-    path = save(run.checkpoints, progress.step, run.engines[MODEL].owned_fragments(), facts,
+    path = save(run.checkpoints, progress.step, run.engines[MODEL].owned_fragments(), fields,
                 keep=run.config.checkpoint.keep, companions=[tokenizer])
     hooks.on_checkpoint(run, path, progress.step)
     attempt.saved(path, progress.step, time.perf_counter() - started)

@@ -16,11 +16,11 @@ LEARNT = ("run.seed", "model", "objective", "parallel.global_batch", "optimizer"
 
 
 def dataset_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a dataset's manifest, which itself holds the hash of every tp."""
+    """SHA-256 of a dataset's manifest, which itself holds the hash of every shard."""
     return hashlib.sha256((Path(folder) / "dataset.json").read_bytes()).hexdigest()
 
 
-def facts_of(config: RunConfig, world_size: int, adam_step: int) -> dict[str, Any]:
+def manifest_fields(config: RunConfig, world_size: int, adam_step: int) -> dict[str, Any]:
     """What the manifest holds besides files and the task's state: enough to continue, to refuse, to say who wrote it.
     """
     return {

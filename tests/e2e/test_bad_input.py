@@ -21,7 +21,7 @@ CASES = {  # name: (ranks, overrides, what the message must hold)
     "weights offloaded on a cpu": (1, ["parallel.offload=parameters", "parallel.zero_stage=3"],
                                    ["needs an accelerator", "parallel.offload=optimizer"]),
     "offload into no folder": (2, ["parallel.offload=optimizer", "parallel.offload_folder=/nowhere",
-                                   "parallel.zero_stage=2"], ["parallel.offload_folder=/nowhere", "local disc"]),
+                                   "parallel.zero_stage=2"], ["parallel.offload_folder=/nowhere", "local disk"]),
     "no such config": (1, None, ["missing.yaml"]),
 }
 

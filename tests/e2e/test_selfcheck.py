@@ -69,7 +69,7 @@ def two_ranks(folders: list[Path], words: list[str], paths: list[str]) -> list[s
 
 @pytest.fixture
 def two_nodes(dataset, tmp_path):
-    """Two folders with the same relative config and data, as if each were a node's own disc."""
+    """Two folders with the same relative config and data, as if each were a node's own disk."""
     folders = [tmp_path / "node-0", tmp_path / "node-1"]
     for folder in folders:
         shutil.copytree(dataset, folder / "data")

@@ -33,7 +33,7 @@ LAYOUTS = {  # name: ranks, overrides
     "context": (2, ["parallel.context=2", *ZERO_1]),
     "pipeline": (2, [*PIPELINE, "parallel.recompute=full"]),
     "pipeline-zero1": (4, [*PIPELINE, *ZERO_1]),
-    "folded": (2, [*PIPELINE, *ZERO_1, "parallel.schedule=dualpipev", "parallel.micro_batch=1"]),
+    "v-shaped": (2, [*PIPELINE, *ZERO_1, "parallel.schedule=dualpipev", "parallel.micro_batch=1"]),
     "offload": (2, [*ZERO_1, *OFFLOAD, "parallel.recompute=selective"]),
     "bf16": (2, [*ZERO_1, *BF16]),
     "bf16-zero3": (2, ["parallel.zero_stage=3", *BF16]),

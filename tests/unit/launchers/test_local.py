@@ -84,7 +84,7 @@ def test_the_first_failing_rank_decides_and_is_quoted(tmp_path, capfd, code):
     result = run_ranks(child(f"""
         if rank == 1:
             try:
-                raise ValueError("the disc is full of bees")
+                raise ValueError("the disk is full of bees")
             except ValueError:
                 import traceback; traceback.print_exc()
             sys.exit({code})
@@ -93,7 +93,7 @@ def test_the_first_failing_rank_decides_and_is_quoted(tmp_path, capfd, code):
     assert result == code
     said = capfd.readouterr().err
     assert f"rank 1 failed with exit code {code}; its log is {tmp_path / 'rank-1.log'}" in said
-    assert said.count("ValueError: the disc is full of bees") == 1
+    assert said.count("ValueError: the disk is full of bees") == 1
     assert "Traceback" in said
     assert f"the other 2 ranks were ended; their logs are in {tmp_path}" in said
     assert time.monotonic() - started < 15

@@ -34,7 +34,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     for name in ("missing", "file"):
         told = lacking("optimizer", "cpu", str(tmp_path / name))
         assert f"parallel.offload_folder={tmp_path / name}" in told
-        assert "local disc" in told
+        assert "local disk" in told
 
 
 def test_mapped_files_hold_values_and_leave_nothing(tmp_path):
