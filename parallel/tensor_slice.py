@@ -64,13 +64,6 @@ class SliceRange:
     def is_sliced(self) -> bool:
         return self.slice_dim is not None and self.slice_size > 1
 
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """The shape of the slice, of which this range is a part."""
-        if not self.is_sliced:
-            return self.shape
-        return tuple(size // self.slice_size if dim == self.slice_dim else size for dim, size in enumerate(self.shape))
-
     def runs(self) -> Iterator[tuple[int, int]]:
         """(start, length) of the contiguous runs of elements in the flattened global tensor, in the range's order."""
         period, width, offset = self._columns(self._own_period())

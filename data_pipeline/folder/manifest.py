@@ -15,7 +15,6 @@ MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
 FORMAT_VERSION: Final = 1
 KINDS = {"tokens": "tokenized documents", "pairs": "images with captions"}
-BYTES_PER_INDEX_ROW = 24
 # Room for about 200,000 shards; anything larger is not a manifest of ours.
 MAX_MANIFEST_BYTES = 64 * 2**20
 
