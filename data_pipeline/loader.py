@@ -259,7 +259,7 @@ def heldout_batches(
         read: `workers` and `max_bad_fraction` are not used: this process reads, and unusable samples are replaced.
         num_samples: samples over all ranks; not more than an epoch are taken.
 
-    Raises DataError when the set holds less than one sample, or is damaged.
+    Raises UserError when the set holds less than one sample, DataError when it is damaged.
     """
     source = dataset.samples(read.sequence_length, plan.seed)
     num_real = source.per_epoch if num_samples is None else min(num_samples, source.per_epoch)

@@ -42,6 +42,6 @@ class Dataset(Protocol):
     def samples(self, sequence_length: int, seed: int | None) -> Samples:
         """Samples of `sequence_length` tokens in the order of `seed`; None: in stored order, without augmentation.
 
-        Raises DataError when the dataset holds less than one sample.
+        Raises UserError when the dataset holds less than one sample.
         """
         ...

@@ -25,7 +25,7 @@ from pretrain.checkpoint.reader import Checkpoint
 from pretrain.config.run_config import RunConfig, config_from
 from pretrain.hf.certificate import certificate, folder_outputs, sample_inputs, training_outputs
 from pretrain.hf.config_json import choose_architecture, token_ids_of
-from pretrain.hf.export_folder import Export, write_export
+from pretrain.hf.export_folder import Export, check_new, write_export
 from pretrain.hf.import_folder import TOKENIZER_FILES, starting_config, write_run
 from pretrain.hf.measure_rank import outputs_of_ranks
 from pretrain.hf.read_folder import HFFolder
@@ -174,9 +174,3 @@ def import_folder(hf_dir: Path, to: Path, *, file_bytes: int = DEFAULT_FILE_BYTE
     checkpoint = write_run(source, config, to, file_bytes)
     return Imported(checkpoint, source.family, source.architecture.model_type,
                     config.spec.parameter_count(config.model), source.notes())
-
-
-def check_new(to: Path) -> None:
-    """Raises UserError when a path exists, before anything is read or built for it."""
-    if to.exists():
-        raise UserError(f"{to} exists already: choose another --to, or move it away")

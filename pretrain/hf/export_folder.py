@@ -76,6 +76,12 @@ def write_export(what: Export, to: Path, certify: Callable[[Path], dict[str, Any
     return found
 
 
+def check_new(to: Path) -> None:
+    """Raises UserError when a path exists, before anything is read or built for it."""
+    if to.exists():
+        raise UserError(f"{to} exists already: choose another --to, or move it away")
+
+
 @contextmanager
 def written_aside(to: Path) -> Iterator[Path]:
     """A temporary folder beside `to` that becomes `to` when the block ends well, and is removed when it does not.
@@ -84,8 +90,7 @@ def written_aside(to: Path) -> Iterator[Path]:
         UserError: `to` exists, or no folder can be made there.
         StorageError: the disk refused, now or in the block.
     """
-    if to.exists():
-        raise UserError(f"{to} exists already: choose another --to, or move it away")
+    check_new(to)
     with writing(to), write_folder_aside(to) as aside:
         yield aside
 

@@ -35,7 +35,7 @@ def corrupted_batches(trained: Trained, dataset: TokenDataset | TextDataset, mic
 
     Raises:
         ConfigError: the model's length does not fit its objective.
-        DataError: the dataset holds less than one sample.
+        UserError: the dataset holds less than one sample.
     """
     objective, spec = trained.objective, OBJECTIVES[trained.objective.name]
     problems = list(spec.problems(objective, trained.model))
