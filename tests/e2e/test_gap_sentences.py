@@ -49,7 +49,7 @@ def summaries(tmp_path_factory) -> Path:
 
 def loss_on_summaries(folder: Path, recipe: Path, choice: str) -> float:
     """Held-out loss on the principal sentences, of a model that was trained on those of `choice`."""
-    common = ["objective.name=gap_sentences", "objective.gap_ratio=0.1", "optimizer.lr=2e-3"]
+    common = ["objective.name=gap_sentences", "objective.gap_ratio=0.1", "optimizer.lr=6e-3"]
     trained = [*common, f"objective.choice={choice}", f"run.dir={folder / choice}", f"run.steps={STEPS}",
                "schedule.warmup_steps=10", f"checkpoint.every={STEPS}"]
     assert train_on(1, recipe, trained) == [0]
