@@ -1,6 +1,7 @@
 """Preloaded by the fork server once, so that every rank of every case starts with its imports done."""
 
 import contextlib
+import gc
 import io
 import os
 
@@ -14,3 +15,8 @@ with contextlib.redirect_stdout(io.StringIO()):
 
     import pretrain.commands.train
     import pretrain.training.loop  # noqa: F401
+
+# A collection in a rank would walk the million objects of these imports, and copy their pages out of the server's: half
+# a second each, and DeepSpeed asks for one whenever it shards weights.
+gc.collect()
+gc.freeze()

@@ -33,7 +33,8 @@ UNTIED = ("model.tied_head=false",)
 # With rotary positions alone a first token's residual comes near zero early on, where the norm amplifies rounding; at a
 # half of the rate the weights stay away from there.
 LLAMA = ("model.norm=rmsnorm", "model.positions=rotary", "model.activation=swiglu", "model.bias=false",
-         "model.kv_heads=4", "model.heads=8", "model.tied_head=false", "model.ffn=96", "optimizer.lr=1.5e-3")  # fmt: skip
+         "model.kv_heads=4", "model.heads=8", "model.tied_head=false", "model.ffn=96",
+         "optimizer.lr=1.5e-3")  # fmt: skip
 POST_NORM = ("model.norm_position=post", "model.activation=gelu_tanh")
 BF16 = ("precision.compute=bf16",)
 slow = pytest.mark.slow
