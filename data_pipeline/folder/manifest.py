@@ -189,7 +189,7 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def _what_is_there(folder: Path) -> str:
-    make_one = "make one with `trainyard data shard --to DIR`"
+    make_one = "make one with `trainyard data shard` (text) or `trainyard data images` (captioned images)"
     if not folder.exists():
         return f"{folder} does not exist; {make_one}"
     if not folder.is_dir():

@@ -29,7 +29,8 @@ def require_checkpoints(path: Path) -> list[Path]:
     """The same. Raises UserError when there is none."""
     found = checkpoints_at(path)
     if not found:
-        raise UserError(f"{path}: no checkpoint here. Give a run folder, or one of its {CHECKPOINTS}/{PREFIX}NNNNNNNN")
+        what = "no checkpoint here" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}. Give a run folder, or one of its {CHECKPOINTS}/{PREFIX}NNNNNNNN")
     return found
 
 

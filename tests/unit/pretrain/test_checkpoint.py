@@ -313,7 +313,8 @@ def test_a_path_names_a_run_its_checkpoints_or_one_step(tmp_path):
     assert checkpoints_at(run) == checkpoints_at(checkpoints) == newest_first
     assert checkpoints_at(checkpoints / "step-00000002") == [checkpoints / "step-00000002"]
     assert require_checkpoints(run) == newest_first
-    for empty in (checkpoints / "other", tmp_path / "nothing", checkpoints / "step-00000099"):
+    for empty, what in ((checkpoints / "other", "no checkpoint here"), (tmp_path / "nothing", "no such folder"),
+                        (checkpoints / "step-00000099", "no such folder")):
         assert checkpoints_at(empty) == []
-        with pytest.raises(UserError, match="no checkpoint here"):
+        with pytest.raises(UserError, match=what):
             require_checkpoints(empty)

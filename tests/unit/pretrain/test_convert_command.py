@@ -80,7 +80,7 @@ def test_both_ways_as_functions(whole, tmp_path):
     assert quick.certificate["largest_differences"] is None
     with pytest.raises(UserError, match="exists already"):
         export(tmp_path / "run", tmp_path / "out")
-    with pytest.raises(UserError, match="no checkpoint here"):
+    with pytest.raises(UserError, match="no such folder"):
         export(tmp_path / "nothing", tmp_path / "other")
 
 
