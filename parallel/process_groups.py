@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-with warnings.catch_warnings():
-    # megatron-core says at import that Apex and Transformer Engine are absent; nothing here uses them.
-    warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
-
+from parallel.eager_imports import eager_imports
 from parallel.layout import Layout
+
+with eager_imports():
+    from megatron.core import parallel_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The doorway to megatron-core: rank groups, tensor-parallel layers and regions. No other file imports it.
+"""Tensor-parallel layers and regions, from megatron-core.
 
 Tensor shapes in this file: s the part of the sequence that this context rank holds, b micro-batch, h hidden,
 v vocabulary; t is the tensor-parallel degree.
@@ -6,7 +6,6 @@ v vocabulary; t is the tensor-parallel degree.
 
 from __future__ import annotations
 
-import warnings
 from typing import Protocol
 
 import torch
@@ -14,15 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
-    # megatron-core says at import that Apex and Transformer Engine are absent; nothing here uses them.
-    warnings.simplefilter("ignore")
-    from megatron.core import tensor_parallel
-    from megatron.core.model_parallel_config import ModelParallelConfig
-
 from parallel.context_parallel import ContextParallel
+from parallel.eager_imports import eager_imports
 from parallel.parameter_plan import Std, plan_parameter
 from parallel.process_groups import Groups
+
+with eager_imports():
+    from megatron.core import tensor_parallel
+    from megatron.core.model_parallel_config import ModelParallelConfig
 
 
 class _SumGradientOverTensorAxis(torch.autograd.Function):

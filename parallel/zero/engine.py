@@ -9,11 +9,15 @@ import deepspeed
 import torch
 from torch import Tensor
 
+from parallel.eager_imports import eager_imports
 from parallel.pipeline_stages import LayerSpec, Stage, WholeModel
 from parallel.process_groups import Groups, Units
 from parallel.zero.expert_groups import separate_experts
 from parallel.zero.pipeline_module import StagePipeline, VShapedPipeline
 from parallel.zero.settings import BUCKET_ELEMENTS
+
+with eager_imports():
+    import deepspeed.runtime.zero.muon.muon_optimizer  # each engine imports it when it starts
 
 
 def partitioned_construction(config: dict, groups: Groups) -> AbstractContextManager:

@@ -40,7 +40,7 @@ TABLE = {
     "parallel/zero/settings.py": ("parallel.config", "parallel.layout"),
     "parallel/zero/*": ("common.*", *PARALLEL_LIGHT, "parallel.zero.*", "parallel.process_groups",
                         "parallel.tensor_parallel", "parallel.pipeline_stages", "parallel.chunked_loss",
-                        "parallel.parameter_plan"),
+                        "parallel.eager_imports", "parallel.parameter_plan"),
     "parallel/checks/*": ("common.*", *PARALLEL_LIGHT, "parallel.process_groups", "parallel.ranks.agreement",
                           "parallel.engine"),
     "parallel/engine.py": ("common.*", "parallel.*"),
@@ -48,7 +48,7 @@ TABLE = {
     "parallel/*": ("common.*", *PARALLEL_LIGHT, *(f"parallel.{name}" for name in (
         "process_groups", "tensor_parallel", "context_parallel", "expert_parallel", "load_balance", "pipeline_stages",
         "parameter_plan", "normal_numbers", "tensor_slice", "gradient_cache", "chunked_loss", "random_streams",
-        "recompute", "precision", "objective", "loss_terms"))),
+        "recompute", "precision", "objective", "loss_terms", "eager_imports"))),
     "data_pipeline/config.py": ("common.*", "data_pipeline.folder.manifest"),
     "data_pipeline/corruption/special_ids.py": (),
     "data_pipeline/corruption/noise_seed.py": (),

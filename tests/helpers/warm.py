@@ -13,7 +13,7 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 with contextlib.redirect_stdout(io.StringIO()):
     # matplotlib: the first rank draws its curve with it; its import took half the time of a short run
     import matplotlib.backends.backend_agg
-    import matplotlib.figure
+    import matplotlib.figure  # noqa: F401
     from PIL import Image
 
     import data_pipeline
@@ -26,7 +26,7 @@ with contextlib.redirect_stdout(io.StringIO()):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
     # DeepSpeed loads these when an engine starts
-    for name in ("module_inject.auto_ep_layer", "ops.op_builder.all_ops", "runtime.zero.muon.muon_optimizer"):
+    for name in ("module_inject.auto_ep_layer", "ops.op_builder.all_ops"):
         importlib.import_module(f"deepspeed.{name}")
 
 # A collection in a rank would walk the million objects of these imports, and copy their pages out of the server's: half
