@@ -102,8 +102,8 @@ def _shard_report(folder: Path, manifest: Manifest, entry: ShardEntry) -> FileRe
         num_documents = _num_members(folder / entry.name)
         if num_documents != entry.num_documents:
             problems.append(f"{num_documents} documents where the manifest says {entry.num_documents}")
-        rows = load_index(folder, entry, manifest.bytes_per_token)
-        found, num_tokens = _member_problems(Shard(folder / entry.name, entry.size_bytes), rows, manifest)
+        index = load_index(folder, entry, manifest.bytes_per_token)
+        found, num_tokens = _member_problems(Shard(folder, entry, index.checksums), index.rows, manifest)
         problems += found[:MAX_MEMBER_PROBLEMS]
         if len(found) > MAX_MEMBER_PROBLEMS:
             problems.append(f"{len(found) - MAX_MEMBER_PROBLEMS} further documents are damaged")
@@ -117,10 +117,11 @@ def _member_problems(shard: Shard, rows: np.ndarray, manifest: Manifest) -> tupl
     problems = []
     num_tokens = 0
     for number, (offset, length_bytes, count) in enumerate(rows.tolist()):
-        fault = shard.member_fault(offset, length_bytes, (TOKENS_SUFFIX,))
-        if fault is None:
-            tokens = shard.tokens(offset, length_bytes, manifest.dtype)
-            fault = _token_fault(tokens, manifest)
+        try:
+            _, content = shard.member(offset, length_bytes, (TOKENS_SUFFIX,))
+            fault = _token_fault(np.frombuffer(content, manifest.dtype), manifest)
+        except DataError as error:
+            fault = error.message
         if fault:
             problems.append(f"document {number} at byte {offset:,}: {fault}")
         else:

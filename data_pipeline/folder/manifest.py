@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import DataError, UserError
+from data_pipeline.folder.retries import reason, with_retries
 
 MANIFEST_NAME = "dataset.json"
 TOKENIZER_FILE = "tokenizer.model"  # the copy in every dataset folder, and in checkpoints
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 KINDS = {"tokens": "tokenized documents", "pairs": "images with captions"}
 # Room for about 200,000 shards; anything larger is not a manifest of ours.
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -33,6 +35,7 @@ class ShardFile(_Record):
     name: str = FileName
     size_bytes: int = Field(ge=0)
     sha256: str = Sha256
+    block_bytes: int = Field(ge=512, le=2**24, description="bytes of the tar file that share a checksum in the index")
     index: str = FileName
     index_bytes: int = Field(ge=0)
     index_sha256: str = Sha256
@@ -63,7 +66,7 @@ class _Manifest(_Record):
 
     summed: ClassVar[tuple[str, ...]]  # counts that are the sums of those of the shards
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     split: str
     vocab_size: int = Field(ge=1)
     end_of_text: int = Field(ge=0)
@@ -89,29 +92,17 @@ class _Manifest(_Record):
         """
         folder = Path(folder)
         path = folder / MANIFEST_NAME
+        content = _content(folder)
+        kind = _kind(content)
+        if kind in KINDS and kind != cls.model_fields["kind"].default:
+            needed = KINDS[cls.model_fields["kind"].default]
+            raise UserError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
         try:
-            if path.stat().st_size > MAX_MANIFEST_BYTES:
-                raise DataError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a dataset manifest")
-            text = path.read_text(encoding="utf-8")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(_what_is_there(folder)) from None
-        except PermissionError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path}: {error}") from None
-        try:
-            content = json.loads(text, object_pairs_hook=_without_repeats)
-            kind = content.get("kind") if isinstance(content, dict) else None
-            if kind in KINDS and kind != cls.model_fields["kind"].default:
-                needed = KINDS[cls.model_fields["kind"].default]
-                raise UserError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
             manifest = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise DataError(f"{path} is not a valid dataset manifest: {where}: {first['msg']}") from None
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from None
         for name in cls.summed:
             if sum(getattr(shard, name) for shard in manifest.files) != getattr(manifest, name):
                 raise DataError(f"{path}: {name} is not the sum over the shards; the manifest was changed by hand")
@@ -160,14 +151,8 @@ class PairsManifest(_Manifest):
 
 def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:
     """The manifest of a dataset folder of either kind. Raises UserError and DataError as `Manifest.load`."""
-    path = Path(folder) / MANIFEST_NAME
-    try:
-        is_small = path.stat().st_size <= MAX_MANIFEST_BYTES
-        content = json.loads(path.read_text(encoding="utf-8")) if is_small else None
-    except (OSError, ValueError, RecursionError):
-        content = None  # which is told when it is read as one kind or the other
-    is_pairs = isinstance(content, dict) and content.get("kind") == "pairs"
-    return (PairsManifest if is_pairs else Manifest).load(folder)
+    folder = Path(folder)
+    return (PairsManifest if _kind(_content(folder)) == "pairs" else Manifest).load(folder)
 
 
 def shard_faults(folder: Path, entry: ShardFile, sizes: dict[str, int]) -> list[str]:
@@ -186,6 +171,44 @@ def file_sizes(folder: Path) -> dict[str, int]:
     """Name -> bytes of the regular files in `folder`, in one directory scan."""
     with os.scandir(folder) as entries:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def _content(folder: Path) -> object:
+    """What `folder/dataset.json` holds, as JSON of this format. Raises UserError and DataError as `_Manifest.load`."""
+    path = folder / MANIFEST_NAME
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path} is not a regular file")
+        if status.st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a dataset manifest")
+        text = with_retries(f"reading {path}", lambda: path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_what_is_there(folder)) from None
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repeats)
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path} is not a valid dataset manifest: its brackets are nested too deep") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        writer = str(content.get("tool_version", "a version that it does not name"))
+        raise UserError(f"{folder} was written by {writer[:80]} in format {version}, and this version reads format "
+                        f"{FORMAT_VERSION}; write it again with `trainyard data shard` (text) or `trainyard data "
+                        "images` (captioned images)")
+    return content
+
+
+def _kind(content: object) -> str | None:
+    kind = content.get("kind") if isinstance(content, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _what_is_there(folder: Path) -> str:

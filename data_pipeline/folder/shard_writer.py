@@ -7,27 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 from webdataset import TarWriter
 
 from common.files import flush
+from data_pipeline.folder.shard_index import BlockChecksums, index_content
 from data_pipeline.folder.shard_reader import TAR_BLOCK_BYTES
 
 DEFAULT_SHARD_BYTES = 64 * 2**20
 
 
 class _HashingFile:
-    """A file that takes the hash of what is written to it on the way."""
+    """A file that takes the hash and the checksums of what is written to it on the way."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, block_bytes: int) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.checksums = BlockChecksums(block_bytes)
         self.has_failed = False
 
     def write(self, content: bytes) -> int:
         if self.has_failed:  # tarfile writes its end once more when it is collected, and would show a traceback
             return len(content)
         self.sha256.update(content)
+        self.checksums.update(content)
         try:
             return self.file.write(content)
         except OSError:
@@ -36,16 +38,16 @@ class _HashingFile:
 
 
 class ShardWriter:
-    """One tar file, written by webdataset, and the index of its members."""
+    """One tar file, written by webdataset, and the index of its members, with a checksum of every `block_bytes`."""
 
-    def __init__(self, folder: Path, number: int) -> None:
+    def __init__(self, folder: Path, number: int, block_bytes: int) -> None:
         self.path = folder / f"shard-{number:06d}.tar"
-        self.index_path = folder / f"shard-{number:06d}.index.npy"
+        self.index_path = folder / f"shard-{number:06d}.index"
         self.payload_bytes = 0
         self.rows: list[tuple[int, ...]] = []
         self._end = 0
         self._file = open(self.path, "xb")  # noqa: SIM115 - closed by finish(), or with the process when it failed
-        self._hashing = _HashingFile(self._file)
+        self._hashing = _HashingFile(self._file, block_bytes)
         # One owner, one mode, one time for every member: the bytes then depend on the documents only.
         self._tar = TarWriter(self._hashing, user="trainyard", group="trainyard", mtime=0, encoder=False)
 
@@ -65,14 +67,14 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         flush(self.path)
-        rows = np.array(self.rows, dtype="<i8")
-        np.save(self.index_path, rows, allow_pickle=False)
+        index = index_content(self.rows, self._hashing.checksums.values)
+        self.index_path.write_bytes(index)
         flush(self.index_path)
-        index = self.index_path.read_bytes()
         return {
             "name": self.path.name,
             "size_bytes": self.path.stat().st_size,
             "sha256": self._hashing.sha256.hexdigest(),
+            "block_bytes": self._hashing.checksums.block_bytes,
             "index": self.index_path.name,
             "index_bytes": len(index),
             "index_sha256": hashlib.sha256(index).hexdigest(),

@@ -7,6 +7,7 @@ on every layout; the loader counts them and names the first ones.
 import json
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ import numpy as np
 
 from common.errors import DataError
 from data_pipeline.folder.manifest import PairsEntry, PairsManifest
-from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
+from data_pipeline.folder.shard_index import ShardIndex, read_index
+from data_pipeline.folder.shard_reader import DamagedBytes, OpenShards, Shard, require_files
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.order import MAX_CACHED_EPOCHS, permutation
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
@@ -42,11 +44,12 @@ class PairsDataset:
     Args of `open`: the folder, and the height and width of the images that samples hold.
     """
 
-    def __init__(self, folder: Path, manifest: PairsManifest, rows: np.ndarray, image_size: int) -> None:
+    def __init__(self, folder: Path, manifest: PairsManifest, indexes: Sequence[ShardIndex], image_size: int) -> None:
         self.folder, self.manifest, self.image_size = folder, manifest, image_size
         self.tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
-        self._rows = rows
-        self._shards = MappedShards(folder, manifest.shards, [entry.num_pairs for entry in manifest.shards])
+        self._rows = np.concatenate([index.rows for index in indexes])
+        self._shards = OpenShards(folder, manifest.shards, [entry.num_pairs for entry in manifest.shards],
+                                  [index.checksums for index in indexes])
 
     @classmethod
     def open(cls, folder: str | os.PathLike, image_size: int = 224) -> "PairsDataset":
@@ -54,8 +57,7 @@ class PairsDataset:
         folder = Path(folder)
         manifest = PairsManifest.load(folder)
         require_files(folder, manifest)
-        rows = np.concatenate([_load_index(folder, entry) for entry in manifest.shards])
-        return cls(folder, manifest, rows, image_size)
+        return cls(folder, manifest, [_load_index(folder, entry) for entry in manifest.shards], image_size)
 
     def __reduce__(self) -> tuple:
         return PairsDataset.open, (str(self.folder), self.image_size)
@@ -71,20 +73,19 @@ class PairsDataset:
     def pair(self, number: int) -> Pair:
         """The stored image and its caption.
 
-        Raises BadPair when the tar members are not what the index says, or the caption holds no text.
+        Raises BadPair when the tar members are not those that were written, or the caption holds no text; DataError
+        when the shard shrank, has gone or cannot be read.
         """
         shard, first = self._shards.shard_of(number)
-        parts = []
-        row = self._rows[number].tolist()
-        for offset, length_bytes, suffixes in ((*row[:2], IMAGE_SUFFIXES), (*row[2:], CAPTION_SUFFIXES)):
-            fault = shard.member_fault(offset, length_bytes, suffixes)
-            if fault:
-                raise BadPair(f"pair {number - first} of {shard.path}: {fault}")
-            parts.append(shard.content(offset, length_bytes))
-        caption = caption_of(parts[1], is_json=shard.name(row[2]).lower().endswith(".json"))
+        try:
+            image, caption = _members(shard, self._rows[number].tolist())
+        except DamagedBytes as error:
+            raise BadPair(f"pair {number - first} of {shard.path.name}: {error}") from None
+        except DataError as error:
+            raise DataError(f"pair {number - first} of {shard.path.name}: {error}") from None
         if not caption:
             raise BadPair(f"{self.place(number)}: the caption is empty or no text")
-        return Pair(parts[0], caption)
+        return Pair(image, caption)
 
     def place(self, number: int) -> str:
         """Shard and member name of a pair's image, for messages."""
@@ -161,10 +162,18 @@ def caption_tokens(tokenizer: TextTokenizer, caption: str, length: int) -> tuple
     return tokens, len(ids)
 
 
-def _load_index(folder: Path, entry: PairsEntry) -> np.ndarray:
-    """int64 [num_pairs, 4]: offset and length of image and caption. Raises DataError when it does not belong."""
-    rows = read_index(folder, entry, entry.num_pairs, COLUMNS)
+def _load_index(folder: Path, entry: PairsEntry) -> ShardIndex:
+    """Rows are int64 [num_pairs, 4]: offset and length of image and caption. Raises DataError when it does not belong.
+    """
+    index = read_index(folder, entry, entry.num_pairs, COLUMNS)
+    rows = index.rows
     if (rows < 0).any() or (rows[:, 0] + rows[:, 1]).max() > entry.size_bytes \
             or (rows[:, 2] + rows[:, 3]).max() > entry.size_bytes:
         raise DataError(f"index {folder / entry.index} does not belong to shard {entry.name}: offsets lie outside it")
-    return rows
+    return index
+
+
+def _members(shard: Shard, row: list[int]) -> tuple[bytes, str]:
+    _, image = shard.member(row[0], row[1], IMAGE_SUFFIXES)
+    name, caption = shard.member(row[2], row[3], CAPTION_SUFFIXES)
+    return bytes(image), caption_of(bytes(caption), is_json=name.lower().endswith(".json"))

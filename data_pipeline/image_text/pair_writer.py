@@ -19,6 +19,7 @@ from data_pipeline.folder.manifest import (
     PairsManifest,
     TokenizerEntry,
 )
+from data_pipeline.folder.shard_index import PAIR_BLOCK_BYTES
 from data_pipeline.folder.shard_writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -86,7 +87,7 @@ def write_pairs(pairs: Iterable[RawPair], tokenizer: Tokenizer, folder: str | os
 def _shards(pairs: Iterable[RawPair], folder: Path, shard_bytes: int) -> Iterator[PairsEntry]:
     shard, num_shards = None, 0
     for number, pair in enumerate(pairs):
-        shard = shard or ShardWriter(folder, num_shards)
+        shard = shard or ShardWriter(folder, num_shards, PAIR_BLOCK_BYTES)
         # Every image's suffix sorts before "txt", so that it stands first in the tar and in the row of the index.
         image = {".jpeg": "jpg", ".webp": "image.webp"}.get(pair.suffix, pair.suffix.removeprefix("."))
         shard.write(member_key(number, pair.key), {image: pair.image, "txt": pair.caption.encode("utf-8")})

@@ -1,4 +1,4 @@
-"""Reading a dataset folder: shards are memory-mapped, members found through the index, nothing is extracted."""
+"""Reading a dataset folder of tokenized documents: found through the index, every byte checked against its checksum."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ import numpy as np
 
 from common.errors import DataError
 from data_pipeline.folder.manifest import Manifest, ShardEntry
-from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
+from data_pipeline.folder.shard_index import ShardIndex, read_index
+from data_pipeline.folder.shard_reader import OpenShards, require_files
 from data_pipeline.order import DocumentSpan, TokenSamples
 from data_pipeline.text.tokenizer import Tokenizer
 
@@ -21,13 +22,13 @@ class TokenDataset:
     Pickles as its folder name: a loader process opens it again by itself.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, rows: np.ndarray) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, indexes: Sequence[ShardIndex]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.token_counts = rows[:, 2]
-        self._rows = rows
-        self._is_checked = np.zeros(len(rows), dtype=bool)
-        self._shards = MappedShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards])
+        self._rows = np.concatenate([index.rows for index in indexes])
+        self.token_counts = self._rows[:, 2]
+        self._shards = OpenShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards],
+                                  [index.checksums for index in indexes])
 
     @classmethod
     def open(cls, folder: str | os.PathLike) -> "TokenDataset":
@@ -35,8 +36,7 @@ class TokenDataset:
         folder = Path(folder)
         manifest = Manifest.load(folder)
         require_files(folder, manifest)
-        rows = np.concatenate([load_index(folder, entry, manifest.bytes_per_token) for entry in manifest.shards])
-        return cls(folder, manifest, rows)
+        return cls(folder, manifest, [load_index(folder, entry, manifest.bytes_per_token) for entry in manifest.shards])
 
     def __reduce__(self) -> tuple:
         return TokenDataset.open, (str(self.folder),)
@@ -77,25 +77,30 @@ class TokenDataset:
         return TokenSamples(self, sequence_length, seed)
 
     def tokens(self, document: int) -> np.ndarray:
-        """uint16 or uint32 [num_tokens]: a read-only view of one document's token ids.
+        """uint16 or uint32 [num_tokens]: one document's token ids, read-only.
 
-        Raises DataError naming shard and document when the tar member is not what the index says.
+        Raises DataError naming shard and document when they are not those that were written, or cannot be read.
         """
-        shard, _ = self._shards.shard_of(document)
-        offset, length_bytes, _ = (int(value) for value in self._rows[document])
-        if not self._is_checked[document]:
-            fault = shard.member_fault(offset, length_bytes, (TOKENS_SUFFIX,))
-            if fault:
-                raise DataError(f"document {document} at byte {offset:,} of {shard.path}: {fault}")
-            self._is_checked[document] = True
-        return shard.tokens(offset, length_bytes, self.manifest.dtype)
+        return self._piece(DocumentSpan(document, 0, int(self.token_counts[document])))
 
     def window(self, pieces: Sequence[DocumentSpan]) -> np.ndarray:
-        """int64 [num_tokens]: pieces of documents joined. Raises DataError on a token id outside the vocabulary."""
-        joined = np.concatenate([self.tokens(document)[start:stop] for document, start, stop in pieces])
+        """int64 [num_tokens]: pieces of documents joined. Raises DataError as `tokens`, or on an id outside the
+        vocabulary."""
+        joined = np.concatenate([self._piece(piece) for piece in pieces])
         if joined.max() >= self.manifest.vocab_size:
             raise DataError(self._name_bad_token(pieces))
         return joined.astype(np.int64)
+
+    def _piece(self, piece: DocumentSpan) -> np.ndarray:
+        document, start, stop = piece
+        size = self.manifest.bytes_per_token
+        offset = int(self._rows[document, 0])
+        try:
+            shard, _ = self._shards.shard_of(document)
+            content = shard.read(offset + start * size, (stop - start) * size)
+        except DataError as error:
+            raise DataError(f"document {document} at byte {offset:,}: {error}") from None
+        return np.frombuffer(content, self.manifest.dtype)
 
     def place(self, document: int) -> tuple[str, str, int]:
         """(shard name, key, byte offset) of a document, for messages and accounting."""
@@ -115,14 +120,15 @@ class TokenDataset:
         raise AssertionError("no piece holds a token id outside the vocabulary")
 
 
-def load_index(folder: Path, entry: ShardEntry, bytes_per_token: int) -> np.ndarray:
-    """int64 [num_documents, 3]: payload offset, length in bytes, number of tokens of each document of a shard.
+def load_index(folder: Path, entry: ShardEntry, bytes_per_token: int) -> ShardIndex:
+    """The index of a shard; rows are int64 [num_documents, 3]: payload offset, length in bytes, number of tokens.
 
     Raises DataError when the index cannot be read or does not belong to the shard.
     """
-    rows = read_index(folder, entry, entry.num_documents, 3)
+    index = read_index(folder, entry, entry.num_documents, 3)
+    rows = index.rows
     fits = (rows >= 0).all() and (rows[:, 0] + rows[:, 1] <= entry.size_bytes).all()
     if not fits or (rows[:, 1] != rows[:, 2] * bytes_per_token).any() or rows[:, 2].sum() != entry.num_tokens:
         path = folder / entry.index
         raise DataError(f"index {path} does not belong to shard {entry.name}: offsets or token counts disagree")
-    return rows
+    return index

@@ -22,6 +22,7 @@ from data_pipeline.folder.manifest import (
     ShardEntry,
     TokenizerEntry,
 )
+from data_pipeline.folder.shard_index import TOKEN_BLOCK_BYTES
 from data_pipeline.folder.shard_writer import (
     DEFAULT_SHARD_BYTES,
     ShardWriter,
@@ -108,7 +109,7 @@ class _DatasetWriter:
     def write(self, documents: list[Document], encoded: list[list[int]]) -> None:
         for document, ids in zip(documents, encoded, strict=True):
             if self.shard is None:
-                self.shard = ShardWriter(self.folder, len(self.entries))
+                self.shard = ShardWriter(self.folder, len(self.entries), TOKEN_BLOCK_BYTES)
             tokens = np.array([*ids, self.tokenizer.end_of_text], dtype=self.dtype)
             key = member_key(self.progress.num_documents, document.key)
             self.shard.write(key, {TOKENS_SUFFIX.removeprefix("."): tokens.tobytes()}, len(tokens))

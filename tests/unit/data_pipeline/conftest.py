@@ -1,11 +1,15 @@
 """A tiny corpus, tokenizer and dataset, made once; tests that damage a dataset take a copy."""
 
+import hashlib
+import json
 import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_pipeline.folder.shard_index import BlockChecksums
 from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, sample_text, train_tokenizer
 from data_pipeline.tokens.token_dataset import TokenDataset
@@ -25,6 +29,24 @@ def make_documents(num_documents: int, seed: int = 0) -> list[Document]:
         ]
         made.append(Document(f"folder/file.{number}.py", "\n".join(lines) + "\n"))
     return made
+
+
+def signed_again(folder: Path, name: str, rows: bytes | None = None) -> None:
+    """Give a shard the checksums, sizes and hashes of what it holds now, as if it had been written so.
+
+    `rows` is an index file whose rows replace those that are there.
+    """
+    path = folder / "dataset.json"
+    manifest = json.loads(path.read_text())
+    entry = next(entry for entry in manifest["shards"] if entry["name"] == name)
+    content = (folder / name).read_bytes()
+    checksums = BlockChecksums(entry["block_bytes"])
+    checksums.update(content)
+    signed = np.array(checksums.values, dtype="<u4").tobytes()
+    index = (rows or (folder / entry["index"]).read_bytes())[: -len(signed)] + signed
+    (folder / entry["index"]).write_bytes(index)
+    entry |= {"sha256": hashlib.sha256(content).hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest()}
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.fixture(scope="session")

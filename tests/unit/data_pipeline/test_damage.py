@@ -4,18 +4,18 @@ import json
 import os
 import pickle
 
-import numpy as np
 import pytest
 
-from common.errors import DataError
+from common.errors import DataError, UserError
 from data_pipeline.config import DataConfig, problems
-from data_pipeline.folder.manifest import Manifest
+from data_pipeline.folder.manifest import Manifest, PairsManifest, load_manifest
 from data_pipeline.order import DocumentSpan
 from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.verify import verify
+from tests.unit.data_pipeline.conftest import signed_again
 
 SHARD = "shard-000001.tar"
-INDEX = "shard-000001.index.npy"
+INDEX = "shard-000001.index"
 
 
 def overwrite(path, offset, content):
@@ -62,7 +62,6 @@ def test_truncated_shard(copied_folder, num_bytes):
 
 
 def test_shard_that_shrinks_while_it_is_read(copied_folder):
-    """Touching the lost pages would kill the process."""
     dataset = TokenDataset.open(copied_folder)
     dataset.tokens(0)
     os.truncate(copied_folder / "shard-000000.tar", 512)
@@ -72,41 +71,50 @@ def test_shard_that_shrinks_while_it_is_read(copied_folder):
         dataset.tokens(1)
 
 
-def test_bit_flipped_in_a_header(copied_folder):
-    overwrite(copied_folder / SHARD, 3, b"X")
-    with pytest.raises(DataError, match=rf"document \d+ at byte 512 of .*{SHARD}: no tar header"):
+@pytest.mark.parametrize("offset", [3, 512, 5_000])
+def test_a_changed_byte_of_a_shard(copied_folder, offset):
+    """In a tar header and in token ids."""
+    before = (copied_folder / SHARD).read_bytes()[offset]
+    overwrite(copied_folder / SHARD, offset, bytes([before ^ 4]))
+    with pytest.raises(DataError, match=rf"document \d+ at byte [\d,]+: bytes [\d,]+ to [\d,]+ of .*{SHARD} "
+                                        "do not match their checksum"):
         read_all(copied_folder)
-    assert "SHA-256" in found_by_verify(copied_folder)[SHARD]
+    found = found_by_verify(copied_folder)[SHARD]
+    assert "SHA-256" in found and "checksum" in found
 
 
-def test_bit_flipped_in_tokens_is_found_by_verify(copied_folder):
-    overwrite(copied_folder / SHARD, 512, b"\x05\x00")
-    assert "SHA-256" in found_by_verify(copied_folder)[SHARD]
-
-
-def test_token_outside_the_vocabulary(copied_folder):
+def test_a_shard_that_was_written_wrong(copied_folder):
+    """Its checksums are those of the wrong bytes."""
     overwrite(copied_folder / SHARD, 512, b"\xff\xff")
+    signed_again(copied_folder, SHARD)
     with pytest.raises(DataError, match=rf"document \d+ \(.*\) at byte 512 of .*{SHARD} holds token id 65535"):
         read_all(copied_folder)
     assert "token id 65535" in found_by_verify(copied_folder)[SHARD]
+    overwrite(copied_folder / SHARD, 3, b"X")
+    signed_again(copied_folder, SHARD)
+    assert "not a readable tar file" in found_by_verify(copied_folder)[SHARD]
 
 
 def test_index_of_another_shard(copied_folder):
-    rows = np.load(copied_folder / INDEX)
-    rows[[0, 1]] = rows[[1, 0]]
-    np.save(copied_folder / INDEX, rows)
+    content = bytearray((copied_folder / INDEX).read_bytes())
+    content[8] ^= 2  # the number of bytes of the first document
+    (copied_folder / INDEX).write_bytes(content)
     assert "SHA-256" in found_by_verify(copied_folder)[SHARD]
-    rows[0, 1] += 2
-    np.save(copied_folder / INDEX, rows)
+    with pytest.raises(DataError, match=rf"index .*{INDEX} is damaged, or belongs to another shard: its SHA-256"):
+        TokenDataset.open(copied_folder)
+    signed_again(copied_folder, SHARD, rows=bytes(content))
     with pytest.raises(DataError, match=f"{INDEX} does not belong"):
         TokenDataset.open(copied_folder)
 
 
-def test_index_is_never_unpickled(copied_folder):
-    size = (copied_folder / INDEX).stat().st_size
-    harmful = pickle.dumps(["x" * (size - 40)])
-    (copied_folder / INDEX).write_bytes(harmful[:size].ljust(size, b"."))
-    with pytest.raises(DataError, match=f"cannot read index .*{INDEX}"):
+def test_index_of_another_length(copied_folder):
+    path = copied_folder / "dataset.json"
+    content = json.loads(path.read_text())
+    content["shards"][1]["index_bytes"] += 8
+    path.write_text(json.dumps(content))
+    with open(copied_folder / INDEX, "ab") as file:
+        file.write(bytes(8))
+    with pytest.raises(DataError, match="which are not .* rows of 3 numbers"):
         TokenDataset.open(copied_folder)
 
 
@@ -114,7 +122,8 @@ def test_index_is_never_unpickled(copied_folder):
     ("change", "message"),
     [
         ({"surprise": 1}, "surprise"),
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": "2"}, "format_version"),
+        ({"kind": ["tokens"]}, "kind"),
         ({"num_tokens": 5}, "num_tokens is not the sum"),
         ({"tokenizer": {"file": "../../etc/passwd", "sha256": "0" * 64}}, "tokenizer.file"),
         ({"shards": []}, "shards"),
@@ -128,12 +137,32 @@ def test_wrong_manifest(copied_folder, change, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "not valid JSON"), ('{"kind": 1, "kind": 2}', "occurs twice"), ("[]", "not a valid")]
+    ("text", "message"),
+    [("{", "not valid JSON"), ('{"kind": 1, "kind": 2}', "occurs twice"), ("[]", "not a valid"),
+     ("[" * 100_000, "nested too deep"), ('{"kind":' * 100_000, "nested too deep"), ("9" * 5000, "not valid JSON"),
+     ("\0", "not valid JSON")],
 )
 def test_unreadable_manifest(copied_folder, text, message):
     (copied_folder / "dataset.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        Manifest.load(copied_folder)
+    for read in (Manifest.load, PairsManifest.load, load_manifest, lambda folder: list(verify(folder))):
+        with pytest.raises(DataError, match=rf"dataset\.json .*{message}"):
+            read(copied_folder)
+
+
+def test_a_manifest_that_is_no_file(copied_folder):
+    (copied_folder / "dataset.json").unlink()
+    os.mkfifo(copied_folder / "dataset.json")
+    with pytest.raises(DataError, match="not a regular file"):
+        load_manifest(copied_folder)
+
+
+def test_a_folder_of_another_format(copied_folder):
+    path = copied_folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1, "tool_version": "trainyard 0.1.0"}))
+    for read in (Manifest.load, load_manifest):
+        with pytest.raises(UserError, match=r"written by trainyard 0\.1\.0 in format 1, and this version reads "
+                                            "format 2; write it again with `trainyard data shard`"):
+            read(copied_folder)
 
 
 def test_problems_are_all_reported(copied_folder, dataset_folder, tmp_path):
