@@ -4,21 +4,25 @@ image."""
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import KW_ONLY, dataclass
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from common.errors import DataError
 from common.files import sha256_of
-from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardEntry, ShardFile, load_manifest
+from data_pipeline.folder.manifest import Manifest, PairsManifest, ShardFile, load_manifest
 from data_pipeline.folder.shard_reader import Shard
 from data_pipeline.image_text.images import BadImage, decode
-from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset
+from data_pipeline.image_text.pair_dataset import BadPair, PairsDataset, load_pairs_index
 from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.token_dataset import TOKENS_SUFFIX, load_index
 
 MAX_MEMBER_PROBLEMS = 20
+BYTES_PER_PROCESS = 64 * 2**20  # of shards; a process takes a second to start
 
 
 @dataclass(frozen=True)
@@ -37,39 +41,73 @@ class FileReport:
     unusable: tuple[str, ...] = ()
 
 
-def verify(folder: str | os.PathLike) -> Iterator[FileReport]:
-    """Check the tokenizer and then each shard of a dataset, yielding a report for each as it is done.
+def verify(folder: str | os.PathLike, processes: int = 1) -> Iterator[FileReport]:
+    """Check the tokenizer and then each shard of a dataset, yielding a report for each in the manifest's order.
 
-    Raises DataError when there is no readable manifest.
+    `processes` check shards at the same time; the reports are the same for any number. Raises DataError when there is
+    no readable manifest.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
     yield FileReport(manifest.tokenizer.file, 0, 0, tuple(_tokenizer_problems(folder, manifest)))
-    if isinstance(manifest, PairsManifest):
-        yield from _pairs_reports(folder, manifest)
+    # Each with the manifest of a dataset that has this shard only: samples are then numbered within the shard.
+    parts = [manifest.model_copy(update={"shards": (entry,)}) for entry in manifest.shards]
+    processes = min(processes, len(parts))
+    if processes <= 1:
+        yield from map(_shard_report, repeat(folder), parts)
         return
-    for entry in manifest.shards:
-        yield _shard_report(folder, manifest, entry)
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_shard_report, repeat(folder), parts)
 
 
-def _pairs_reports(folder: Path, manifest: PairsManifest) -> Iterator[FileReport]:
-    """Every shard: its checksums, and every image decoded beside its caption."""
-    problems = {entry.name: tuple(_file_problems(folder, entry)) for entry in manifest.shards}
-    if any(problems.values()):  # pairs are numbered through all shards, so none can be read by number
-        yield from (FileReport(name, 0, 0, found) for name, found in problems.items())
-        return
-    dataset, first = PairsDataset.open(folder), 0
-    for entry in manifest.shards:
-        unusable = []
-        for number in range(first, first + entry.num_pairs):
-            try:
-                decode(dataset.pair(number).image)
-            except BadPair as error:
-                unusable.append(str(error))
-            except BadImage as error:
-                unusable.append(f"{dataset.place(number)}: {error}")
-        yield FileReport(entry.name, entry.num_pairs, 0, (), unusable=tuple(unusable))
-        first += entry.num_pairs
+def useful_processes(folder: str | os.PathLike) -> int:
+    """How many processes `verify` gains from: one for each CPU, but none for less than BYTES_PER_PROCESS of shards.
+
+    Raises DataError when there is no readable manifest.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), load_manifest(folder).size_bytes // BYTES_PER_PROCESS))
+
+
+def _shard_report(folder: Path, manifest: Manifest | PairsManifest) -> FileReport:
+    """The report of the only shard of a manifest."""
+    [entry] = manifest.shards
+    problems = list(_file_problems(folder, entry))
+    try:
+        if isinstance(manifest, PairsManifest):
+            return _pairs_report(folder, manifest, tuple(problems))
+        return _tokens_report(folder, manifest, tuple(problems))
+    except DataError as error:
+        return FileReport(entry.name, 0, 0, (*problems, error.message))
+
+
+def _pairs_report(folder: Path, manifest: PairsManifest, problems: tuple[str, ...]) -> FileReport:
+    """Every image decoded beside its caption."""
+    dataset = PairsDataset(folder, manifest, [load_pairs_index(folder, manifest.shards[0])], image_size=1)
+    unusable = []
+    for number in range(len(dataset)):
+        try:
+            decode(dataset.pair(number).image)
+        except BadPair as error:
+            unusable.append(str(error))
+        except BadImage as error:
+            unusable.append(f"{dataset.place(number)}: {error}")
+    return FileReport(manifest.shards[0].name, len(dataset), 0, problems, unusable=tuple(unusable))
+
+
+def _tokens_report(folder: Path, manifest: Manifest, problems: tuple[str, ...]) -> FileReport:
+    """Every document's tar header and token ids."""
+    [entry] = manifest.shards
+    index = load_index(folder, entry, manifest.bytes_per_token)
+    found, num_tokens = _member_problems(Shard(folder, entry, index.checksums), index.rows, manifest)
+    more = [f"{len(found) - MAX_MEMBER_PROBLEMS} further documents are damaged"] if found[MAX_MEMBER_PROBLEMS:] else []
+    try:
+        num_documents = _num_members(folder / entry.name)
+    except DataError as error:
+        num_documents, more = 0, [*more, error.message]
+    else:
+        if num_documents != entry.num_documents:
+            more.append(f"{num_documents} documents where the manifest says {entry.num_documents}")
+    return FileReport(entry.name, num_documents, num_tokens, (*problems, *found[:MAX_MEMBER_PROBLEMS], *more))
 
 
 def _file_problems(folder: Path, entry: ShardFile) -> Iterator[str]:
@@ -92,24 +130,6 @@ def _tokenizer_problems(folder: Path, manifest: Manifest | PairsManifest) -> Ite
         yield "SHA-256 differs from the manifest"
     if (tokenizer.vocab_size, tokenizer.end_of_text) != (manifest.vocab_size, manifest.end_of_text):
         yield "vocabulary size or end-of-text id differs from the manifest"
-
-
-def _shard_report(folder: Path, manifest: Manifest, entry: ShardEntry) -> FileReport:
-    problems: list[str] = []
-    problems += _file_problems(folder, entry)
-    num_documents = num_tokens = 0
-    try:
-        num_documents = _num_members(folder / entry.name)
-        if num_documents != entry.num_documents:
-            problems.append(f"{num_documents} documents where the manifest says {entry.num_documents}")
-        index = load_index(folder, entry, manifest.bytes_per_token)
-        found, num_tokens = _member_problems(Shard(folder, entry, index.checksums), index.rows, manifest)
-        problems += found[:MAX_MEMBER_PROBLEMS]
-        if len(found) > MAX_MEMBER_PROBLEMS:
-            problems.append(f"{len(found) - MAX_MEMBER_PROBLEMS} further documents are damaged")
-    except DataError as error:
-        problems.append(error.message)
-    return FileReport(entry.name, num_documents, num_tokens, tuple(problems))
 
 
 def _member_problems(shard: Shard, rows: np.ndarray, manifest: Manifest) -> tuple[list[str], int]:

@@ -5,8 +5,9 @@ of the whole: first the int64 rows, one a sample, then the uint32 checksums, one
 
 Checksums are of blocks of the tar file and not of members: a window of a GPT is a few kilobytes out of a document of
 any size, and checking it must not cost the reading of the document. Each read is widened to whole blocks, so small
-blocks read little more than is asked for; large ones keep the index small. With 4 KiB for tokens, the checksums are 0.1 % of
-the shards, a tenth of the rows of documents of a thousand tokens; images are always read whole, and 32 KiB make 0.01 %.
+blocks read little more than is asked for; large ones keep the index small. With 4 KiB for tokens, the checksums are
+0.1 % of the shards, a tenth of the rows of documents of a thousand tokens; images are always read whole, and 32 KiB
+make 0.01 %.
 
 The checksum is CRC-32 (`zlib`): it finds every flipped bit and every changed run of up to 32 bits, and misses one in
 2**32 of all other changes. It is no protection against somebody who means it.

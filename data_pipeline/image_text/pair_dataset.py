@@ -46,7 +46,7 @@ class PairsDataset:
 
     def __init__(self, folder: Path, manifest: PairsManifest, indexes: Sequence[ShardIndex], image_size: int) -> None:
         self.folder, self.manifest, self.image_size = folder, manifest, image_size
-        self.tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
+        self.tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
         self._rows = np.concatenate([index.rows for index in indexes])
         self._shards = OpenShards(folder, manifest.shards, [entry.num_pairs for entry in manifest.shards],
                                   [index.checksums for index in indexes])
@@ -57,7 +57,7 @@ class PairsDataset:
         folder = Path(folder)
         manifest = PairsManifest.load(folder)
         require_files(folder, manifest)
-        return cls(folder, manifest, [_load_index(folder, entry) for entry in manifest.shards], image_size)
+        return cls(folder, manifest, [load_pairs_index(folder, entry) for entry in manifest.shards], image_size)
 
     def __reduce__(self) -> tuple:
         return PairsDataset.open, (str(self.folder), self.image_size)
@@ -162,7 +162,7 @@ def caption_tokens(tokenizer: TextTokenizer, caption: str, length: int) -> tuple
     return tokens, len(ids)
 
 
-def _load_index(folder: Path, entry: PairsEntry) -> ShardIndex:
+def load_pairs_index(folder: Path, entry: PairsEntry) -> ShardIndex:
     """Rows are int64 [num_pairs, 4]: offset and length of image and caption. Raises DataError when it does not belong.
     """
     index = read_index(folder, entry, entry.num_pairs, COLUMNS)

@@ -61,12 +61,18 @@ class Tokenizer:
         return cls(model, str(path))
 
     @classmethod
-    def load_copy(cls, path: str | os.PathLike) -> "Tokenizer":
-        """Read the model that belongs to a dataset folder or a checkpoint. Raises DataError when it is not whole."""
+    def load_copy(cls, path: str | os.PathLike, sha256: str | None = None) -> "Tokenizer":
+        """Read the model that belongs to a dataset folder or a checkpoint.
+
+        Raises DataError when it is not whole, or its SHA-256 is not the one given.
+        """
         try:
-            return cls.load(path)
+            tokenizer = cls.load(path)
         except UserError as error:
             raise DataError(error.message) from None
+        if sha256 not in (None, tokenizer.sha256):
+            raise DataError(f"tokenizer {path} was damaged or exchanged: its SHA-256 differs from the manifest")
+        return tokenizer
 
     def __reduce__(self) -> tuple:
         return Tokenizer, (self.model,)

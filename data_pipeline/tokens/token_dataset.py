@@ -62,8 +62,8 @@ class TokenDataset:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The copy of the tokenizer in the folder. Raises DataError when it cannot be read."""
-        return Tokenizer.load_copy(self.folder / self.manifest.tokenizer.file)
+        """The copy of the tokenizer in the folder. Raises DataError when it is not the one that was written."""
+        return Tokenizer.load_copy(self.folder / self.manifest.tokenizer.file, self.manifest.tokenizer.sha256)
 
     def text_bytes(self, num_documents: int) -> int:
         """UTF-8 bytes of the text of the first documents."""

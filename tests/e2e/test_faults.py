@@ -16,7 +16,8 @@ from tests.helpers.ranks import run_ranks, train
 pytestmark = pytest.mark.slow
 
 # Row and the number of its trial, which chooses the case where a row has several.
-SAMPLE = [("F3", 0), ("F4", 0), ("F4", 2), ("F9", 8), *(("F15", case) for case in range(4)), ("J8", 0), ("X1", 0)]
+SAMPLE = [("F3", 0), ("F4", 0), ("F4", 2), ("F9", 8), *(("F15", case) for case in range(4)), ("G2", 0),
+          ("G2", 1), ("J8", 0), ("X1", 0)]
 
 
 @pytest.fixture(scope="module")

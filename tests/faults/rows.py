@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults import hostile, launched, on_slurm, signals_local
+from tests.faults import damaged_data, hostile, launched, on_slurm, signals_local
 from tests.faults.bench import Bench, Trial
 
 
@@ -56,6 +56,8 @@ ROWS = (
         launched.every_launcher, slurm=True),
     Row("E8", "step daemon killed", "the supervisor ends the job, exact", 3, on_slurm.step_daemon_killed, slurm=True,
         at_once=3),
+    Row("G2", "one bit of a shard flipped under an open dataset", "sample and shard named, never other data",
+        len(damaged_data.FLIPS), damaged_data.flipped_bits),
     Row("J5", "40 hostile values, by launcher and field", "nothing runs", len(hostile.LAUNCHERS) * len(hostile.FIELDS),
         hostile.hostile_values),
     Row("J7", "secrets in the environment of a crash", "in no file", len(hostile.J7), hostile.secrets_stay_out,

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from data_pipeline.folder.manifest import Manifest, PairsManifest
+    from data_pipeline.verify import FileReport
 
 MEGABYTE = 1e6
-MAX_UNUSABLE_NAMED = 10
+MAX_SHARDS_NAMED = 10
+MAX_REASONS_NAMED = 3
 MAX_PAIRS_MEASURED = 1000
 
 Rows = list[tuple[str, str]]
@@ -26,6 +28,10 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Add `verify` and `stats`."""
     verify = verbs.add_parser("verify", help="recompute the checksums and counts of a dataset")
     verify.add_argument("folder", type=Path, metavar="DIR")
+    verify.add_argument("--processes", type=int, metavar="N",
+                        help="that check shards at the same time (one a CPU, where there are 64 MB for each)")
+    verify.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F",
+                        help="more unusable pairs than this part of all end with exit code 65 (0.01)")
 
     stats = verbs.add_parser("stats", help="what a dataset holds")
     stats.add_argument("folder", type=Path, metavar="DIR")
@@ -33,30 +39,50 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def verify(args: argparse.Namespace, console: Console) -> int:
-    """Print a table of the problems of every file; exit code 65 where there are any."""
+    """Print a table of the problems of every file and of the shards with most unusable pairs.
+
+    The exit code is 65 where a file has problems, or more pairs are unusable than training allows.
+    """
+    from data_pipeline.verify import useful_processes
     from data_pipeline.verify import verify as reports_of
 
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes {args.processes} must be at least 1")
+    if not 0 <= args.max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction {args.max_bad_fraction:g} must be between 0 and 1")
     table = Table("file", "samples", "tokens", "problem")
-    num_files = num_samples = num_problems = 0
-    unusable: list[str] = []
     with console.status(f"verifying {args.folder}"):
-        for report in reports_of(args.folder):
-            num_files += 1
-            num_samples += report.num_samples
-            num_problems += len(report.problems)
-            unusable += report.unusable
-            for problem in report.problems or ("none",):
-                table.add_row(report.name, f"{report.num_samples:,}", f"{report.num_tokens:,}", problem)
+        reports = list(reports_of(args.folder, args.processes or useful_processes(args.folder)))
+    for report in reports:
+        for problem in report.problems or ("none",):
+            table.add_row(report.name, f"{report.num_samples:,}", f"{report.num_tokens:,}", problem)
     console.print(table)
-    if unusable:
-        console.print(f"{len(unusable):,} of {num_samples:,} pairs cannot be used; training replaces them:")
-        for fault in unusable[:MAX_UNUSABLE_NAMED]:
-            console.print(f"  {fault}")
+    num_problems = sum(len(report.problems) for report in reports)
+    num_samples, num_unusable = (sum(counts) for counts in zip(
+        *((report.num_samples, len(report.unusable)) for report in reports), strict=True))
+    if num_unusable:
+        _print_unusable(reports, f"{num_unusable:,} of {num_samples:,} pairs cannot be used", console)
     if num_problems:
-        console.print(f"{args.folder}: {num_problems} problems in {num_files} files; do not train on it")
+        console.print(f"{args.folder}: {num_problems} problems in {len(reports)} files; do not train on it")
         return ExitCode.DATA
-    console.print(f"{args.folder}: {num_files} files, all as the manifest says")
+    if num_unusable > args.max_bad_fraction * num_samples:
+        console.print(f"{args.folder}: more than the part {args.max_bad_fraction:g} that --max-bad-fraction allows, as "
+                      "data.max_bad_fraction does in training")
+        return ExitCode.DATA
+    console.print(f"{args.folder}: {len(reports)} files, all as the manifest says")
     return ExitCode.DONE
+
+
+def _print_unusable(reports: "Sequence[FileReport]", heading: str, console: Console) -> None:
+    """Under the heading: the shards with the largest part of unusable pairs, and the first reasons of each."""
+    worst = sorted((report for report in reports if report.unusable),
+                   key=lambda report: (-len(report.unusable) / report.num_samples, report.name))
+    console.print(f"{heading}; training replaces them. The worst shards:")
+    table = Table("file", "unusable", "of", "first reasons")
+    for report in worst[:MAX_SHARDS_NAMED]:
+        table.add_row(report.name, f"{len(report.unusable):,}", f"{report.num_samples:,}",
+                      "\n".join(report.unusable[:MAX_REASONS_NAMED]))
+    console.print(table)
 
 
 def stats(args: argparse.Namespace, console: Console) -> int:

@@ -10,6 +10,7 @@ from common.errors import DataError, UserError
 from data_pipeline.config import DataConfig, problems
 from data_pipeline.folder.manifest import Manifest, PairsManifest, load_manifest
 from data_pipeline.order import DocumentSpan
+from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.verify import verify
 from tests.unit.data_pipeline.conftest import signed_again
@@ -187,6 +188,22 @@ def test_sets_of_two_tokenizers(copied_folder, dataset_folder):
 def test_verify_checks_the_tokenizer(copied_folder):
     (copied_folder / "tokenizer.model").write_bytes(b"changed")
     assert found_by_verify(copied_folder).keys() == {"tokenizer.model"}
+
+
+def test_a_changed_tokenizer_is_not_used(copied_folder, tokenizer):
+    """One byte of a piece differs: the model is readable, and its ids mean something else."""
+    path = copied_folder / "tokenizer.model"
+    path.write_bytes(tokenizer.model.replace(b"gradient", b"gradienu", 1))
+    assert Tokenizer.load(path).vocab_size == tokenizer.vocab_size
+    with pytest.raises(DataError, match=r"tokenizer\.model was damaged or exchanged"):
+        TokenDataset.open(copied_folder).tokenizer  # noqa: B018
+
+
+def test_verify_in_several_processes(copied_folder):
+    overwrite(copied_folder / SHARD, 512, b"\xff" * 9)
+    reports = list(verify(copied_folder))
+    assert [report.name for report in reports if report.problems] == [SHARD]
+    assert list(verify(copied_folder, processes=2)) == reports
 
 
 def test_errors_pickle():

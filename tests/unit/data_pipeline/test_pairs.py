@@ -191,10 +191,13 @@ def test_verify_and_stats(folder, tmp_path, capsys):
 
     from tests.unit.data_pipeline.test_command import trainyard
 
-    assert trainyard("verify", folder) == 0
+    assert trainyard("verify", folder, "--max-bad-fraction", 0.1) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "3 of 40 pairs cannot be used" in told
+    assert "│ shard-000000.tar │ 2 │" in told
     assert all(words in told for words in ("cannot be decoded", "pixels", "the caption is empty"))
+    assert trainyard("verify", folder) == 65
+    assert "more than the part 0.01" in capsys.readouterr().out
     assert trainyard("stats", folder) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "37 of the first 40" in told
