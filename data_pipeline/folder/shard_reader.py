@@ -122,8 +122,7 @@ class Shard:
         except OSError as error:
             raise DataError(f"cannot read shard {self.path} at byte {offset:,}: {reason(error)}") from None
         if len(content) < length_bytes:
-            found = os.fstat(self._file).st_size
-            raise DataError(f"shard {self.path} shrank to {found:,} bytes while it was being read")
+            raise DataError(f"shard {self.path} shrank while it was being read: it has no byte {offset + len(content):,}")
         return content
 
     def _pread(self, offset: int, length_bytes: int) -> bytes:

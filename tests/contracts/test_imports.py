@@ -15,8 +15,8 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for room in ROOMS for path in
 # Modules that a login node can import: they load no torch.
 PARALLEL_LIGHT = ("parallel.config", "parallel.layout", "parallel.rules", "parallel.rules.*", "parallel.planner.*",
                   "parallel.zero.settings", "parallel.ranks.rank_info", "parallel.ranks.slurm_node_list")
-DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.corruption.special_ids",
-              "data_pipeline.corruption.noise_seed")
+DATA_LIGHT = ("data_pipeline.config", "data_pipeline.folder.manifest", "data_pipeline.folder.retries",
+              "data_pipeline.corruption.special_ids", "data_pipeline.corruption.noise_seed")
 FAMILY_LIGHT = ("pretrain.models", "pretrain.models.family", "pretrain.models.shapes",
                 "pretrain.models.encoder_decoder*", "pretrain.models.mixture", "pretrain.models.hf_*",
                 "pretrain.models.*.spec", "pretrain.models.*.hf")
