@@ -122,7 +122,8 @@ class Shard:
         except OSError as error:
             raise DataError(f"cannot read shard {self.path} at byte {offset:,}: {reason(error)}") from None
         if len(content) < length_bytes:
-            raise DataError(f"shard {self.path} shrank while it was being read: it has no byte {offset + len(content):,}")
+            end = offset + len(content)
+            raise DataError(f"shard {self.path} shrank while it was being read: it has no byte {end:,}")
         return content
 
     def _pread(self, offset: int, length_bytes: int) -> bytes:
