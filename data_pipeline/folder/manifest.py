@@ -1,12 +1,13 @@
 """`dataset.json`, the manifest of a dataset folder. Imports neither torch nor numpy nor webdataset."""
 
+import hashlib
 import json
 import os
 import stat
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Final, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -109,8 +110,8 @@ class _Manifest(_Record):
         return manifest
 
     def to_json(self) -> str:
-        """The text of `dataset.json`: sorted, indented, the same for the same content."""
-        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        """The text of `dataset.json`: sorted, indented, the same for the same content, with its own SHA-256."""
+        return signed(self.model_dump(mode="json"))
 
 
 class Manifest(_Manifest):
@@ -173,8 +174,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def _content(folder: Path) -> object:
-    """What `folder/dataset.json` holds, as JSON of this format. Raises UserError and DataError as `_Manifest.load`."""
+def _content(folder: Path) -> dict[str, Any]:
+    """What `folder/dataset.json` holds, without its own SHA-256. Raises UserError and DataError as `_Manifest.load`."""
     path = folder / MANIFEST_NAME
     try:
         status = path.stat()
@@ -193,21 +194,37 @@ def _content(folder: Path) -> object:
         raise DataError(f"cannot read {path}: {error}") from None
     try:
         content = json.loads(text, object_pairs_hook=_without_repeats)
+        written = content.pop("sha256", None) if isinstance(content, dict) else None
+        found = _sha256(content)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON: {error}") from None
     except RecursionError:
         raise DataError(f"{path} is not a valid dataset manifest: its brackets are nested too deep") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a valid dataset manifest: it is no JSON object")
+    version = content.get("format_version")
     if type(version) is int and version != FORMAT_VERSION:
         writer = str(content.get("tool_version", "a version that it does not name"))
         raise UserError(f"{folder} was written by {writer[:80]} in format {version}, and this version reads format "
                         f"{FORMAT_VERSION}; write it again with `trainyard data shard` (text) or `trainyard data "
                         "images` (captioned images)")
+    if written != found:
+        raise DataError(f"{path} does not match its own SHA-256: it was damaged or changed by hand; copy the dataset "
+                        "again or write it anew")
     return content
 
 
-def _kind(content: object) -> str | None:
-    kind = content.get("kind") if isinstance(content, dict) else None
+def signed(content: dict[str, Any]) -> str:
+    """The text of a manifest of that content."""
+    return json.dumps({**content, "sha256": _sha256(content)}, indent=1, sort_keys=True) + "\n"
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _kind(content: dict[str, Any]) -> str | None:
+    kind = content.get("kind")
     return kind if isinstance(kind, str) else None
 
 

@@ -27,6 +27,7 @@ class TokenDataset:
         self.manifest = manifest
         self._rows = np.concatenate([index.rows for index in indexes])
         self.token_counts = self._rows[:, 2]
+        self._dtype = np.dtype(manifest.dtype)
         self._shards = OpenShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards],
                                   [index.checksums for index in indexes])
 
@@ -93,14 +94,14 @@ class TokenDataset:
 
     def _piece(self, piece: DocumentSpan) -> np.ndarray:
         document, start, stop = piece
-        size = self.manifest.bytes_per_token
+        size = self._dtype.itemsize
         offset = int(self._rows[document, 0])
         try:
             shard, _ = self._shards.shard_of(document)
             content = shard.read(offset + start * size, (stop - start) * size)
         except DataError as error:
             raise DataError(f"document {document} at byte {offset:,}: {error}") from None
-        return np.frombuffer(content, self.manifest.dtype)
+        return np.frombuffer(content, self._dtype)
 
     def place(self, document: int) -> tuple[str, str, int]:
         """(shard name, key, byte offset) of a document, for messages and accounting."""

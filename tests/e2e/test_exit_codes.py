@@ -113,10 +113,12 @@ def config(text: str) -> Callable[[Things, Path], Path]:
 
 MISTAKES = {
     "damaged shard": Mistake(DATA, copied("data/train", shorten("*.tar")), (*READS_DATA, SHARD + "{bad}")),
-    "truncated index": Mistake(DATA, copied("data/train", shorten("*.npy")), (*READS_DATA, SHARD + "{bad}")),
+    "truncated index": Mistake(DATA, copied("data/train", shorten("*.index")), (*READS_DATA, SHARD + "{bad}")),
     "missing shard": Mistake(DATA, copied("data/train", remove("*.tar")), (*READS_DATA, SHARD + "{bad}")),
     "manifest that is not JSON": Mistake(DATA, copied("data/train", replace("dataset.json", "{")),
                                          (*READS_DATA, SHARD + "{bad}")),
+    "manifest of brackets": Mistake(DATA, copied("data/train", replace("dataset.json", "[" * 100_000)),
+                                    (*READS_DATA, SHARD + "{bad}")),
     "dataset without its tokenizer": Mistake(DATA, copied("data/train", remove("*.model")),
                                              (READS_DATA[0], READS_DATA[1], READS_DATA[2], READS_DATA[4])),
     "no dataset": Mistake(USER, lambda things, free: free, READS_DATA),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.folder.manifest import signed
 from data_pipeline.folder.shard_index import BlockChecksums
 from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, sample_text, train_tokenizer
@@ -31,22 +32,29 @@ def make_documents(num_documents: int, seed: int = 0) -> list[Document]:
     return made
 
 
+def unsigned(path: Path) -> dict:
+    """What a manifest holds beside its own hash."""
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    return content
+
+
 def signed_again(folder: Path, name: str, rows: bytes | None = None) -> None:
     """Give a shard the checksums, sizes and hashes of what it holds now, as if it had been written so.
 
     `rows` is an index file whose rows replace those that are there.
     """
     path = folder / "dataset.json"
-    manifest = json.loads(path.read_text())
+    manifest = unsigned(path)
     entry = next(entry for entry in manifest["shards"] if entry["name"] == name)
     content = (folder / name).read_bytes()
     checksums = BlockChecksums(entry["block_bytes"])
     checksums.update(content)
-    signed = np.array(checksums.values, dtype="<u4").tobytes()
-    index = (rows or (folder / entry["index"]).read_bytes())[: -len(signed)] + signed
+    new = np.array(checksums.values, dtype="<u4").tobytes()
+    index = (rows or (folder / entry["index"]).read_bytes())[: -len(new)] + new
     (folder / entry["index"]).write_bytes(index)
     entry |= {"sha256": hashlib.sha256(content).hexdigest(), "index_sha256": hashlib.sha256(index).hexdigest()}
-    path.write_text(json.dumps(manifest))
+    path.write_text(signed(manifest))
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ import pytest
 
 from common.errors import DataError, UserError
 from data_pipeline.config import DataConfig, problems
-from data_pipeline.folder.manifest import Manifest, PairsManifest, load_manifest
+from data_pipeline.folder.manifest import Manifest, PairsManifest, load_manifest, signed
 from data_pipeline.order import DocumentSpan
 from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.token_dataset import TokenDataset
 from data_pipeline.verify import verify
-from tests.unit.data_pipeline.conftest import signed_again
+from tests.unit.data_pipeline.conftest import signed_again, unsigned
 
 SHARD = "shard-000001.tar"
 INDEX = "shard-000001.index"
@@ -110,9 +110,9 @@ def test_index_of_another_shard(copied_folder):
 
 def test_index_of_another_length(copied_folder):
     path = copied_folder / "dataset.json"
-    content = json.loads(path.read_text())
+    content = unsigned(path)
     content["shards"][1]["index_bytes"] += 8
-    path.write_text(json.dumps(content))
+    path.write_text(signed(content))
     with open(copied_folder / INDEX, "ab") as file:
         file.write(bytes(8))
     with pytest.raises(DataError, match="which are not .* rows of 3 numbers"):
@@ -132,7 +132,7 @@ def test_index_of_another_length(copied_folder):
 )
 def test_wrong_manifest(copied_folder, change, message):
     path = copied_folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(signed(unsigned(path) | change))
     with pytest.raises(DataError, match=message):
         Manifest.load(copied_folder)
 
@@ -159,7 +159,7 @@ def test_a_manifest_that_is_no_file(copied_folder):
 
 def test_a_folder_of_another_format(copied_folder):
     path = copied_folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 1, "tool_version": "trainyard 0.1.0"}))
+    path.write_text(json.dumps(unsigned(path) | {"format_version": 1, "tool_version": "trainyard 0.1.0"}))
     for read in (Manifest.load, load_manifest):
         with pytest.raises(UserError, match=r"written by trainyard 0\.1\.0 in format 1, and this version reads "
                                             "format 2; write it again with `trainyard data shard`"):
@@ -178,9 +178,9 @@ def test_problems_are_all_reported(copied_folder, dataset_folder, tmp_path):
 
 def test_sets_of_two_tokenizers(copied_folder, dataset_folder):
     path = copied_folder / "dataset.json"
-    manifest = json.loads(path.read_text())
+    manifest = unsigned(path)
     manifest["tokenizer"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    path.write_text(signed(manifest))
     [problem] = problems(DataConfig(train=str(dataset_folder), heldout=str(copied_folder)), 64, 400)
     assert "another tokenizer" in problem[1]
 
