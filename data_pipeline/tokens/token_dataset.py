@@ -25,6 +25,7 @@ class TokenDataset:
         self.folder = folder
         self.manifest = manifest
         self.token_counts = rows[:, 2]
+        self.document_ends = np.cumsum(self.token_counts)
         self._rows = rows
         self._is_checked = np.zeros(len(rows), dtype=bool)
         self._shards = MappedShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards])
