@@ -94,7 +94,7 @@ class BlockShuffle:
     def _permutation(self, size: int, epoch: int, part: int | str) -> KeyedPermutation:
         made = self._made.get((epoch, part))
         if made is None:
-            made = self._made[epoch, part] = KeyedPermutation(size, derive_key(self.seed, epoch, self.purpose, part))
+            made = self._made[epoch, part] = KeyedPermutation(size, derive_key(f"{self.seed}/{epoch}", self.purpose, part))
             if len(self._made) > MAX_CACHED:
                 self._made.popitem(last=False)
         else:
