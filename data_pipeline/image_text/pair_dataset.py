@@ -6,7 +6,6 @@ on every layout; the loader counts them and names the first ones.
 
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +17,14 @@ from data_pipeline.folder.manifest import PairsEntry, PairsManifest
 from data_pipeline.folder.shard_index import ShardIndex, read_index
 from data_pipeline.folder.shard_reader import DamagedBytes, OpenShards, Shard, require_files
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
-from data_pipeline.order import MAX_CACHED_EPOCHS, permutation
+from data_pipeline.keyed_permutation import BlockShuffle
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 
 CAPTION_SUFFIXES = (".txt", ".json")
 CAPTION_KEYS = ("caption", "text")
 MAX_BAD_IN_A_ROW = 1000
+# Neighbours that are read together, some 20 MB of images. Sets of less than 128 blocks are shuffled as a whole.
+BLOCK_PAIRS = 256
 COLUMNS = 4  # image offset, image bytes, caption offset, caption bytes
 
 
@@ -105,15 +106,14 @@ class PairSamples:
     def __init__(self, dataset: PairsDataset, sequence_length: int, seed: int | None) -> None:
         self.dataset, self.sequence_length, self.seed = dataset, sequence_length, seed
         self.per_epoch = len(dataset)
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._order = BlockShuffle(self.per_epoch, block=BLOCK_PAIRS, seed=seed, purpose="pairs")
 
     def sample(self, position: int) -> dict:
         """Raises DataError when no good pair follows within the epoch, or within MAX_BAD_IN_A_ROW."""
-        epoch, turn = divmod(position, self.per_epoch)
-        order = self._order(epoch)
+        first = position - position % self.per_epoch
         faults: list[str] = []
         for step in range(min(self.per_epoch, MAX_BAD_IN_A_ROW)):
-            number = int(order[(turn + step) % self.per_epoch])
+            _, number = self._order.locate(first + (position + step) % self.per_epoch)
             try:
                 return {**self._made(number, position), "faults": faults[:1]}  # the others have positions of their own
             except BadPair as error:
@@ -133,13 +133,6 @@ class PairSamples:
             pixels = training_crop(image, size, f"{self.seed}/{position}/crop")
         tokens, end = caption_tokens(self.dataset.tokenizer, pair.caption, self.sequence_length)
         return {"pixels": pixels, "tokens": tokens, "ends": np.array(end)}
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = permutation(self.per_epoch, self.seed, epoch, "pairs")
-            while len(self._orders) > MAX_CACHED_EPOCHS:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
 
 
 def caption_of(content: bytes, is_json: bool) -> str:

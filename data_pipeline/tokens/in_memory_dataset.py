@@ -22,6 +22,7 @@ class TextDataset:
         if not self._tokens:
             raise UserError("there is no text in the input")
         self.token_counts = np.array([len(tokens) for tokens in self._tokens])
+        self.document_ends = np.cumsum(self.token_counts)
 
     def __len__(self) -> int:
         """Number of documents."""

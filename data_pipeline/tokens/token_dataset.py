@@ -27,6 +27,7 @@ class TokenDataset:
         self.manifest = manifest
         self._rows = np.concatenate([index.rows for index in indexes])
         self.token_counts = self._rows[:, 2]
+        self.document_ends = np.cumsum(self.token_counts)
         self._dtype = np.dtype(manifest.dtype)
         self._shards = OpenShards(folder, manifest.shards, [entry.num_documents for entry in manifest.shards],
                                   [index.checksums for index in indexes])

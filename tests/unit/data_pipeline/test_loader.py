@@ -41,7 +41,7 @@ def take(dataset, num_steps, **options) -> torch.Tensor:
 @pytest.fixture(scope="session")
 def expected(dataset) -> torch.Tensor:
     """The first 480 samples of the run, straight from the order."""
-    order = WindowOrder(dataset.token_counts, LENGTH, SEED)
+    order = WindowOrder(dataset.document_ends, LENGTH, SEED)
     assert order.windows_per_epoch < 480, "the tests should cross an epoch"
     return torch.from_numpy(np.stack([dataset.window(order.pieces(position)) for position in range(480)]))
 
@@ -184,7 +184,7 @@ def test_dataset_pickles_as_its_folder(dataset):
 @pytest.mark.parametrize("data_ranks", [1, 2, 3])
 @pytest.mark.parametrize("num_samples", [1, 7, 12, None])
 def test_heldout_is_the_same_on_any_layout(dataset, data_ranks, num_samples):
-    order = WindowOrder(dataset.token_counts, LENGTH, None)
+    order = WindowOrder(dataset.document_ends, LENGTH, None)
     size = num_samples or order.windows_per_epoch
     expected = np.stack([dataset.window(order.pieces(position)) for position in range(size)])
     ranks = [list(heldout_batches(dataset, BatchPlan.heldout(2, rank, data_ranks), ReadOptions(LENGTH), num_samples))
