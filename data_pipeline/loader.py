@@ -51,6 +51,7 @@ class OrderedSource:
     dataset: Dataset
     sequence_length: int
     plan: BatchPlan
+    _: KW_ONLY
     first: int
     stride: int
 

@@ -9,7 +9,7 @@ rate, initial weights and the state that checkpoints store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class StepResult:
     grad_norm: float
     skipped: bool
     routing: dict[str, Any] | None
+    _: KW_ONLY
     tally: int = 0
 
     @property
@@ -184,7 +185,7 @@ class Engine:
                     self._forward_backward(micro_batch.inputs, self.terms.of(micro_batch))
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(self.terms.means(), float(self.step_hooks.grad_norm), skipped,
-                          self.balances.end_step(taken=not skipped), self.terms.tally)
+                          self.balances.end_step(taken=not skipped), tally=self.terms.tally)
 
     def _forward_backward(self, inputs: Any, loss: LossFunction) -> None:
         """One micro-batch on one stage; DeepSpeed steps the optimizer after the last one."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from data_pipeline.image_text.pair_dataset import PairsDataset
 from data_pipeline.image_text.pair_writer import RawPair, write_pairs
+from launchers.run_folder.status import read
 from parallel.gradient_cache import DataRows, GradientCache, surrogate
 from parallel.parameter_plan import draw
 from parallel.pipeline_stages import Stage
@@ -216,7 +217,7 @@ def test_the_count_is_the_same_on_another_layout_and_goes_on_after_a_resume(extr
     assert unusable_of(tmp_path / "run") == unusable_alone
 
 
-def test_a_fraction_of_zero_ends_the_run_at_the_first(damaged, unusable_alone, tmp_path, capfd):
+def test_a_fraction_of_zero_ends_the_run_at_the_first(damaged, unusable_alone, tmp_path):
     """On every layout at the same step, with the shard and the sample named, and as damaged data."""
     first = next(step for step, count in enumerate(unusable_alone, start=1) if count)
     for ranks in (1, 2):
@@ -224,7 +225,7 @@ def test_a_fraction_of_zero_ends_the_run_at_the_first(damaged, unusable_alone, t
         codes = train_on(ranks, recipe, [f"run.dir={tmp_path / f'run{ranks}'}", "data.max_bad_fraction=0", *SMALL])
         assert codes == [65] * ranks
         assert unusable_of(tmp_path / f"run{ranks}") == [0] * (first - 1)
-        said = capfd.readouterr().err
+        said = read(tmp_path / f"run{ranks}").reason
         assert f"step {first}: {unusable_alone[first - 1]:,} of the {4 * first:,} samples" in said
         assert "shard-000000.tar (" in said and "Some: " in said
 
