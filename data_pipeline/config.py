@@ -33,8 +33,8 @@ class DataConfig(BaseModel):
         default=0.01,
         ge=0,
         le=1,
-        description="Largest part of the samples that may be unusable (a damaged image, an empty caption) before the "
-        "run stops. Each is replaced by the next good one.",
+        description="Largest part of the samples consumed by the run that may be unusable (a damaged image, an empty "
+        "caption) before it stops; ten are always allowed, except by 0, which allows none. Others stand in for them.",
     )
 
 

@@ -4,35 +4,23 @@ The plan (batch_plan.py) says which positions make up which micro-batch. Workers
 loader takes from workers in turn, so the stream is the same for any number of them.
 """
 
-import atexit
-import logging
-import signal
-import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from itertools import count
-from typing import TypeVar
 
 import numpy as np
 import torch
 import webdataset
-from torch.utils.data import DataLoader, get_worker_info
 
-from common.errors import DataError
 from data_pipeline.batch_plan import BatchPlan
-from data_pipeline.samples import Dataset
-
-logger = logging.getLogger(__name__)
+from data_pipeline.samples import Dataset, Fault
+from data_pipeline.unusable import Unusable
+from data_pipeline.workers import ArrayBatch, Workers
 
 TensorBatch = dict[str, torch.Tensor]
-Item = TypeVar("Item")
 
 FAULTS = "faults"
-MAX_FAULTS_NAMED = 10
-# Below this many faults a share of them says nothing.
-MIN_FAULTS = 10
-RANK_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -43,29 +31,33 @@ class ReadOptions:
         sequence_length: tokens per sample, not counting the last target.
         stages: further webdataset stages on single samples, after reading; each gives one sample for one.
         workers: loader processes; they read one step ahead. 0 reads in this process.
-        max_bad_fraction: more unusable samples than this share of those read end the run.
+        pinned: whether training batches lie in pinned memory, which copies to an accelerator need to be asynchronous.
     """
 
     sequence_length: int
     _: KW_ONLY
     stages: Sequence[Callable] = ()
     workers: int = 0
-    max_bad_fraction: float = 0.01
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class OrderedSource:
-    """First stage: samples with their `position` and what the dataset reads there, in this process's turn."""
+    """First stage: samples with their `position` and what the dataset reads there.
+
+    They are those of the micro-batches `first`, `first + stride` and so on.
+    """
 
     dataset: Dataset
     sequence_length: int
     plan: BatchPlan
+    _: KW_ONLY
+    first: int
+    stride: int
 
     def __call__(self) -> Iterator[dict]:
         samples = self.dataset.samples(self.sequence_length, self.plan.seed)
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for number in count(first, stride):
+        for number in count(self.first, self.stride):
             for position in self.plan.positions(number):
                 yield {"__key__": str(position), "position": position, **samples.sample(position)}
 
@@ -89,60 +81,53 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A DataError on its way out of a worker, without the worker's traceback wrapped around it."""
+class MakeMicroBatches:
+    """A rank's micro-batches, or every `stride`-th of them: what this process or a worker does."""
 
-    message: str
+    dataset: Dataset
+    plan: BatchPlan
+    read: ReadOptions
+
+    def __call__(self, first: int, stride: int) -> Iterator[ArrayBatch]:
+        size = self.plan.micro_batch
+        source = OrderedSource(self.dataset, self.read.sequence_length, self.plan, first=first, stride=stride)
+        aside: deque[Sequence[Fault]] = deque()  # stages may drop entries that they do not know
+
+        def samples() -> Iterator[dict]:
+            for sample in source():
+                aside.append(sample.pop(FAULTS, ()))
+                yield sample
+
+        for arrays in webdataset.DataPipeline(samples, *self.read.stages, Batch(size)):
+            yield arrays, [fault for _ in range(size) for fault in aside.popleft()]
 
 
-def failures_as_items(source: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray] | Failure]:
-    """Last stage: a DataError ends the stream as its last item."""
-    try:
-        yield from source
-    except DataError as error:
-        yield Failure(error.message)
+@dataclass(frozen=True)
+class InWorker:
+    """The same in a worker, where one thread for torch is enough: there are as many workers as a person wants."""
+
+    make: MakeMicroBatches
+
+    def __call__(self, first: int, stride: int) -> Iterator[ArrayBatch]:
+        torch.set_num_threads(1)
+        return self.make(first, stride)
 
 
 def stack(samples: Sequence[dict]) -> dict[str, np.ndarray]:
-    """The arrays of samples stacked by field: {"tokens": int64 [len(samples), sequence_length + 1]}.
-
-    Still arrays: they come out of a worker several times faster than tensors, which travel as shared memory files.
-    """
+    """The arrays of samples stacked by field: {"tokens": int64 [len(samples), sequence_length + 1]}."""
     fields = [name for name, value in samples[0].items() if isinstance(value, np.ndarray)]
-    batch = {name: np.stack([sample[name] for sample in samples]) for name in fields}
-    faults = [fault for sample in samples for fault in sample.get(FAULTS, ())]
-    return {**batch, FAULTS: np.array(faults)} if faults else batch
+    return {name: np.stack([sample[name] for sample in samples]) for name in fields}
+
+
+def as_tensors(arrays: dict[str, np.ndarray], pinned: bool = False) -> TensorBatch:
+    """The same memory as tensors, or pinned copies."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pinned else tensors
 
 
 def each(transform: Callable[[dict], dict]) -> Callable:
     """A stage that transforms every sample by itself."""
     return webdataset.map(transform)
-
-
-def unchanged(item: Item) -> Item:
-    """Keeps torch from turning arrays into tensors inside a worker."""
-    return item
-
-
-def as_tensors(arrays: dict[str, np.ndarray]) -> TensorBatch:
-    """The same memory as tensors."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items() if name != FAULTS}
-
-
-def leave_signals_to_the_rank(worker_id: int) -> None:
-    """A worker ignores Ctrl-C and a job's warning signal: the rank finishes its step and then stops its workers."""
-    for number in RANK_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Hold the rank's signals back while workers start: they inherit the mask and are safe before they can ignore."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, RANK_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Loader:
@@ -156,55 +141,31 @@ class Loader:
         plan: which samples this rank takes, and where the run goes on.
         read: how they are read.
 
-    `next` raises DataError when the data is damaged. Close it, or use it in a `with`, to end its workers.
+    `unusable` counts the samples handed out of which the record could not be used. `next` raises DataError when the
+    data is damaged, WorkerLost when a worker was killed. Close it, or use it in a `with`, to end its workers.
     """
 
     def __init__(self, dataset: Dataset, plan: BatchPlan, read: ReadOptions) -> None:
-        self.plan, self.read = plan, read
+        self.plan = plan
         # Built here as well so that a dataset that is too small is reported before any worker starts.
         self.samples_per_epoch = dataset.samples(read.sequence_length, plan.seed).per_epoch
-        self.num_read = self.num_bad = 0  # samples of this rank, in this process
+        self.unusable = Unusable()
         self._num_steps = 0  # handed out, whatever was read ahead
-        pipeline = webdataset.DataPipeline(
-            OrderedSource(dataset, read.sequence_length, plan),
-            *read.stages,
-            Batch(plan.micro_batch),
-            failures_as_items,
-        )
-        self._stream = self._start(pipeline)
-        # Before multiprocessing's own exit handler, which would wait for ever for workers that ignore SIGTERM.
-        atexit.register(_close_at_exit, weakref.ref(self))
-
-    def _start(self, pipeline: webdataset.DataPipeline) -> Iterator[dict[str, np.ndarray] | Failure]:
-        workers = self.read.workers
-        if workers == 0:
-            return iter(pipeline)
-        loader = DataLoader(
-            pipeline,
-            batch_size=None,
-            collate_fn=unchanged,
-            num_workers=workers,
-            prefetch_factor=-(-self.plan.micro_batches_per_step // workers),
-            worker_init_fn=leave_signals_to_the_rank,
-            # spawn: a fork of a rank with threads can deadlock, and a forkserver's workers outlive a killed rank.
-            multiprocessing_context="spawn",
-        )
-        with signals_held():
-            return iter(loader)
+        make = MakeMicroBatches(dataset, plan, read)
+        self._pinned = read.pinned
+        self._workers = Workers(InWorker(make), read.workers, -(-plan.micro_batches_per_step // read.workers)) \
+            if read.workers else None
+        self._stream: Iterator[ArrayBatch] = self._workers or make(0, 1)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> list[TensorBatch]:
-        micro_batches = []
-        for _ in range(self.plan.micro_batches_per_step):
-            item = next(self._stream)
-            if isinstance(item, Failure):
-                raise DataError(item.message)
-            self._count(item)
-            micro_batches.append(as_tensors(item))
+        micro_batches = [next(self._stream) for _ in range(self.plan.micro_batches_per_step)]
+        for _, faults in micro_batches:
+            self.unusable.note(faults)
         self._num_steps += 1
-        return micro_batches
+        return [as_tensors(arrays, self._pinned) for arrays, _ in micro_batches]
 
     @property
     def position(self) -> int:
@@ -216,25 +177,11 @@ class Loader:
         """Epochs consumed so far; 1.5 is half-way through the second."""
         return self.position / self.samples_per_epoch
 
-    def _count(self, batch: dict[str, np.ndarray]) -> None:
-        """Count unusable samples and name the first ones. Raises DataError when there are too many of them."""
-        faults = tuple(batch.get(FAULTS, ()))
-        self.num_read += self.plan.micro_batch + len(faults)
-        for fault in faults[: max(0, MAX_FAULTS_NAMED - self.num_bad)]:
-            logger.warning("passed over a sample that cannot be used: %s", fault)
-        self.num_bad += len(faults)
-        if self.num_bad > max(MIN_FAULTS, self.read.max_bad_fraction * self.num_read):
-            raise DataError(
-                f"{self.num_bad:,} of {self.num_read:,} samples cannot be used, more than the part "
-                f"{self.read.max_bad_fraction:g} that data.max_bad_fraction allows; the last one: {faults[-1]}"
-            )
-
     def close(self) -> None:
         """End the workers. The loader gives nothing afterwards."""
-        stream, self._stream = self._stream, iter(())
-        # Explicitly: a traceback that is being handled may keep the stream, and so its workers, alive.
-        if hasattr(stream, "_shutdown_workers"):
-            stream._shutdown_workers()
+        self._stream = iter(())
+        if self._workers:
+            self._workers.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -243,21 +190,22 @@ class Loader:
         self.close()
 
 
-def heldout_batches(
-    dataset: Dataset, plan: BatchPlan, read: ReadOptions, num_samples: int | None = None
-) -> Iterator[TensorBatch]:
+def heldout_batches(dataset: Dataset, plan: BatchPlan, read: ReadOptions, num_samples: int | None = None, *,
+                    unusable: Unusable | None = None) -> Iterator[TensorBatch]:
     """Yield this rank's micro-batches of the first `num_samples` samples (None: one epoch), then end.
 
     Each holds the fields of a training batch and "weights", float32: [micro_batch, sequence_length] for text, or what
     the dataset's samples and `read.stages` make of it. Every rank yields the same number of micro-batches. Where the
-    samples do not divide, the last micro-batches are padded with the first sample at weight 0, so
-    sum(weights * loss) / sum(weights) over all ranks is the exact mean on any layout.
+    samples do not divide, the last micro-batches are padded with the first sample at weight 0, and a sample that cannot
+    be used has weight 0 too. So sum(weights * loss) / sum(weights) over all ranks is the exact mean over the samples
+    that can be used, on any layout.
 
     Args:
         dataset: the held-out set.
         plan: usually `BatchPlan.heldout`.
-        read: `workers` and `max_bad_fraction` are not used: this process reads, and unusable samples are replaced.
+        read: `workers` and `pinned` are not used: this process reads.
         num_samples: samples over all ranks; not more than an epoch are taken.
+        unusable: counts this rank's samples that cannot be used.
 
     Raises UserError when the set holds less than one sample, DataError when it is damaged.
     """
@@ -270,21 +218,22 @@ def heldout_batches(
         for number in range(num_micro_batches):
             yield from plan.positions(number)
 
+    counts: deque[bool] = deque()  # whether each sample does; stages may drop entries that they do not know
+
     def samples() -> Iterator[dict]:
         for position in planned():
             real = position if position < end else plan.first_position
-            yield {"position": real, **source.sample(real)}
+            sample = source.sample(real)
+            faults = sample.pop(FAULTS, ())
+            if unusable is not None and position < end:
+                unusable.note(faults)
+            counts.append(position < end and not faults)
+            yield {"position": real, **sample}
 
     def with_weights(made: Iterator[dict]) -> Iterator[dict]:
-        for position, sample in zip(planned(), made, strict=True):
+        for sample in made:
             weights = sample.get("weights", np.ones(source.weights_shape, dtype=np.float32))
-            yield {**sample, "weights": np.asarray(weights * np.float32(position < end))}
+            yield {**sample, "weights": np.asarray(weights * np.float32(counts.popleft()))}
 
-    pipeline = webdataset.DataPipeline(samples, *read.stages, with_weights, Batch(plan.micro_batch))
-    yield from map(as_tensors, pipeline)
-
-
-def _close_at_exit(reference: weakref.ref) -> None:
-    loader = reference()
-    if loader is not None:
-        loader.close()
+    for arrays in webdataset.DataPipeline(samples, *read.stages, with_weights, Batch(plan.micro_batch)):
+        yield as_tensors(arrays)

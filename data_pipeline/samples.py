@@ -1,6 +1,18 @@
 """The contract between data and the loader: a dataset gives samples, and samples are addressed by their position."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+
+class Fault(NamedTuple):
+    """Why the record that should stand at a position cannot be used.
+
+    Args:
+        shard: the file that holds it.
+        message: the record and the reason, for a person.
+    """
+
+    shard: str
+    message: str
 
 
 class Samples(Protocol):
@@ -12,8 +24,9 @@ class Samples(Protocol):
     - The same position gives the same sample on every rank, in every process, in any order of calls. An object may
       cache, but what it read before never changes what it returns. Any position costs about the same.
     - A sample is a dict. Its arrays have the same names, types and shapes at every position, because the loader stacks
-      them. Other entries do not reach a batch. `faults` is a list of messages, one for each unusable record that this
-      sample replaces; the loader counts them.
+      them. Other entries do not reach a batch. `faults` is a list with a `Fault` where the record of this position
+      cannot be used and another stands in for it, and else empty: a function of the position too, so that counts are
+      the same on every layout. Training counts faults, and held-out evaluation gives such a sample no weight.
     - `weights_shape` is the shape of the float32 array `weights` that says which targets of a sample count. A sample
       without that entry counts with all its targets.
 

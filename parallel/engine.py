@@ -9,7 +9,7 @@ rate, initial weights and the state that checkpoints store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -48,12 +48,15 @@ class StepResult:
     """One step: `losses` are means over the global batch, `grad_norm` is the norm before clipping.
 
     `routing` is what routers of experts report (`Balances.end_step`); their auxiliary losses are not in `losses`.
+    `tally` is the sum over the data ranks of what they gave to `train_step`.
     """
 
     losses: Losses
     grad_norm: float
     skipped: bool
     routing: dict[str, Any] | None
+    _: KW_ONLY
+    tally: int = 0
 
     @property
     def loss(self) -> float:
@@ -153,8 +156,10 @@ class Engine:
         """Whether this rank reads batches: the first and the last stage do, and one rank has both if V-shaped."""
         return self.groups.coordinates.pp in (0, 0 if self.v_shaped else self.layout.pipeline - 1)
 
-    def train_step(self, batches: list[Batch] | None, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batches: list[Batch] | None, step: int, learning_rate: float, tally: int = 0) -> StepResult:
         """One optimizer step over this rank's micro-batches (None where `needs_data` is false).
+
+        `tally` is any number of this data rank; all ranks learn the sum.
 
         Inside DeepSpeed's `step` (and the pipeline engine's `train_batch`) `step_hooks` measures the gradient norm,
         clips, and holds bounds of weights: parallel/zero/step_hooks.py.
@@ -166,7 +171,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.balances.begin_step(self.step_hooks.loss_scale() / self.accumulation)
-        self.terms.begin_step()
+        self.terms.begin_step(tally)
         micro_batches = self.terms.for_step(batches) if batches is not None else []
         if self.layout.pipeline > 1:
             self.deepspeed.train_batch(map(MicroBatch.for_pipeline, micro_batches))
@@ -180,7 +185,7 @@ class Engine:
                     self._forward_backward(micro_batch.inputs, self.terms.of(micro_batch))
         skipped = bool(getattr(self.deepspeed.optimizer, "overflow", False))
         return StepResult(self.terms.means(), float(self.step_hooks.grad_norm), skipped,
-                          self.balances.end_step(taken=not skipped))
+                          self.balances.end_step(taken=not skipped), tally=self.terms.tally)
 
     def _forward_backward(self, inputs: Any, loss: LossFunction) -> None:
         """One micro-batch on one stage; DeepSpeed steps the optimizer after the last one."""

@@ -43,16 +43,20 @@ class LossTerms:
         self.averaged_over = num_micro_batches * self.layout.replicas
         self.begin_step()
 
-    def begin_step(self) -> None:
-        """Forget the sums so far; the micro-batches of a training step follow."""
-        self._begin(self.averaged_over)
+    def begin_step(self, tally: int = 0) -> None:
+        """Forget the sums so far; the micro-batches of a training step follow.
+
+        `tally`: a number of this data rank, summed over the data ranks with the losses, so without a collective of its
+        own. `means` leaves the sum in `self.tally`, on every rank. Ranks without batches have none.
+        """
+        self._begin(self.averaged_over, tally)
 
     def begin_evaluation(self) -> None:
         """Forget the sums so far; the micro-batches of an evaluation follow."""
         self._begin(1)
 
-    def _begin(self, divisor: int) -> None:
-        self._divisor = divisor
+    def _begin(self, divisor: int, tally: int = 0) -> None:
+        self._divisor, self.tally = divisor, tally
         self._sums = torch.zeros(len(self.names), device=self.tp.device)
         self._counts = torch.zeros(len(self.names), dtype=torch.float64, device=self.tp.device)
 
@@ -113,13 +117,17 @@ class LossTerms:
                             counts)
 
     def _reduced(self) -> tuple[list[float], list[float]]:
-        totals = torch.stack([self._sums.double(), self._counts])
+        at = self.groups.coordinates
+        own = self.tally if at.cp == at.pp == 0 else 0  # the ranks of one data rank have the same; the first gives it
+        tally = torch.tensor([own, 0], dtype=torch.float64, device=self.tp.device)
+        totals = torch.column_stack([torch.stack([self._sums.double(), self._counts]), tally])
         if self.layout.replicas > 1:
             dist.all_reduce(totals, group=self.groups.replicas)  # replicas: each computed the losses of its share
         if self.layout.pipeline > 1:
             dist.all_reduce(totals, group=self.groups.pipeline)  # pipeline: one of its stages computed the losses
-        totals[0] = totals[0].float()  # losses are reported in fp32
-        sums, counts = totals.tolist()  # one copy from the device
+        totals[0, :-1] = totals[0, :-1].float()  # losses are reported in fp32
+        (*sums, total), (*counts, _) = totals.tolist()  # one copy from the device
+        self.tally = int(total)
         return sums, counts
 
     def _losses(self, means: list[float], counts: list[float]) -> Losses:

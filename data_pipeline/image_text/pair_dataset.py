@@ -1,7 +1,7 @@
 """Images with captions: reading a dataset folder of them, and the order in which they are seen.
 
-A pair that cannot be used (no readable image, an empty caption) is replaced by the next good one of the order, the same
-on every layout; the loader counts them and names the first ones.
+A pair that cannot be used (no readable image, an empty caption) is replaced by a good one that follows in the order,
+the same on every layout; the loader counts them and names the first ones.
 """
 
 import json
@@ -18,6 +18,7 @@ from data_pipeline.folder.shard_index import ShardIndex, read_index
 from data_pipeline.folder.shard_reader import DamagedBytes, OpenShards, Shard, require_files
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.keyed_permutation import BlockShuffle
+from data_pipeline.samples import Fault
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 
 CAPTION_SUFFIXES = (".txt", ".json")
@@ -88,6 +89,10 @@ class PairsDataset:
             raise BadPair(f"{self.place(number)}: the caption is empty or no text")
         return Pair(image, caption)
 
+    def shard_path(self, number: int) -> Path:
+        """The shard that holds a pair."""
+        return self._shards.shard_of(number)[0].path
+
     def place(self, number: int) -> str:
         """Shard and member name of a pair's image, for messages."""
         shard, _ = self._shards.shard_of(number)
@@ -98,7 +103,7 @@ class PairSamples:
     """Samples by position: a shuffle of all pairs in every epoch, a pure function of (seed, position).
 
     A sample is {"pixels": uint8 [3, S, S], "tokens": int64 [sequence_length], "ends": int64 [] (where the end-of-text
-    stands), "faults": what is wrong with the pair that should have stood here, if anything}.
+    stands), "faults": a `Fault` where the pair that should have stood here cannot be used}.
     """
 
     weights_shape: tuple[int, ...] = ()
@@ -109,16 +114,33 @@ class PairSamples:
         self._order = BlockShuffle(self.per_epoch, block=BLOCK_PAIRS, seed=seed, purpose="pairs")
 
     def sample(self, position: int) -> dict:
-        """Raises DataError when no good pair follows within the epoch, or within MAX_BAD_IN_A_ROW."""
-        first = position - position % self.per_epoch
-        faults: list[str] = []
-        for step in range(min(self.per_epoch, MAX_BAD_IN_A_ROW)):
-            _, number = self._order.locate(first + (position + step) % self.per_epoch)
+        """The pair at `position`, or where it cannot be used, another of the epoch and its fault in "faults".
+
+        The stand-ins of an epoch differ from each other: unusable and good pairs are matched like opening and closing
+        brackets. So each good pair is seen once in its own place and at most once more, as long as half of the epoch
+        is good. Raises DataError when no good pair follows within the epoch, or within MAX_BAD_IN_A_ROW.
+        """
+        _, number = self._order.locate(position)
+        try:
+            return {**self._made(number, position), "faults": []}
+        except BadPair as error:
+            first = error
+        epoch_start = position - position % self.per_epoch
+        unmatched, standing_in = 1, None
+        for step in range(1, min(self.per_epoch, MAX_BAD_IN_A_ROW)):
             try:
-                return {**self._made(number, position), "faults": faults[:1]}  # the others have positions of their own
-            except BadPair as error:
-                faults.append(str(error))
-        raise DataError(f"{len(faults)} pairs in a row cannot be used, first: {faults[0]}")
+                _, other = self._order.locate(epoch_start + (position + step) % self.per_epoch)
+                standing_in = self._made(other, position)
+            except BadPair:
+                unmatched += 1
+                continue
+            unmatched -= 1
+            if not unmatched:
+                break
+        if standing_in is None:
+            looked_at = min(self.per_epoch, MAX_BAD_IN_A_ROW)
+            raise DataError(f"{looked_at} pairs in a row cannot be used, first: {first}")
+        return {**standing_in, "faults": [Fault(str(self.dataset.shard_path(number)), str(first))]}
 
     def _made(self, number: int, position: int) -> dict:
         pair = self.dataset.pair(number)

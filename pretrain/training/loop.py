@@ -88,8 +88,7 @@ def _run(run: Run, groups: Groups, device: torch.device, hooks: Hooks, *, attemp
     run.engines = {MODEL: engine}
     if quiet:
         quiet.release()
-    task = PretrainTask(run, engine.needs_data, groups.coordinates,
-                        checkpoint.manifest["position_samples"] if checkpoint else 0)
+    task = PretrainTask(run, engine.needs_data, groups.coordinates, checkpoint.manifest if checkpoint else {})
     attempt.begin(run.start_step, checkpoint.folder if checkpoint else None)
     hooks.on_start(run)
     progress = RunProgress(run.start_step, adam_step, run.total_steps)

@@ -68,7 +68,6 @@ USED = {  # file of ours: where the names are defined, and the names
     "parallel/ranks/agreement.py": {"torch.distributed.distributed_c10d": ("_get_default_store",)},
     "parallel/ranks/rendezvous.py": {"torch.distributed.distributed_c10d": ("_get_default_store",
                                                                            "_abort_process_group")},
-    "data_pipeline/loader.py": {"torch.utils.data.dataloader:_MultiProcessingDataLoaderIter": ("_shutdown_workers",)},
 }
 CASES = [(file, owner, found) for file, owners in USED.items() for owner, names in owners.items() for found in names]
 # Documented in spite of their looks, or the only names that argparse has for its types.

@@ -81,6 +81,10 @@ class ConsoleHook(Hook):
     def on_evaluation(self, run: RunView, record: dict[str, Any]) -> None:
         self._heldout = record
         told = _with_terms(f"held-out loss {record['heldout_loss']:.4f}", record, "heldout_loss")
+        if num_unusable := record.get("data/unusable"):
+            num_samples = record["data/samples"]
+            told += (f"  without {num_unusable:,} of {num_samples:,} samples that cannot be used "
+                     f"({num_unusable / num_samples:.1%})")
         self._say(Text(_stamped(f"step {record['step']}/{run.total_steps}  {told}")))
 
     def on_checkpoint(self, run: RunView, path: Path, step: int) -> None:
@@ -149,8 +153,8 @@ class ConsoleHook(Hook):
         if self._heldout:
             facts.append(("held-out", _with_terms(f"{self._heldout['heldout_loss']:.4f}", self._heldout,
                                                   "heldout_loss")))
-        if self._last.get("bad_samples"):
-            facts.append(("passed over", f"{self._last['bad_samples']:,} samples that could not be used, the first "
+        if self._last.get("data/unusable"):
+            facts.append(("passed over", f"{self._last['data/unusable']:,} samples that could not be used, the first "
                           f"named in {run.folder / 'logs'}"))
         facts.append(("run folder", str(run.folder)))
         for name, path in (("metrics", run.folder / METRICS_FILE), ("curve", run.folder / CURVE_FILE)):

@@ -3,8 +3,6 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -112,40 +110,6 @@ def test_workers_ignore_signals_and_end_with_the_loader(dataset):
         next(loader)
     loader.close()
     # What multiprocessing itself keeps (its resource tracker) stays until this process ends.
-    wait_for_end(workers)
-
-
-RANK = """
-import sys, time
-from data_pipeline.tokens.token_dataset import TokenDataset
-from data_pipeline.batch_plan import BatchPlan
-from data_pipeline.loader import Loader, ReadOptions
-
-if __name__ == "__main__":
-    plan = BatchPlan(seed=7, global_batch=4, micro_batch=2)
-    loader = Loader(TokenDataset.open(sys.argv[1]), plan, ReadOptions(32, workers=1))
-    next(loader)
-    print("reading", flush=True)
-    if sys.argv[2] == "fail":
-        raise ValueError("the rank failed")
-    time.sleep(600)
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
-@pytest.mark.parametrize("end", ["fail", pytest.param("killed", marks=pytest.mark.slow)])
-def test_workers_end_with_their_rank(dataset_folder, tmp_path, end):
-    """Neither does a failed rank wait for workers that ignore SIGTERM, nor do they outlive one that is killed."""
-    (tmp_path / "rank.py").write_text(RANK)
-    command = [sys.executable, str(tmp_path / "rank.py"), str(dataset_folder), end]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as rank:
-        rank.stdout.readline()
-        workers = [pid for pid in children(rank.pid) if is_loader_worker(pid)]
-        if end == "killed":
-            assert workers
-            rank.kill()
-        rank.wait(timeout=300)
     wait_for_end(workers)
 
 

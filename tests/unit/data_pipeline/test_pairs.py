@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from data_pipeline.image_text.images import decode, evaluation_crop
 from data_pipeline.image_text.pair_dataset import PairsDataset, caption_of, caption_tokens
 from data_pipeline.image_text.pair_writer import RawPair, raw_pairs, write_pairs
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
+from data_pipeline.samples import Fault
 from data_pipeline.tokens.token_dataset import TokenDataset
+from data_pipeline.unusable import Unusable, is_too_many, told
 from tests.unit.data_pipeline.test_images import bomb_header, encoded
 
 LENGTH, SIZE = 8, 16
@@ -53,7 +56,7 @@ def dataset(folder):
 
 def steps(dataset, count, workers=0, rank=0, ranks=1, start=0, micro=4):
     plan = BatchPlan(seed=5, global_batch=8, micro_batch=micro, data_rank=rank, data_ranks=ranks, first_position=start)
-    with Loader(dataset, plan, ReadOptions(LENGTH, workers=workers, max_bad_fraction=0.5)) as loader:
+    with Loader(dataset, plan, ReadOptions(LENGTH, workers=workers)) as loader:
         return [next(loader) for _ in range(count)], loader
 
 
@@ -109,23 +112,62 @@ def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
     order = list(samples._order(0))
     place = order.index(11)
     assert np.array_equal(samples.sample(place)["tokens"], samples.sample(place + 1)["tokens"])
-    assert "empty" in samples.sample(place)["faults"][0]
+    [fault] = samples.sample(place)["faults"]
+    assert "empty" in fault.message and fault.shard in fault.message
     with caplog.at_level(logging.WARNING):
         _, loader = steps(dataset, 5)
-    assert (loader.num_bad, loader.num_read) == (3, 43)
-    told = " ".join(record.getMessage() for record in caplog.records)
-    assert all(words in told for words in ("cannot be decoded", "pixels", "empty"))
-    assert "shard-" in told
+    assert (loader.unusable.num, loader.position) == (3, 40)
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert all(words in logged for words in ("cannot be decoded", "pixels", "empty"))
+    assert "shard-" in logged
+    in_all = told([loader.unusable.report()])
+    assert f"{fault.shard} (1)" in in_all and "Some: " in in_all
 
 
-def test_too_many_bad_pairs_end_the_run(tokenizer, tmp_path):
-    pairs = [RawPair(str(n), ".png", good(n).image if n % 3 else b"broken", "some words") for n in range(90)]
+def test_counts_depend_on_the_position_alone(dataset):
+    """After any step the sum over ranks is the same, however many ranks and workers there are and wherever they began.
+    """
+    def after(num_steps, ranks, **options):
+        return sum(steps(dataset, num_steps, rank=rank, ranks=ranks, **options)[1].unusable.num
+                   for rank in range(ranks))
+
+    alone = [after(num_steps, 1) for num_steps in range(1, 12)]
+    assert alone[4] == 3 and alone[9] == 6  # an epoch is five steps
+    assert [after(num_steps, 2) for num_steps in range(1, 12)] == alone
+    assert [after(num_steps, 4, micro=1) for num_steps in (3, 7, 11)] == [alone[2], alone[6], alone[10]]
+    assert after(4, 2, start=7 * 8) == alone[10] - alone[6]
+    assert after(7, 1, workers=2) == alone[6]
+
+
+def test_stand_ins_of_an_epoch_differ(tokenizer, tmp_path):
+    """Of 60 pairs with 20 bad ones, many in a row: each good pair is seen once or twice, never more."""
+    bad = {*range(3, 9), *range(20, 30), 40, 57, 58, 59}
+    pairs = [RawPair(str(n), ".png", b"broken" if n in bad else good(n).image, f"return {n}") for n in range(60)]
     write_pairs(pairs, tokenizer, tmp_path / "bad", split="train", inputs="x")
-    plan = BatchPlan(seed=5, global_batch=8, micro_batch=8)
-    with Loader(PairsDataset.open(tmp_path / "bad", SIZE), plan, ReadOptions(LENGTH)) as loader, \
-            pytest.raises(DataError, match="max_bad_fraction"):
-        for _ in range(10):
-            next(loader)
+    dataset = PairsDataset.open(tmp_path / "bad", SIZE)
+    for seed in (None, 5, 6):
+        samples = dataset.samples(LENGTH, seed)
+        seen = Counter(tuple(samples.sample(position)["tokens"]) for position in range(60))
+        assert sum(seen.values()) == 60
+        assert sorted(seen.values()) == [1] * 20 + [2] * 20
+
+
+@pytest.mark.parametrize(("unusable", "samples", "fraction", "expected"), [
+    (0, 10, 0.0, False), (1, 1_000_000, 0.0, True),  # 0 is 0
+    (10, 10, 0.01, False), (11, 1_000, 0.01, True), (11, 1_100, 0.01, False), (12, 1_100, 0.01, True),
+    (11, 11, 1.0, False),
+])  # fmt: skip
+def test_how_many_are_too_many(unusable, samples, fraction, expected):
+    assert is_too_many(unusable, samples, fraction) is expected
+
+
+def test_worst_shards_are_told_first():
+    reports = []
+    for rank in range(2):
+        unusable = Unusable()
+        unusable.note(Fault(f"shard-{n}", f"pair {n} of rank {rank}") for n in range(7) for _ in range(1 + n))
+        reports.append(unusable.report())
+    assert "shard-6 (14), shard-5 (12), shard-4 (10), shard-3 (8), shard-2 (6) and 2 more. Some: " in told(reports)
 
 
 def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
@@ -136,12 +178,30 @@ def test_only_bad_pairs_is_an_error(tokenizer, tmp_path):
 
 
 def test_heldout_is_in_order_and_weighted(dataset):
-    found = [list(heldout_batches(dataset, BatchPlan.heldout(2, rank, 2), ReadOptions(LENGTH), 5)) for rank in (0, 1)]
+    """Pairs 3 and 4 cannot be used, and the last three rows are padding."""
+    unusable = Unusable()
+    found = [list(heldout_batches(dataset, BatchPlan.heldout(2, rank, 2), ReadOptions(LENGTH), 5, unusable=unusable))
+             for rank in (0, 1)]
     assert [len(batches) for batches in found] == [2, 2]
     weights = [np.asarray(batch["weights"]).tolist() for turn in zip(*found, strict=True) for batch in turn]
-    assert weights == [[1, 1], [1, 1], [1, 0], [0, 0]]
+    assert weights == [[1, 1], [1, 0], [0, 0], [0, 0]]
+    assert unusable.num == 2
     first = np.asarray(found[0][0]["pixels"][0])
     assert np.array_equal(first, evaluation_crop(decode(good(0).image), SIZE))
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 3), (2, 2), (3, 1)])
+def test_each_usable_heldout_pair_counts_once(dataset, ranks, micro):
+    seen, unusable = Counter(), Unusable()
+    for rank in range(ranks):
+        for batch in heldout_batches(dataset, BatchPlan.heldout(micro, rank, ranks), ReadOptions(LENGTH),
+                                     unusable=unusable):
+            for tokens, weight in zip(batch["tokens"].tolist(), batch["weights"].tolist(), strict=True):
+                seen[tuple(tokens)] += weight
+    expected = Counter(tuple(caption_tokens(dataset.tokenizer, good(n).caption, LENGTH)[0].tolist())
+                       for n in range(40) if n not in BAD)
+    assert +seen == expected
+    assert unusable.num == len(BAD)
 
 
 def test_end_of_text_is_kept_in_a_long_caption(tokenizer):

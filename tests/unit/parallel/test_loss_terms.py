@@ -85,7 +85,10 @@ def steps_of(info, values: dict) -> list[tuple]:
                 for i in range(first, first + share, micro)] if engine.needs_data else None
 
     held = engine.evaluate(batches(1))
-    results = [engine.train_step(batches(step), step, 1e-3) for step in (1, 2)]
+    tally = 10**groups.coordinates.dp if engine.needs_data else 0
+    results = [engine.train_step(batches(step), step, 1e-3, tally) for step in (1, 2)]
+    # Each data rank's number counts once, whatever its tensor, context and pipeline ranks are.
+    assert [result.tally for result in results] == [sum(10**rank for rank in range(groups.layout.data))] * 2
     engine.close()
     return [(held.loss, held.terms, None), *((r.loss, r.losses.terms, r.grad_norm) for r in results)]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from data_pipeline.image_text.pair_dataset import PairsDataset
 from data_pipeline.image_text.pair_writer import RawPair, write_pairs
+from launchers.run_folder.status import read
 from parallel.gradient_cache import DataRows, GradientCache, surrogate
 from parallel.parameter_plan import draw
 from parallel.pipeline_stages import Stage
@@ -182,14 +183,59 @@ def damaged(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("ranks", "extra"), [(1, []), (2, []), (2, ["parallel.tensor=2"])])
-def test_a_run_counts_what_it_passes_over(ranks, extra, damaged, tmp_path):
-    """Once an epoch of 60 pairs has gone by, all four were met, whoever read them; the person is told at the end."""
+SMALL = ["run.steps=15", "parallel.micro_batch=2", "parallel.global_batch=4", "data.heldout=null"]
+
+
+def unusable_of(folder) -> list[int]:
+    return [record["data/unusable"] for record in read_metrics(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def unusable_alone(damaged, tmp_path_factory) -> list[int]:
+    """The count after each step of a run on one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = write_recipe(folder / "recipe.yaml", damaged, CLIP)
+    assert train_on(1, recipe, [f"run.dir={folder / 'run'}", "data.max_bad_fraction=0.5", *SMALL]) == [0]
+    assert "passed over" in (folder / "run" / "logs" / "train.log").read_text(encoding="utf-8")
+    return unusable_of(folder / "run")
+
+
+def test_a_run_counts_what_it_passes_over(unusable_alone):
+    """An epoch of 60 pairs has gone by, so all four were met."""
+    assert unusable_alone == sorted(unusable_alone)
+    assert unusable_alone[-1] == 4
+
+
+@pytest.mark.parametrize("extra", [[], ["parallel.tensor=2"]])
+def test_the_count_is_the_same_on_another_layout_and_goes_on_after_a_resume(extra, damaged, unusable_alone, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)
-    overrides = [f"run.dir={tmp_path / 'run'}", "run.steps=15", "parallel.micro_batch=2", "parallel.global_batch=4",
-                 "data.heldout=null", "data.max_bad_fraction=0.5", *extra]
-    assert set(train_on(ranks, recipe, overrides)) == {0}
-    counts = [record["bad_samples"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert counts == sorted(counts)
-    assert counts[-1] == 4
-    assert "passed over" in (tmp_path / "run" / "logs" / "train.log").read_text(encoding="utf-8")
+    overrides = [f"run.dir={tmp_path / 'run'}", "data.max_bad_fraction=0.5", *SMALL]
+    assert train_on(2, recipe, [*overrides, *extra, "run.steps=9"]) == [0, 0]
+    assert unusable_of(tmp_path / "run") == unusable_alone[:9]
+    assert unusable_alone[8] not in (0, 4), "the resume has to carry a count and to meet more"
+    assert train_on(1, recipe, overrides) == [0]
+    assert unusable_of(tmp_path / "run") == unusable_alone
+
+
+def test_a_fraction_of_zero_ends_the_run_at_the_first(damaged, unusable_alone, tmp_path):
+    """On every layout at the same step, with the shard and the sample named, and as damaged data."""
+    first = next(step for step, count in enumerate(unusable_alone, start=1) if count)
+    for ranks in (1, 2):
+        recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)
+        codes = train_on(ranks, recipe, [f"run.dir={tmp_path / f'run{ranks}'}", "data.max_bad_fraction=0", *SMALL])
+        assert codes == [65] * ranks
+        assert unusable_of(tmp_path / f"run{ranks}") == [0] * (first - 1)
+        said = read(tmp_path / f"run{ranks}").reason
+        assert f"step {first}: {unusable_alone[first - 1]:,} of the {4 * first:,} samples" in said
+        assert "shard-000000.tar (" in said and "Some: " in said
+
+
+def test_heldout_pairs_that_cannot_be_used_are_told(damaged, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)
+    overrides = [f"run.dir={tmp_path / 'run'}", "data.max_bad_fraction=0.5", *SMALL, "run.steps=1",
+                 f"data.heldout={damaged / 'train'}", "log.evaluate_every=1", "log.evaluate_samples=40"]
+    assert train_on(2, recipe, overrides) == [0, 0]
+    records = read_metrics(tmp_path / "run" / "evaluations.jsonl")
+    assert [(record["data/unusable"], record["data/samples"]) for record in records] == [(3, 40)] * 2
+    told = (tmp_path / "run" / "logs" / "train.log").read_text(encoding="utf-8")
+    assert "without 3 of 40 samples that cannot be used (7.5%)" in told
