@@ -4,7 +4,6 @@ A pair that cannot be used (no readable image, an empty caption) is replaced by 
 on every layout; the loader counts them and names the first ones.
 """
 
-import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -15,12 +14,11 @@ import numpy as np
 from common.errors import DataError
 from data_pipeline.folder.manifest import PairsEntry, PairsManifest
 from data_pipeline.folder.shard_reader import MappedShards, read_index, require_files
+from data_pipeline.image_text.captions import CAPTION_SUFFIXES, caption_of
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.order import MAX_CACHED_EPOCHS, permutation
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 
-CAPTION_SUFFIXES = (".txt", ".json")
-CAPTION_KEYS = ("caption", "text")
 MAX_BAD_IN_A_ROW = 1000
 COLUMNS = 4  # image offset, image bytes, caption offset, caption bytes
 
@@ -139,18 +137,6 @@ class PairSamples:
             while len(self._orders) > MAX_CACHED_EPOCHS:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
-
-
-def caption_of(content: bytes, is_json: bool) -> str:
-    """The caption in a member's bytes, of JSON its value of `caption` or `text`; empty when there is none."""
-    try:
-        text = content.decode("utf-8")
-        if is_json:
-            values = json.loads(text)
-            text = next((values[key] for key in CAPTION_KEYS if isinstance(values.get(key), str)), "")
-    except (UnicodeDecodeError, ValueError, AttributeError, RecursionError):
-        return ""
-    return text.strip()
 
 
 def caption_tokens(tokenizer: TextTokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:

@@ -11,10 +11,13 @@ from PIL import Image
 from data_pipeline.image_text.images import (
     CROP_AREA,
     BadImage,
+    TooManyPixels,
+    UnknownFormat,
     _random_box,
     _uniform,
     decode,
     evaluation_crop,
+    suffix_of_format,
     training_crop,
 )
 
@@ -42,7 +45,8 @@ def bomb_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("CMYK", "JPEG"),
-                                            ("P", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP")])  # fmt: skip
+                                            ("P", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
+                                            ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "AVIF")])  # fmt: skip
 def test_every_mode_becomes_rgb(mode, kind):
     image = decode(encoded(picture(mode), kind))
     assert image.mode == "RGB"
@@ -84,9 +88,9 @@ def test_exif_rotation_is_applied():
 
 @pytest.mark.parametrize("content", [
     b"", b"not an image", encoded(picture())[:60], encoded(picture(size=(300, 200)), "JPEG")[:-600],
-    encoded(picture(), "GIF"), encoded(picture(), "BMP"), encoded(picture(), "TIFF"),
+    encoded(picture(), "TIFF"), encoded(picture(), "PPM"),
     encoded(picture())[:40] + b"\xff" * 40 + encoded(picture())[80:],
-], ids=["empty", "text", "cut png", "cut jpeg", "gif", "bmp", "tiff", "overwritten"])  # fmt: skip
+], ids=["empty", "text", "cut png", "cut jpeg", "tiff", "ppm", "overwritten"])  # fmt: skip
 def test_what_cannot_be_used_is_refused(content):
     with pytest.raises(BadImage):
         decode(content)
@@ -101,6 +105,38 @@ def test_a_bomb_is_refused_by_its_header(size):
 def test_the_limit_is_50_million_pixels():
     with pytest.raises(BadImage, match="cannot be decoded"):  # allowed by its size, and then found to hold too little
         decode(bomb_header(7_000, 7_000))
+
+
+@pytest.mark.parametrize(("content", "suffix"), [
+    (encoded(picture(), "JPEG"), ".jpg"), (encoded(picture(), "WEBP"), ".webp"), (encoded(picture(), "GIF"), ".gif"),
+    (encoded(picture(), "MPO", save_all=True, append_images=[picture()]), ".jpg"),
+    (encoded(picture(size=(300, 200)), "JPEG")[:-600], ".jpg"),  # what is lost behind the header is not looked for
+])  # fmt: skip
+def test_a_suffix_follows_from_the_header(content, suffix):
+    assert suffix_of_format(content) == suffix
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b"", UnknownFormat), (bytes(5000), UnknownFormat), (b"<html>", UnknownFormat),
+    (encoded(picture(), "TIFF"), UnknownFormat), (bomb_header(60_000, 60_000), TooManyPixels),
+    (bomb_header(10_000, 6_000), TooManyPixels),
+])  # fmt: skip
+def test_a_header_that_cannot_be_used_has_a_reason_and_a_lasting_message(content, kind):
+    for read in (suffix_of_format, decode):
+        with pytest.raises(kind) as caught:
+            read(content)
+        assert caught.value.reason == kind.reason
+        assert "0x" not in str(caught.value)
+
+
+def test_16_bit_grey_is_turned_as_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = np.zeros((600, 10), np.uint16)  # more rows than one band
+    values[:300] = 40_000
+    image = decode(encoded(Image.fromarray(values), "PNG", exif=exif))
+    assert image.size == (600, 10)
+    assert np.asarray(image)[5, 450, 0] == 40_000 >> 8
 
 
 def test_random_boxes_have_the_area_and_lie_inside():
