@@ -121,7 +121,7 @@ class PairSamples:
         pair = self.dataset.pair(number)
         size = self.dataset.image_size
         try:
-            image = decode(pair.image)
+            image = decode(pair.image, crop_size=None if self.seed is None else size)
         except BadImage as error:
             raise BadPair(f"{self.dataset.place(number)}: {error}") from None
         if self.seed is None:

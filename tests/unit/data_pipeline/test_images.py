@@ -146,6 +146,28 @@ def test_random_boxes_have_the_area_and_lie_inside():
         assert CROP_AREA[0] - 0.02 <= width * height / (200 * 160) <= 1
 
 
+def test_a_large_jpeg_is_decoded_smaller_for_a_training_crop():
+    y, x = np.mgrid[:600, :900]
+    smooth = Image.fromarray(np.stack([x * 255 // 900, y * 255 // 600, (x + y) * 255 // 1500], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(smooth, "JPEG", quality=95, exif=exif)
+    small, whole = decode(content, crop_size=64), decode(content)
+    assert (small.size, whole.size) == ((150, 225), (600, 900))  # turned, and 4 times smaller: 150 is at least 2 * 64
+    crops = [training_crop(image, 64, "7/0/crop").astype(int) for image in (small, whole)]
+    assert np.abs(crops[0] - crops[1]).mean() < 2
+    assert decode(content, crop_size=400).size == whole.size
+    assert decode(encoded(smooth), crop_size=64).size == (900, 600)  # only a JPEG holds smaller ones
+
+
+def test_a_bomb_is_refused_by_its_own_size_and_not_by_the_smaller_one():
+    with pytest.raises(TooManyPixels, match="10000 x 6000"):
+        decode(bomb_header(10_000, 6_000), crop_size=8)
+    large = encoded(Image.new("L", (1000, 1000)), "JPEG")
+    with pytest.raises(TooManyPixels):
+        decode(large, max_pixels=999_999, crop_size=8)
+
+
 def test_a_panorama_is_cropped_in_the_middle():
     assert _random_box(2000, 10, _uniform("x", 40)) == (993, 0, 13, 10)
 
