@@ -36,6 +36,7 @@ setup(
         "deepspeed>=0.19,<0.20",
         "megatron-core>=0.16,<0.17",
         "webdataset>=1,<2",
+        "braceexpand>=0.1.7,<1",
         "sentencepiece>=0.2,<0.3",
         "protobuf>=4",
         "pydantic>=2.8,<3",

@@ -94,7 +94,8 @@ class BlockShuffle:
     def _permutation(self, size: int, epoch: int, part: int | str) -> KeyedPermutation:
         made = self._made.get((epoch, part))
         if made is None:
-            made = self._made[epoch, part] = KeyedPermutation(size, derive_key(f"{self.seed}/{epoch}", self.purpose, part))
+            made = KeyedPermutation(size, derive_key(f"{self.seed}/{epoch}", self.purpose, part))
+            self._made[epoch, part] = made
             if len(self._made) > MAX_CACHED:
                 self._made.popitem(last=False)
         else:

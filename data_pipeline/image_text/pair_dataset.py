@@ -4,7 +4,6 @@ A pair that cannot be used (no readable image, an empty caption) is replaced by 
 the same on every layout; the loader counts them and names the first ones.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +15,12 @@ from common.errors import DataError
 from data_pipeline.folder.manifest import PairsEntry, PairsManifest
 from data_pipeline.folder.shard_index import ShardIndex, read_index
 from data_pipeline.folder.shard_reader import DamagedBytes, OpenShards, Shard, require_files
+from data_pipeline.image_text.captions import CAPTION_SUFFIXES, caption_of
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.keyed_permutation import BlockShuffle
 from data_pipeline.samples import Fault
 from data_pipeline.text.tokenizer import TextTokenizer, Tokenizer
 
-CAPTION_SUFFIXES = (".txt", ".json")
-CAPTION_KEYS = ("caption", "text")
 MAX_BAD_IN_A_ROW = 1000
 # Neighbours that are read together, some 20 MB of images. Sets of less than 128 blocks are shuffled as a whole.
 BLOCK_PAIRS = 256
@@ -146,7 +144,7 @@ class PairSamples:
         pair = self.dataset.pair(number)
         size = self.dataset.image_size
         try:
-            image = decode(pair.image)
+            image = decode(pair.image, crop_size=None if self.seed is None else size)
         except BadImage as error:
             raise BadPair(f"{self.dataset.place(number)}: {error}") from None
         if self.seed is None:
@@ -155,18 +153,6 @@ class PairSamples:
             pixels = training_crop(image, size, f"{self.seed}/{position}/crop")
         tokens, end = caption_tokens(self.dataset.tokenizer, pair.caption, self.sequence_length)
         return {"pixels": pixels, "tokens": tokens, "ends": np.array(end)}
-
-
-def caption_of(content: bytes, is_json: bool) -> str:
-    """The caption in a member's bytes, of JSON its value of `caption` or `text`; empty when there is none."""
-    try:
-        text = content.decode("utf-8")
-        if is_json:
-            values = json.loads(text)
-            text = next((values[key] for key in CAPTION_KEYS if isinstance(values.get(key), str)), "")
-    except (UnicodeDecodeError, ValueError, AttributeError, RecursionError):
-        return ""
-    return text.strip()
 
 
 def caption_tokens(tokenizer: TextTokenizer, caption: str, length: int) -> tuple[np.ndarray, int]:

@@ -1,15 +1,12 @@
 """Writing a folder of image-text shards: images as they are, captions as text, indexes, a manifest."""
 
 import hashlib
-import json
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import DataError, TrainyardError, UserError
+from common.errors import TrainyardError, UserError
 from common.files import is_empty_folder, write_file, write_folder_aside, writing
 from data_pipeline.folder.manifest import (
     FORMAT_VERSION,
@@ -26,11 +23,7 @@ from data_pipeline.folder.shard_writer import (
     member_key,
     tool_version,
 )
-from data_pipeline.image_text.images import IMAGE_SUFFIXES
-from data_pipeline.image_text.pair_dataset import CAPTION_SUFFIXES, caption_of
 from data_pipeline.text.tokenizer import Tokenizer
-
-MAX_MEMBER_BYTES = 256 * 2**20
 
 
 class RawPair(NamedTuple):
@@ -96,65 +89,3 @@ def _shards(pairs: Iterable[RawPair], folder: Path, shard_bytes: int) -> Iterato
             shard, num_shards = None, num_shards + 1
     if shard:
         yield PairsEntry(**shard.finish(), num_pairs=len(shard.rows))
-
-
-def raw_pairs(inputs: Sequence[Path], on_uncaptioned: Callable[[str], None] = lambda name: None) -> Iterator[RawPair]:
-    """Pairs of webdataset tars, and of folders in which an image has its caption beside it, in order of name.
-
-    on_uncaptioned: called with the name of every image without a caption. Raises UserError for a path without images or
-    that cannot be opened, DataError for a damaged tar file.
-    """
-    for path in inputs:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES + CAPTION_SUFFIXES)
-            if not files:
-                tars = sorted(path.glob("*.tar"))
-                if not tars:
-                    raise UserError(f"{path} holds no images ({' '.join(IMAGE_SUFFIXES)}) and no .tar files")
-                yield from raw_pairs(tars, on_uncaptioned)
-            yield from _joined(((str(file), file.stat().st_size, file.read_bytes) for file in files), on_uncaptioned)
-        else:
-            yield from _joined(_tar_members(path), on_uncaptioned)
-
-
-def _tar_members(path: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.isreg() else None
-                if content is not None:
-                    yield f"{path.name}/{member.name}", member.size, content.read
-    except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise DataError(f"cannot read {path} as a tar file: {error}") from None
-
-
-def _joined(members: Iterable[tuple[str, int, Callable[[], bytes]]], on_uncaptioned: Callable[[str], None]
-            ) -> Iterator[RawPair]:
-    """Neighbours with the same name up to the suffix are one sample, as webdataset has it."""
-    key = ""
-    image: tuple[str, bytes] | None = None
-    caption: str | None = None
-    for name, size_bytes, read in chain(members, [("", 0, bytes)]):  # the last one closes the sample before it
-        stem, suffix = os.path.splitext(name)
-        if stem != key:
-            if image and caption is not None:
-                yield RawPair(key, image[0], image[1], caption)
-            elif image:
-                on_uncaptioned(key)
-            key, image, caption = stem, None, None
-        suffix = suffix.lower()
-        if size_bytes > MAX_MEMBER_BYTES:
-            continue
-        if suffix in IMAGE_SUFFIXES:
-            image = (suffix, read())
-        elif suffix == ".txt" or (suffix == ".json" and caption is None):
-            caption = caption_of(read(), is_json=suffix == ".json")
-
-
-def inputs_of(inputs: Sequence[Path]) -> str:
-    """Names, sizes and times of all input files: tells whether pairs would be written anew from the same."""
-    found = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [file for file in found if file.is_file()]
-    return json.dumps([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files])

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from common.errors import ExitCode
+from common.wording import count
 from pretrain.commands.data.describe import MEGABYTE
 
 
@@ -22,10 +23,17 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
     images = verbs.add_parser("images", help="write a dataset folder of images with captions")
     images.add_argument("--input", nargs="+", type=Path, required=True, metavar="PATH",
-                        help="webdataset tars, folders of them, or folders with a .txt or .json beside each image")
+                        help="webdataset tars ({00000..00012} is expanded), folders of them, folders with a .txt or "
+                             ".json beside each image, or lists (.csv, .tsv, .jsonl) of image paths and captions")
     images.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
     images.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
     images.add_argument("--split", default="train", help="name recorded in the manifest (train)")
+    images.add_argument("--skip-damaged", action="store_true",
+                        help="go on after a damaged tar with what stands before the damage, and name it at the end "
+                             "(webdataset's warn_and_continue); without it the first damaged tar ends the conversion")
+    images.add_argument("--image-column", metavar="NAME",
+                        help="of a list (the first of filepath, file_name, image_path, image, path)")
+    images.add_argument("--caption-column", metavar="NAME", help="of a list (the first of caption, title, text)")
     images.add_argument("--shard-mb", type=float, default=256.0, help="megabytes per shard (256)")
 
 
@@ -44,20 +52,28 @@ def shapes(args: argparse.Namespace, console: Console) -> int:
 
 
 def images(args: argparse.Namespace, console: Console) -> int:
-    """Write the images that have a caption; an image that cannot be decoded is noticed when it is read."""
-    from data_pipeline.image_text.pair_writer import inputs_of, raw_pairs, write_pairs
+    """Write the images that have a caption, and say of everything else why it was left out.
+
+    Of an image only the header is decoded; what is wrong behind it is noticed when it is read.
+    """
+    from data_pipeline.image_text.image_lists import Columns
+    from data_pipeline.image_text.left_out import LeftOut
+    from data_pipeline.image_text.pair_writer import write_pairs
+    from data_pipeline.image_text.raw_pairs import expand_inputs, inputs_of, raw_pairs
     from data_pipeline.text.tokenizer import Tokenizer
 
-    uncaptioned: list[str] = []
+    left_out = LeftOut()
+    inputs, columns = expand_inputs(args.input), Columns(args.image_column, args.caption_column)
     with console.status(f"writing {args.to}"):
-        pairs = raw_pairs(args.input, on_uncaptioned=uncaptioned.append)
+        pairs = raw_pairs(inputs, left_out, columns=columns, skip_damaged=args.skip_damaged)
         manifest, is_reused = write_pairs(pairs, Tokenizer.load(args.tokenizer), args.to, split=args.split,
-                                          inputs=inputs_of(args.input), shard_bytes=round(args.shard_mb * MEGABYTE))
+                                          inputs=inputs_of(inputs, columns, args.skip_damaged),
+                                          shard_bytes=round(args.shard_mb * MEGABYTE))
     console.print(f"{args.to} is there already, made from the same input: reused" if is_reused else f"wrote {args.to}")
     console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB "
-                  f"in {len(manifest.shards)} shards")
-    if uncaptioned:
-        console.print(f"  left out {len(uncaptioned):,} images without a caption, first: {uncaptioned[0]}")
+                  f"in {count(len(manifest.shards), 'shard')}")
+    for line in left_out.lines():
+        console.print(f"  {line}", markup=False)
     return ExitCode.DONE
 
 

@@ -11,10 +11,13 @@ from PIL import Image
 from data_pipeline.image_text.images import (
     CROP_AREA,
     BadImage,
+    TooManyPixels,
+    UnknownFormat,
     _random_box,
     _uniform,
     decode,
     evaluation_crop,
+    suffix_of_format,
     training_crop,
 )
 
@@ -42,7 +45,8 @@ def bomb_header(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGB", "PNG"), ("RGB", "JPEG"), ("RGB", "WEBP"), ("CMYK", "JPEG"),
-                                            ("P", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP")])  # fmt: skip
+                                            ("P", "PNG"), ("RGBA", "PNG"), ("RGBA", "WEBP"),
+                                            ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "AVIF")])  # fmt: skip
 def test_every_mode_becomes_rgb(mode, kind):
     image = decode(encoded(picture(mode), kind))
     assert image.mode == "RGB"
@@ -84,9 +88,9 @@ def test_exif_rotation_is_applied():
 
 @pytest.mark.parametrize("content", [
     b"", b"not an image", encoded(picture())[:60], encoded(picture(size=(300, 200)), "JPEG")[:-600],
-    encoded(picture(), "GIF"), encoded(picture(), "BMP"), encoded(picture(), "TIFF"),
+    encoded(picture(), "TIFF"), encoded(picture(), "PPM"),
     encoded(picture())[:40] + b"\xff" * 40 + encoded(picture())[80:],
-], ids=["empty", "text", "cut png", "cut jpeg", "gif", "bmp", "tiff", "overwritten"])  # fmt: skip
+], ids=["empty", "text", "cut png", "cut jpeg", "tiff", "ppm", "overwritten"])  # fmt: skip
 def test_what_cannot_be_used_is_refused(content):
     with pytest.raises(BadImage):
         decode(content)
@@ -103,11 +107,65 @@ def test_the_limit_is_50_million_pixels():
         decode(bomb_header(7_000, 7_000))
 
 
+@pytest.mark.parametrize(("content", "suffix"), [
+    (encoded(picture(), "JPEG"), ".jpg"), (encoded(picture(), "WEBP"), ".webp"), (encoded(picture(), "GIF"), ".gif"),
+    (encoded(picture(), "MPO", save_all=True, append_images=[picture()]), ".jpg"),
+    (encoded(picture(size=(300, 200)), "JPEG")[:-600], ".jpg"),  # what is lost behind the header is not looked for
+])  # fmt: skip
+def test_a_suffix_follows_from_the_header(content, suffix):
+    assert suffix_of_format(content) == suffix
+
+
+@pytest.mark.parametrize(("content", "kind"), [
+    (b"", UnknownFormat), (bytes(5000), UnknownFormat), (b"<html>", UnknownFormat),
+    (encoded(picture(), "TIFF"), UnknownFormat), (bomb_header(60_000, 60_000), TooManyPixels),
+    (bomb_header(10_000, 6_000), TooManyPixels),
+])  # fmt: skip
+def test_a_header_that_cannot_be_used_has_a_reason_and_a_lasting_message(content, kind):
+    for read in (suffix_of_format, decode):
+        with pytest.raises(kind) as caught:
+            read(content)
+        assert caught.value.reason == kind.reason
+        assert "0x" not in str(caught.value)
+
+
+def test_16_bit_grey_is_turned_as_exif_says():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    values = np.zeros((600, 10), np.uint16)  # more rows than one band
+    values[:300] = 40_000
+    image = decode(encoded(Image.fromarray(values), "PNG", exif=exif))
+    assert image.size == (600, 10)
+    assert np.asarray(image)[5, 450, 0] == 40_000 >> 8
+
+
 def test_random_boxes_have_the_area_and_lie_inside():
     for number in range(300):
         left, top, width, height = _random_box(200, 160, _uniform(str(number), 40))
         assert left >= 0 and top >= 0 and left + width <= 200 and top + height <= 160  # noqa: PT018
         assert CROP_AREA[0] - 0.02 <= width * height / (200 * 160) <= 1
+
+
+def test_a_large_jpeg_is_decoded_smaller_for_a_training_crop():
+    y, x = np.mgrid[:600, :900]
+    smooth = Image.fromarray(np.stack([x * 255 // 900, y * 255 // 600, (x + y) * 255 // 1500], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(smooth, "JPEG", quality=95, exif=exif)
+    small, whole = decode(content, crop_size=64), decode(content)
+    assert (small.size, whole.size) == ((150, 225), (600, 900))  # turned, and 4 times smaller: 150 is at least 2 * 64
+    crops = [training_crop(image, 64, "7/0/crop").astype(int) for image in (small, whole)]
+    assert np.abs(crops[0] - crops[1]).mean() < 2
+    assert decode(content, crop_size=400).size == whole.size
+    assert decode(encoded(smooth), crop_size=64).size == (900, 600)  # only a JPEG holds smaller ones
+
+
+def test_a_bomb_is_refused_by_its_own_size_and_not_by_the_smaller_one():
+    with pytest.raises(TooManyPixels, match="10000 x 6000"):
+        decode(bomb_header(10_000, 6_000), crop_size=8)
+    large = encoded(Image.new("L", (1000, 1000)), "JPEG")
+    with pytest.raises(TooManyPixels):
+        decode(large, max_pixels=999_999, crop_size=8)
 
 
 def test_a_panorama_is_cropped_in_the_middle():

@@ -1,7 +1,5 @@
 """Image-text shards: what is written is read, bad pairs are replaced and counted, order comes from position."""
 
-import io
-import json
 import logging
 import tarfile
 from collections import Counter
@@ -13,8 +11,8 @@ from PIL import Image
 from common.errors import DataError, UserError
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.image_text.images import decode, evaluation_crop
-from data_pipeline.image_text.pair_dataset import PairsDataset, caption_of, caption_tokens
-from data_pipeline.image_text.pair_writer import RawPair, raw_pairs, write_pairs
+from data_pipeline.image_text.pair_dataset import PairsDataset, caption_tokens
+from data_pipeline.image_text.pair_writer import RawPair, write_pairs
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.samples import Fault
 from data_pipeline.tokens.token_dataset import TokenDataset
@@ -210,15 +208,6 @@ def test_end_of_text_is_kept_in_a_long_caption(tokenizer):
     assert tokens[0] != tokenizer.end_of_text
 
 
-@pytest.mark.parametrize(("content", "is_json", "expected"), [
-    (b" words \n", False, "words"), (b"\xff\xfe", False, ""), (b'{"caption": "words"}', True, "words"),
-    (b'{"text": "words", "url": "x"}', True, "words"), (b'{"caption": 3}', True, ""),
-    (b"[1]", True, ""), (b"{", True, ""),
-])  # fmt: skip
-def test_captions(content, is_json, expected):
-    assert caption_of(content, is_json) == expected
-
-
 def test_reused_or_in_the_way(folder, tokenizer, dataset_folder):
     assert write_pairs([], tokenizer, folder, split="train", inputs="40 pairs", shard_bytes=3000)[1]
     with pytest.raises(UserError, match="other input"):
@@ -269,24 +258,3 @@ def test_verify_and_stats(folder, tmp_path, capsys):
     path.write_bytes(content)
     assert trainyard("verify", copy) == 65
     assert "SHA-256 of shard-000001.tar" in " ".join(capsys.readouterr().out.split())
-
-
-def test_pairs_from_folders_and_tars(tmp_path):
-    (tmp_path / "photos").mkdir()
-    for name, caption in (("a", "first"), ("b", None), ("c", "third")):
-        (tmp_path / "photos" / f"{name}.png").write_bytes(good(0).image)
-        if caption:
-            (tmp_path / "photos" / f"{name}.json").write_text(json.dumps({"caption": caption}))
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        for name, content in (("k1.jpg", good(1).image), ("k1.txt", b"from a tar"), ("k2.txt", b"no image")):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    uncaptioned: list[str] = []
-    found = list(raw_pairs([tmp_path / "photos", tmp_path / "x.tar"], uncaptioned.append))
-    assert [(pair.suffix, pair.caption) for pair in found] == [
-        (".png", "first"), (".png", "third"), (".jpg", "from a tar")]
-    assert found[2].image == good(1).image
-    assert [name.rpartition("/")[2] for name in uncaptioned] == ["b"]
-    with pytest.raises(DataError, match="tar file"):
-        list(raw_pairs([tmp_path / "photos" / "a.png"]))
