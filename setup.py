@@ -37,6 +37,8 @@ setup(
         "megatron-core>=0.16,<0.17",
         "webdataset>=1,<2",
         "sentencepiece>=0.2,<0.3",
+        "pyarrow>=15",
+        "fsspec>=2024.2",
         "protobuf>=4",
         "pydantic>=2.8,<3",
         "PyYAML>=6,<7",
