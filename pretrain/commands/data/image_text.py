@@ -6,13 +6,14 @@ from pathlib import Path
 from rich.console import Console
 
 from common.errors import ExitCode
+from pretrain.commands.arguments import local_path
 from pretrain.commands.data.describe import MEGABYTE
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Add `shapes` and `images`."""
     shapes = verbs.add_parser("shapes", help="draw captioned scenes to train and test a CLIP on")
-    shapes.add_argument("--to", type=Path, required=True, metavar="DIR",
+    shapes.add_argument("--to", type=local_path, required=True, metavar="DIR",
                         help="gets `train` and `heldout` (dataset folders) and `zero-shot` (a folder per class)")
     shapes.add_argument("--num-train", type=int, default=12_000, metavar="N", help="scenes to train on (12000)")
     shapes.add_argument("--num-test", type=int, default=480, metavar="M",
@@ -23,8 +24,8 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     images = verbs.add_parser("images", help="write a dataset folder of images with captions")
     images.add_argument("--input", nargs="+", type=Path, required=True, metavar="PATH",
                         help="webdataset tars, folders of them, or folders with a .txt or .json beside each image")
-    images.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
-    images.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
+    images.add_argument("--tokenizer", type=local_path, required=True, metavar="FILE", help="a SentencePiece model")
+    images.add_argument("--to", type=local_path, required=True, metavar="DIR", help="the dataset folder to write")
     images.add_argument("--split", default="train", help="name recorded in the manifest (train)")
     images.add_argument("--shard-mb", type=float, default=256.0, help="megabytes per shard (256)")
 
