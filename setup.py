@@ -38,6 +38,8 @@ setup(
         "webdataset>=1,<2",
         "braceexpand>=0.1.7,<1",
         "sentencepiece>=0.2,<0.3",
+        "pyarrow>=15",
+        "fsspec>=2024.2",
         "protobuf>=4",
         "pydantic>=2.8,<3",
         "PyYAML>=6,<7",

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,9 @@ END_OF_TEXT = "<|endoftext|>"
 SPACE_MARK = "\u2581"
 SPACE_RUNS = (2, 3, 4, 6, 8, 12, 16, 20, 24)
 SAMPLE_BLOCK_CHARACTERS = 2_000
+# A longer line is cut before white space into blocks, so that it is not taken or left as a whole. And SentencePiece
+# drops, without a word, what is above its own limit.
+MAX_LINE_CHARACTERS = 100_000
 # A fixed number: the same input gives the same model on every machine.
 TRAINING_THREADS = 2
 MIN_VOCAB_SIZE = 300
@@ -220,10 +224,11 @@ def train_tokenizer(sample: Sequence[str], options: TokenizerOptions) -> Tokeniz
     except RuntimeError as error:
         # What stands before the last bracket is the place in SentencePiece's source.
         detail = str(error).strip().rpartition("] ")[2]
-        raise UserError(
-            f"vocab_size={options.vocab_size} does not fit {sum(map(len, sample)):,} characters of training text; "
-            f"change vocab_size or give more text (SentencePiece: {detail})"
-        ) from None
+        text = f"{sum(map(len, sample)):,} characters of training text"
+        if "ocabulary size" in detail or "vocab_size" in detail:
+            raise UserError(f"vocab_size={options.vocab_size} does not fit {text}; change vocab_size or give more text "
+                            f"(SentencePiece: {detail})") from None
+        raise UserError(f"SentencePiece cannot train a {options.algorithm} tokenizer on {text}: {detail}") from None
     return Tokenizer(written.getvalue())
 
 
@@ -245,7 +250,7 @@ def _blocks(text: str) -> Iterator[str]:
     """Cut text after lines into blocks of about SAMPLE_BLOCK_CHARACTERS; joined they are the text again."""
     lines: list[str] = []
     num_characters = 0
-    for line in text.splitlines(keepends=True):
+    for line in chain.from_iterable(map(_parts, text.splitlines(keepends=True))):
         lines.append(line)
         num_characters += len(line)
         if num_characters >= SAMPLE_BLOCK_CHARACTERS:
@@ -253,6 +258,22 @@ def _blocks(text: str) -> Iterator[str]:
             lines, num_characters = [], 0
     if lines:
         yield "".join(lines)
+
+
+def _parts(line: str) -> Iterator[str]:
+    """The line itself; one above MAX_LINE_CHARACTERS in parts of at most SAMPLE_BLOCK_CHARACTERS, cut before white
+    space where there is some."""
+    if len(line) <= MAX_LINE_CHARACTERS:
+        yield line
+        return
+    start = 0
+    while len(line) - start > SAMPLE_BLOCK_CHARACTERS:
+        end = start + SAMPLE_BLOCK_CHARACTERS
+        cut = max(line.rfind(" ", start + 1, end), line.rfind("\t", start + 1, end))
+        cut = cut if cut > 0 else end
+        yield line[start:cut]
+        start = cut
+    yield line[start:]
 
 
 class TextTokenizer(Protocol):

@@ -7,7 +7,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from data_pipeline.text.tokenizer import Tokenizer
 from data_pipeline.tokens.token_dataset import TOKENS_SUFFIX, TokenDataset
 
 DOCUMENTS_PER_BATCH = 64
+CHARACTERS_PER_BATCH = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def write_dataset(
     split: str = "train",
     num_threads: int = 1,
     progress: Callable[[WriteProgress], None] | None = None,
+    if_empty: Callable[[], str] | None = None,
 ) -> Written:
     """Tokenize documents into `folder`, or reuse it when it was made from the same inputs.
 
@@ -73,6 +74,7 @@ def write_dataset(
         split: name recorded in the manifest.
         num_threads: threads that tokenize; the written bytes do not depend on it.
         progress: called after every batch of documents.
+        if_empty: gives the message of the error when there was no document.
 
     Raises UserError when there is nothing to write or the folder holds something else, StorageError when the disk
     refuses.
@@ -89,6 +91,9 @@ def write_dataset(
             writer.write(batch, tokenizer.encode_many([document.text for document in batch], num_threads))
             if progress:
                 progress(writer.progress)
+        if not writer.progress.num_documents:
+            raise UserError(if_empty() if if_empty else f"no document is left for split {split!r}; give more input or "
+                            "another share of held-out documents")
         manifest = writer.finish(split, settings)
     return Written(manifest, is_reused=False)
 
@@ -123,10 +128,6 @@ class _DatasetWriter:
     def finish(self, split: str, settings: str) -> Manifest:
         if self.shard is not None:
             self._finish_shard(self.shard)
-        if not self.entries:
-            raise UserError(
-                f"no document is left for split {split!r}; give more input or another share of held-out documents"
-            )
         write_file(self.folder / TOKENIZER_FILE, self.tokenizer.model)
         manifest = Manifest(
             split=split,
@@ -184,8 +185,16 @@ def _existing(folder: Path, documents: Iterable[Document], settings: str) -> Man
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    source = iter(documents)
-    while batch := list(islice(source, DOCUMENTS_PER_BATCH)):
+    """Up to DOCUMENTS_PER_BATCH documents, fewer where they are long: token ids take more memory than their text."""
+    batch: list[Document] = []
+    num_characters = 0
+    for document in documents:
+        batch.append(document)
+        num_characters += len(document.text)
+        if len(batch) == DOCUMENTS_PER_BATCH or num_characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
         yield batch
 
 

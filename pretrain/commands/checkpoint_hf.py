@@ -7,6 +7,7 @@ from pathlib import Path
 
 from common.errors import ExitCode
 from common.number_formats import NUMBER_FORMATS
+from pretrain.commands.arguments import local_path
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -17,7 +18,8 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
                               "config.json, safetensors files, the tokenizer and certificate.json, which holds the "
                               "largest difference of logits between the training model and transformers.")
     export.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run folder, or one checkpoint in it")
-    export.add_argument("--to", metavar="DIR", type=Path, required=True, help="the folder to write; it must not exist")
+    export.add_argument("--to", metavar="DIR", type=local_path, required=True,
+                        help="the folder to write; it must not exist")
     export.add_argument("--dtype", choices=NUMBER_FORMATS, default="fp32", help="number format of the weights (fp32)")
     export.add_argument("--architecture", metavar="NAME", help="the model_type to write, where several fit (the first)")
     export.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
@@ -26,7 +28,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     read = verbs.add_parser("import", help="make a checkpoint of a transformers folder", description="Writes a run "
                             "folder with one checkpoint (weights only) and a config.yaml that starts from it.")
     read.add_argument("folder", metavar="HF_DIR", type=Path, help="a folder with config.json and safetensors files")
-    read.add_argument("--to", metavar="DIR", type=Path, required=True, help="the run folder to write; a new one")
+    read.add_argument("--to", metavar="DIR", type=local_path, required=True, help="the run folder to write; a new one")
     for parser in (export, read):
         parser.add_argument("--shard-size", metavar="SIZE", default="2GB", type=_bytes,
                             help="most bytes of one file, as 500MB or 2GB (2GB)")

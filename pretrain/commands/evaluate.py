@@ -35,6 +35,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--data", metavar="PATH", type=Path, required=True, nargs="+",
                         help="a dataset folder; for text also files or folders of .txt .md .py .jsonl; for images also "
                         "a directory with a folder per class")
+    parser.add_argument("--field", default="text", metavar="NAME",
+                        help="the field of a record (.jsonl, .json, .parquet) that holds its text (text)")
     parser.add_argument("--samples", type=int, metavar="N", help="only the first N pairs, documents of a decoder, or "
                         "samples of another model of text (all)")
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens that a decoder sees at once, at most "
@@ -181,7 +183,7 @@ def _masked_quality(args: argparse.Namespace, trained: "Trained", groups: "Group
 def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | TextDataset":
     """A dataset folder that was made with the model's tokenizer, or files as the tokenizer encodes them."""
     from data_pipeline.folder.manifest import MANIFEST_NAME
-    from data_pipeline.text.corpus import documents
+    from data_pipeline.text.corpus import CorpusOptions, documents
     from data_pipeline.tokens.in_memory_dataset import TextDataset
     from data_pipeline.tokens.token_dataset import TokenDataset
 
@@ -192,7 +194,10 @@ def _dataset(args: argparse.Namespace, trained: "Trained") -> "TokenDataset | Te
             raise UserError(f"{folder} was made with another tokenizer than the model's: give the text itself, or "
                             "write the dataset again with the tokenizer of the model")
         return dataset
-    return TextDataset((document.text for document in documents([str(path) for path in args.data])), trained.tokenizer)
+    corpus = documents([str(path) for path in args.data], CorpusOptions(field=args.field))
+    if next(iter(corpus), None) is None:
+        raise UserError(corpus.nothing_left())
+    return TextDataset((document.text for document in corpus), trained.tokenizer)
 
 
 def _first_documents(dataset: "TokenDataset | TextDataset", count: int | None) -> "Text":

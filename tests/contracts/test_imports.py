@@ -116,6 +116,8 @@ DOORWAYS = {  # library: the only files that may import it
     "megatron": ("parallel/process_groups.py", "parallel/tensor_parallel.py"),
     "webdataset": ("data_pipeline/*",),
     "sentencepiece": ("data_pipeline/*",),
+    "pyarrow": ("data_pipeline/text/*",),
+    "fsspec": ("data_pipeline/text/*",),
     "transformers": ("pretrain/hf/*",),
     "mpi4py": ("parallel/ranks/rendezvous.py", "data_pipeline/*"),
 }

@@ -20,4 +20,4 @@ def add_parser(subparsers: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the verb that was parsed; returns the exit code. Raises TrainyardError."""
-    return VERBS[args.data_verb](args, Console(soft_wrap=True, highlight=False))
+    return VERBS[args.data_verb](args, Console(soft_wrap=True, highlight=False, markup=False))

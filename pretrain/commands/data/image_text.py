@@ -7,13 +7,14 @@ from rich.console import Console
 
 from common.errors import ExitCode
 from common.wording import count
+from pretrain.commands.arguments import local_path
 from pretrain.commands.data.describe import MEGABYTE
 
 
 def add_verbs(verbs: argparse._SubParsersAction) -> None:
     """Add `shapes` and `images`."""
     shapes = verbs.add_parser("shapes", help="draw captioned scenes to train and test a CLIP on")
-    shapes.add_argument("--to", type=Path, required=True, metavar="DIR",
+    shapes.add_argument("--to", type=local_path, required=True, metavar="DIR",
                         help="gets `train` and `heldout` (dataset folders) and `zero-shot` (a folder per class)")
     shapes.add_argument("--num-train", type=int, default=12_000, metavar="N", help="scenes to train on (12000)")
     shapes.add_argument("--num-test", type=int, default=480, metavar="M",
@@ -25,8 +26,8 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     images.add_argument("--input", nargs="+", type=Path, required=True, metavar="PATH",
                         help="webdataset tars ({00000..00012} is expanded), folders of them, folders with a .txt or "
                              ".json beside each image, or lists (.csv, .tsv, .jsonl) of image paths and captions")
-    images.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
-    images.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
+    images.add_argument("--tokenizer", type=local_path, required=True, metavar="FILE", help="a SentencePiece model")
+    images.add_argument("--to", type=local_path, required=True, metavar="DIR", help="the dataset folder to write")
     images.add_argument("--split", default="train", help="name recorded in the manifest (train)")
     images.add_argument("--skip-damaged", action="store_true",
                         help="go on after a damaged tar with what stands before the damage, and name it at the end "

@@ -15,6 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from common.errors import ExitCode, UserError
 from common.files import write_aside, writing
+from pretrain.commands.arguments import local_path
 from pretrain.commands.data.describe import MEGABYTE
 
 if TYPE_CHECKING:
@@ -30,18 +31,18 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
     corpus = verbs.add_parser("corpus", help="count the documents of an input, and what is left out and why")
     _add_input(corpus)
     corpus.add_argument("--split", choices=("train", "heldout", "all"), default="all", help="which part (all)")
-    corpus.add_argument("--to", type=Path, metavar="FILE", help="also write the documents as .jsonl")
+    corpus.add_argument("--to", type=local_path, metavar="FILE", help="also write the documents as .jsonl")
 
     tokenizer = verbs.add_parser("tokenizer", help="train a SentencePiece tokenizer on the training part of an input")
     _add_input(tokenizer)
     tokenizer.add_argument("--vocab-size", type=int, default=4096, help="exact number of token ids (4096)")
     tokenizer.add_argument("--algorithm", choices=("bpe", "unigram"), default="bpe", help="(bpe)")
-    tokenizer.add_argument("--to", type=Path, required=True, metavar="FILE", help="the model file to write")
+    tokenizer.add_argument("--to", type=local_path, required=True, metavar="FILE", help="the model file to write")
 
     shard = verbs.add_parser("shard", help="tokenize documents into a dataset folder of tar shards")
     _add_input(shard)
-    shard.add_argument("--tokenizer", type=Path, required=True, metavar="FILE", help="a SentencePiece model")
-    shard.add_argument("--to", type=Path, required=True, metavar="DIR", help="the dataset folder to write")
+    shard.add_argument("--tokenizer", type=local_path, required=True, metavar="FILE", help="a SentencePiece model")
+    shard.add_argument("--to", type=local_path, required=True, metavar="DIR", help="the dataset folder to write")
     shard.add_argument("--split", choices=("train", "heldout", "all"), default="train", help="which part (train)")
     shard.add_argument("--shard-mb", type=float, default=64.0, help="token megabytes per shard (64)")
     shard.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads (one per core)")
@@ -53,20 +54,26 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files or folders (.txt .md .py .jsonl), or `stdlib`: the source of Python's standard library",
+        help="files, folders or URLs: text (.txt .md .rst .tex), code (.py), records (.jsonl .json .parquet), plain or "
+             "as .gz .bz2 .zst, and tars of them; or `stdlib`: the source of Python's standard library",
     )
+    parser.add_argument("--field", default="text", metavar="NAME",
+                        help="the field of a record that holds its text; dots lead into nested ones: meta.text (text)")
+    parser.add_argument("--code-suffix", nargs="+", default=(".py",), metavar="SUFFIX",
+                        help="files that end so are code, one document each: .py .c .h (.py)")
     parser.add_argument(
         "--heldout-fraction", type=float, default=0.02, help="share of documents kept apart for evaluation (0.02)"
     )
 
 
 def _open_corpus(args: argparse.Namespace, part: "Part") -> "Corpus":
-    from data_pipeline.text.corpus import CorpusLimits, documents, standard_library_documents
+    from data_pipeline.text.corpus import CorpusOptions, documents, standard_library_documents
 
-    limits = CorpusLimits(heldout_fraction=args.heldout_fraction)
+    options = CorpusOptions(field=args.field, code_suffixes=tuple(args.code_suffix),
+                            heldout_fraction=args.heldout_fraction)
     if args.input == ["stdlib"]:
-        return standard_library_documents(limits).select(part)
-    return documents(args.input, limits).select(part)
+        return standard_library_documents(options).select(part)
+    return documents(args.input, options).select(part)
 
 
 def _corpus(args: argparse.Namespace, console: Console) -> int:
@@ -83,10 +90,13 @@ def _corpus(args: argparse.Namespace, console: Console) -> int:
 
 def _write_records(corpus: "Corpus", path: Path) -> bool:
     """Write one JSON object a line; True when the same file was there before."""
+    from data_pipeline.text.left_out import printable
+
     with writing(path), write_aside(path) as aside:
         with open(aside, "w", encoding="utf-8") as file:
             for document in corpus:
-                file.write(json.dumps({"key": document.key, "text": document.text}, ensure_ascii=False) + "\n")
+                record = {"key": printable(document.key), "text": document.text}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
         is_there = path.exists()
         if is_there and not filecmp.cmp(aside, path, shallow=False):
             raise UserError(f"{path} exists with other content; choose another --to or remove that file first")
@@ -99,8 +109,8 @@ def _print_corpus(corpus: "Corpus", console: Console) -> None:
         f"{corpus.name} ({corpus.part}): {report.num_documents:,} documents, "
         f"{report.text_bytes / MEGABYTE:.1f} MB from {report.num_files:,} files"
     )
-    for reason, number in sorted(report.skipped.items()):
-        console.print(f"  left out {number:,}: {reason}")
+    for line in report.left_out.lines():
+        console.print(f"  left out {line}")
 
 
 def _tokenizer(args: argparse.Namespace, console: Console) -> int:
@@ -111,6 +121,8 @@ def _tokenizer(args: argparse.Namespace, console: Console) -> int:
     for _ in corpus:
         pass
     _print_corpus(corpus, console)
+    if not corpus.report.num_documents:
+        raise UserError(corpus.nothing_left())
     sample = sample_text(corpus, corpus.report.text_bytes, options)
     fingerprint = inputs_sha256(sample, options)
     if args.to.exists():
@@ -179,6 +191,7 @@ def _shard(args: argparse.Namespace, console: Console) -> int:
             split=args.split,
             num_threads=max(1, args.threads),
             progress=show,
+            if_empty=corpus.nothing_left,
         )
     _print_corpus(corpus, console)
     manifest = written.manifest

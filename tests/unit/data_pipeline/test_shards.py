@@ -1,5 +1,6 @@
 """Written datasets: the same bytes every time, readable by stock tools, complete or absent."""
 
+import gc
 import multiprocessing
 import resource
 import tarfile
@@ -106,6 +107,21 @@ def test_no_room(corpus, tokenizer, tmp_path):
     process.start()
     process.join(20)
     assert "cannot write" in outcome.get()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_said_and_nothing_else(corpus, tokenizer, tmp_path, capfd):
+    """Writers that are collected later try to write once more, and Python reports what they raise."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for documents, shard_bytes in ((corpus, 2**20), (corpus, 100), ([Document("a", "self " * 9_000)], 2**20)):
+        with pytest.raises(StorageError, match="cannot write"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (7_000, old[1]))
+            try:
+                write_dataset(documents, tokenizer, tmp_path / "set", shard_bytes=shard_bytes)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        gc.collect()
+    assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
 

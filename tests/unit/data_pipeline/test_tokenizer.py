@@ -1,12 +1,15 @@
 """Text comes back exactly, training is repeatable, and wrong files are named."""
 
 import pickle
+import random
+from itertools import product
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.errors import DataError, UserError
+from data_pipeline.text.corpus import Document
 from data_pipeline.text.tokenizer import Tokenizer, TokenizerOptions, load_report, measure, sample_text, train_tokenizer
 
 # Characters that tokenizers like to lose, mixed into arbitrary text.
@@ -67,6 +70,32 @@ def test_sample_is_a_share_of_the_corpus(corpus):
     assert "".join(sample_text(corpus, total, TokenizerOptions())) == "".join(d.text for d in corpus)
 
 
+LETTERS = "abcdefghijklmnop"
+
+
+@pytest.mark.parametrize("space", [" ", "\t", ""])
+def test_a_text_of_one_long_line_is_cut_before_white_space(space):
+    words = ["".join(LETTERS[number >> shift & 15] for shift in (0, 4, 8, 12)) for number in range(0, 65_536, 2)]
+    text = space.join(words)
+    assert len(text) > 100_000
+    blocks = sample_text([Document("a", text)], 1, TokenizerOptions())
+    assert "".join(blocks) == text
+    assert len(blocks) > 20 and max(map(len, blocks)) < 4_001
+    assert not space or all(block.startswith(space) for block in blocks[1:])
+    some = "".join(sample_text([Document("a", text)], len(text), TokenizerOptions(sample_bytes=len(text) // 2)))
+    assert 0.3 * len(text) < len(some) < 0.7 * len(text)
+
+
+def test_what_a_line_above_the_limit_of_sentencepiece_holds_is_learnt():
+    words = ["".join(letters) + "ρ" for letters in product("αβγδ", "εζηθ", "ικλμ", "νξοπ")]
+    greek = " ".join(random.Random(0).choices(words, k=1_700_000))
+    assert len(greek.encode()) > 1 << 24
+    documents = [Document("greek", greek), Document("latin", "some words and others\n" * 50)]
+    options = TokenizerOptions(vocab_size=400, sample_bytes=200_000)
+    tokenizer = train_tokenizer(sample_text(documents, len(greek.encode()), options), options)
+    assert sum("ρ" in piece for piece in tokenizer.pieces()) > 50
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\n\x0a"])
 def test_not_a_model(tmp_path, content):
     path = tmp_path / "wrong.model"
@@ -83,6 +112,12 @@ def test_missing_model(tmp_path):
 def test_more_vocabulary_than_text():
     with pytest.raises(UserError, match="vocab_size=4096 does not fit.*value <= "):
         train_tokenizer(["hello world"], TokenizerOptions(vocab_size=4096))
+
+
+@pytest.mark.parametrize("text", ["\n" + "\u2585", "\u2585 \u2585"])
+def test_text_that_sentencepiece_does_not_take_is_not_called_a_vocabulary(text):
+    with pytest.raises(UserError, match="SentencePiece cannot train a bpe tokenizer on 3|2 characters"):
+        train_tokenizer([text], TokenizerOptions())
 
 
 @pytest.mark.parametrize("options", [{"vocab_size": 100}, {"algorithm": "magic"}])
