@@ -10,7 +10,7 @@ from typing import NamedTuple
 from common.errors import DataError, UserError
 from common.wording import either, listed
 from data_pipeline.image_text.captions import BadCaption, checked_caption
-from data_pipeline.image_text.left_out import LeftOut, printable
+from data_pipeline.left_out import LeftOut, printable
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # The names that OpenCLIP, img2dataset and the Hub's folders of images give them, tried in this order.

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from data_pipeline.image_text.captions import CAPTION_SUFFIXES
 from data_pipeline.image_text.images import IMAGE_SUFFIXES
-from data_pipeline.image_text.left_out import LeftOut, printable
+from data_pipeline.left_out import LeftOut, printable
 
 # Pictures that people have beside captions, and that this version does not store.
 OTHER_PICTURES = (".tif", ".tiff", ".heic", ".heif", ".jxl", ".jp2", ".svg", ".ico", ".psd", ".ppm", ".dng")

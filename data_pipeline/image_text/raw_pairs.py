@@ -18,9 +18,9 @@ from data_pipeline.image_text.captions import BadCaption, read_caption
 from data_pipeline.image_text.image_lists import ANY_COLUMNS, LIST_SUFFIXES, Columns, listed_images
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, suffix_of_format
 from data_pipeline.image_text.join_pairs import Joined, Part, joined, kind_fault, suffix_of
-from data_pipeline.image_text.left_out import LeftOut, printable
 from data_pipeline.image_text.pair_writer import RawPair
 from data_pipeline.image_text.tar_parts import DamagedTar, opened_tar, size_fault, tar_parts
+from data_pipeline.left_out import LeftOut, printable
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 IMG2DATASET_SUFFIXES = (".parquet", "_stats.json")
@@ -116,7 +116,8 @@ def raw_pairs(inputs: Iterable[Path], left_out: LeftOut, *, columns: Columns = A
             num_pairs += 1
             yield pair
     if not num_pairs:
-        reasons = "".join(f"\n  {line}" for line in left_out.lines())
+        reasons = "".join(f"\n  left out {line}" for line in left_out.lines())
+        reasons += "".join(f"\n  {line}" for line in left_out.remarks())
         error = DataError if left_out.damaged else UserError
         raise error(f"there is no pair of image and caption in the input{reasons or ': it is empty'}")
 

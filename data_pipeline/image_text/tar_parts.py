@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple, cast
 from common.errors import DataError, StorageError, UserError
 from data_pipeline.image_text.captions import CAPTION_SUFFIXES, BadCaption, read_caption
 from data_pipeline.image_text.join_pairs import kind_fault, suffix_of
-from data_pipeline.image_text.left_out import LeftOut
+from data_pipeline.left_out import LeftOut
 
 END_BYTES = 2 * tarfile.BLOCKSIZE
 # tar -b 2048 fills up to a MiB; longer zeros are the rest of a download that did not finish.

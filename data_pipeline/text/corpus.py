@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from common.errors import UserError
+from data_pipeline.left_out import LeftOut, printable
 from data_pipeline.text import readers
 from data_pipeline.text.find_files import NO_SUCH_SUFFIX, FileKind, TextFile, files_below, find, kind_of
-from data_pipeline.text.left_out import OTHER_PART, LeftOut, printable
 from data_pipeline.text.open_input import Damaged, damage, decompressed, opened, tar_members
 from data_pipeline.text.readers import CorpusOptions, Document
 
 READERS = {"prose": readers.prose, "code": readers.code, "records": readers.records, "json": readers.json_file,
            "parquet": readers.parquet}
 DIGEST_BYTES = 16
+OTHER_PART = "belongs to the other part"
 
 Part = Literal["train", "heldout", "all"]
 

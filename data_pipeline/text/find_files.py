@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import UserError
-from data_pipeline.text.left_out import LeftOut, printable
+from data_pipeline.left_out import LeftOut, printable
 from data_pipeline.text.open_input import COMPRESSIONS, files_at, is_url
 
 SUFFIXES = {".txt": "prose", ".text": "prose", ".md": "prose", ".markdown": "prose", ".rst": "prose", ".tex": "prose",

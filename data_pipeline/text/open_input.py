@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from common.errors import DataError, UserError
-from data_pipeline.text.left_out import LeftOut, printable
+from data_pipeline.left_out import LeftOut, printable
 
 COMPRESSIONS = (".gz", ".bz2", ".zst")
 MAX_TAR_HEADER_BYTES = 2**20

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from common.errors import UserError
-from data_pipeline.text.left_out import LeftOut
+from data_pipeline.left_out import LeftOut
 from data_pipeline.text.open_input import Damaged
 
 NOT_UTF8 = "not UTF-8"

@@ -58,9 +58,9 @@ def images(args: argparse.Namespace, console: Console) -> int:
     Of an image only the header is decoded; what is wrong behind it is noticed when it is read.
     """
     from data_pipeline.image_text.image_lists import Columns
-    from data_pipeline.image_text.left_out import LeftOut
     from data_pipeline.image_text.pair_writer import write_pairs
     from data_pipeline.image_text.raw_pairs import expand_inputs, inputs_of, raw_pairs
+    from data_pipeline.left_out import LeftOut
     from data_pipeline.text.tokenizer import Tokenizer
 
     left_out = LeftOut()
@@ -73,7 +73,7 @@ def images(args: argparse.Namespace, console: Console) -> int:
     console.print(f"{args.to} is there already, made from the same input: reused" if is_reused else f"wrote {args.to}")
     console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB "
                   f"in {count(len(manifest.shards), 'shard')}")
-    for line in left_out.lines():
+    for line in (*(f"left out {line}" for line in left_out.lines()), *left_out.remarks()):
         console.print(f"  {line}", markup=False)
     return ExitCode.DONE
 

@@ -90,7 +90,7 @@ def _corpus(args: argparse.Namespace, console: Console) -> int:
 
 def _write_records(corpus: "Corpus", path: Path) -> bool:
     """Write one JSON object a line; True when the same file was there before."""
-    from data_pipeline.text.left_out import printable
+    from data_pipeline.left_out import printable
 
     with writing(path), write_aside(path) as aside:
         with open(aside, "w", encoding="utf-8") as file:

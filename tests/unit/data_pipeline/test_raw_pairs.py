@@ -10,8 +10,8 @@ from PIL import Image
 
 from common.errors import DataError, StorageError, UserError
 from data_pipeline.image_text.image_lists import Columns
-from data_pipeline.image_text.left_out import LeftOut
 from data_pipeline.image_text.raw_pairs import expand_inputs, inputs_of, raw_pairs
+from data_pipeline.left_out import LeftOut
 from tests.unit.data_pipeline.test_images import bomb_header, encoded
 from tests.unit.data_pipeline.test_tar_parts import tar_of
 
@@ -89,7 +89,7 @@ def test_several_images_of_one_key(tmp_path):
     found = read(tar_with(tmp_path / "x.tar", members))
     assert captions(found) == ["one", "first"]
     assert sorted(counts(found).values()) == [1, 1, 1, 2]
-    told = " ".join(found[1].lines())
+    told = " ".join(found[1].lines() + found[1].remarks())
     assert all(word in told for word in ("several images", "another image", "another caption", "without an image"))
 
 
@@ -143,7 +143,7 @@ def test_images_that_their_header_refuses(tmp_path):
     for found in both(tmp_path, files):
         assert [(pair.caption, pair.suffix) for pair in found[0]] == [("words", ".gif")]
         assert sorted(counts(found).values()) == [1, 3]
-        assert "0x" not in " ".join(found[1].lines())
+        assert "0x" not in " ".join(found[1].lines() + found[1].remarks())
 
 
 def test_what_is_neither_image_nor_caption(tmp_path):
@@ -152,7 +152,7 @@ def test_what_is_neither_image_nor_caption(tmp_path):
     for found in both(tmp_path, files):
         assert captions(found) == ["words"]
         assert sorted(counts(found).values()) == [1, 1, 1, 1, 4]
-        assert "\x1b" not in "".join(found[1].lines())
+        assert "\x1b" not in "".join(found[1].lines() + found[1].remarks())
         assert any(".tiff" in reason and "convert" in reason for reason in found[1].counts)
 
 
@@ -168,7 +168,7 @@ def test_a_name_that_is_no_utf8(tmp_path):
             file.write(content)
     found = read(folder)
     assert captions(found) == ["words", "odd"]
-    " ".join(found[1].lines()).encode()
+    " ".join(found[1].lines() + found[1].remarks()).encode()
 
 
 def test_only_regular_files_are_read(tmp_path):
@@ -265,7 +265,7 @@ def test_a_list_that_is_no_table(tmp_path):
 def test_no_pair_says_why(tmp_path):
     with pytest.raises(UserError, match="it is empty"):
         read(tmp_path)
-    with pytest.raises(UserError, match=r"left out 1: an image without a caption; first: .*a\.jpg"):
+    with pytest.raises(UserError, match=r"left out 1: an image without a caption, first: .*a\.jpg"):
         read(folder_of(tmp_path, {"a.jpg": image()}))
 
 

@@ -48,11 +48,11 @@ def test_records(tmp_path):
     found, left_out = read(write(tmp_path / "set.jsonl", b"\n".join(lines)))
     assert found == ["one", "two\0\r\n"]
     assert left_out.lines() == [
+        "4: not JSON, first: set.jsonl, line 3 (Expecting property name enclosed in double quotes)",
+        "2: not UTF-8, first: set.jsonl, line 8",
         "1: empty, first: set.jsonl, line 7",
         '1: field "text" is not a string, first: set.jsonl, line 5 (int)',
         '1: no field "text", first: set.jsonl, line 4 (it has other, x)',
-        "4: not JSON, first: set.jsonl, line 3 (Expecting property name enclosed in double quotes)",
-        "2: not UTF-8, first: set.jsonl, line 8",
         "1: not a JSON object, first: set.jsonl, line 6"]
 
 

@@ -10,9 +10,9 @@ import tarfile
 import pytest
 
 from common.errors import DataError, UserError
-from data_pipeline.image_text.left_out import LeftOut
 from data_pipeline.image_text.raw_pairs import raw_pairs
 from data_pipeline.image_text.tar_parts import DamagedTar, opened_tar, tar_parts
+from data_pipeline.left_out import LeftOut
 from tests.unit.data_pipeline.test_images import encoded, picture
 
 IMAGE = encoded(picture(), "JPEG")
@@ -121,7 +121,7 @@ def test_good_tars_beside_a_damaged_one(tmp_path):
     assert len(captions) == 2 * NUM_PAIRS
     assert [line.split(" as a tar")[0].rpartition("/")[2] for line in left_out.damaged] == ["1.tar", "3.tar"]
     assert left_out.counts == {"a tar without a member": 1}
-    assert left_out.lines()[-3].startswith("2 damaged tars")
+    assert left_out.remarks()[-3].startswith("2 damaged tars")
 
 
 def test_members_that_are_no_files_are_counted(tmp_path):
