@@ -182,8 +182,8 @@ def test_data_that_does_not_fit_the_model(recipe, dataset, shapes, tmp_path):
     run = tmp_path / "run"
     mistakes = [([run, "--data", shapes / "heldout"], 2, "images with captions, where tokenized documents are needed"),
                 ([run, "--data", tmp_path / "other"], 2, "another tokenizer than the model's"),
-                ([run, "--data", tmp_path / "empty.txt"], 2, "no text"),
-                ([run, "--data", tmp_path / "folder"], 2, "holds no .txt"),
+                ([run, "--data", tmp_path / "empty.txt"], 2, "no document is left"),
+                ([run, "--data", tmp_path / "folder"], 2, r"holds no .* \.txt file"),
                 ([run, "--data", cut], 65, "where the manifest says"),
                 ([run, "--data", dataset / "heldout", "--examples", "1"], 2, "write an answer"),
                 ([tmp_path / "folder", "--data", dataset / "heldout"], 2, "no checkpoint here")]
