@@ -35,8 +35,7 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module", params=[
-    pytest.param(name, marks=pytest.mark.quick if name == "one rank" else pytest.mark.slow, id=name.replace(" ", "-"))
-    for name in CASES])
+    pytest.param(name, marks=pytest.mark.slow, id=name.replace(" ", "-")) for name in CASES])
 def uninterrupted(request, tmp_path_factory, recipe):
     world_size, overrides = CASES[request.param]
     overrides = [*overrides, f"run.steps={STEPS}", "checkpoint.every=7"]

@@ -13,15 +13,13 @@ import pytest
 from tests.helpers.recipes import write_recipe
 from tests.helpers.runs import ONE, SHORT, Case, check_reference, check_same, read_run
 
-# Layouts that train the recipe's 24 steps; those with `quick` are in `make quick`.
+# Layouts that train the recipe's 24 steps.
 CORE = [
-    pytest.param(Case(tensor=2, data=2, zero=1, sequence=True), marks=pytest.mark.quick),
-    pytest.param(Case(pipeline=2, data=2, zero=1), marks=pytest.mark.quick),
-    pytest.param(Case(data=2, zero=3), marks=pytest.mark.quick),
-    *(pytest.param(case, marks=pytest.mark.slow) for case in (
-        Case(data=2), Case(data=2, zero=2), Case(tensor=2, data=2, zero=3, sequence=True),
-        Case(tensor=2, pipeline=2, data=2, zero=1, sequence=True))),
-]
+    Case(tensor=2, data=2, zero=1, sequence=True), Case(pipeline=2, data=2, zero=1), Case(data=2, zero=3),
+    Case(data=2), Case(data=2, zero=2), Case(tensor=2, data=2, zero=3, sequence=True),
+    Case(tensor=2, pipeline=2, data=2, zero=1, sequence=True),
+]  # fmt: skip
+IN_QUICK = CORE[:3]  # over six steps also in `make quick`
 LAYOUTS = [  # (tensor, pipeline, data, ZeRO stage), with a tensor degree also with sequence parallelism
     (1, 1, 2, 0), (1, 1, 2, 1), (1, 1, 2, 2), (1, 1, 2, 3),
     (2, 1, 1, 1), (2, 1, 2, 1), (2, 1, 2, 2), (2, 1, 2, 3), (4, 1, 1, 0),
@@ -54,13 +52,16 @@ def check(runs, case: Case, extra: tuple[str, ...] = (), steps: tuple[str, ...] 
     check_same(runs.on(case, "gpt", [*in_few_micro_batches(case), *steps, *extra]), expected)
 
 
+@slow
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_fp32_curve_is_the_same_over_24_steps(case, runs):
     check(runs, case, steps=())
 
 
-@slow
-@pytest.mark.parametrize("case", [case for case in CASES if case not in [param.values[0] for param in CORE]], ids=str)
+@pytest.mark.parametrize("case", [
+    *(pytest.param(case, marks=pytest.mark.quick) for case in IN_QUICK),
+    *(pytest.param(case, marks=slow) for case in CASES if case not in CORE),
+], ids=str)  # fmt: skip
 def test_fp32_curve_is_the_same(case, runs):
     check(runs, case)
 

@@ -56,6 +56,7 @@ def test_inputs_fill_exactly(length, density, mean_span):
         assert density == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [512, 128, 9])
 def test_span_corruption(length):
     counts = raw_tokens(length, 0.15, 3.0)
@@ -86,6 +87,7 @@ def test_span_corruption(length):
         assert (spans == 1).mean() == pytest.approx((counts.num_spans - 1) / (counts.num_noise - 1), abs=0.01)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 300), st.floats(0.01, 0.9), st.floats(1, 20), st.integers(0, 2**62))
 @settings(deadline=None, max_examples=100)
 def test_span_corruption_of_any_size_can_be_undone(num_raw, density, mean_span, seed):
@@ -188,6 +190,7 @@ def denoising(num_raw, seed=None, **options):
                      **{**plain, **options})
 
 
+@pytest.mark.slow
 def test_infilling():
     num_tokens, num_masked = 126, round(126 * 0.3)
     lengths = []
@@ -208,6 +211,7 @@ def test_infilling():
     assert lengths.var() == pytest.approx(3.0, abs=0.3)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 60), st.floats(0, 0.95), st.floats(1, 12), st.integers(0, 10**9))
 @settings(deadline=None, max_examples=100)
 def test_infilling_of_any_size_can_be_undone(num_tokens, ratio, mean_span, seed):

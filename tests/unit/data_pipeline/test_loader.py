@@ -16,6 +16,7 @@ from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.loader import Loader, ReadOptions, heldout_batches
 from data_pipeline.order import WindowOrder
 from data_pipeline.tokens.token_dataset import TokenDataset
+from tests.helpers.marks import slow_after
 
 LENGTH = 32
 SEED = 7
@@ -67,7 +68,7 @@ def test_any_ranks_and_micro_batches_give_the_global_order(
     assert torch.equal(taken, expected[start : start + 3 * batch])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", slow_after(1, [2, 1]))
 def test_workers_do_not_change_the_stream(dataset, expected, workers):
     options = {"global_batch": 12, "micro_batch": 2, "data_rank": 1, "data_ranks": 2, "first_position": 300}
     alone = take(dataset, 10, workers=0, **options)
@@ -97,6 +98,7 @@ def children(parent: int) -> set[int]:
         return set(map(int, file.read().split()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc")
 def test_workers_ignore_signals_and_end_with_the_loader(dataset):
     before = children(os.getpid())

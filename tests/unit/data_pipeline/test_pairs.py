@@ -122,6 +122,7 @@ def test_bad_pairs_are_counted_named_and_replaced_by_the_next(dataset, caplog):
     assert f"{fault.shard} (1)" in in_all and "Some: " in in_all
 
 
+@pytest.mark.slow
 def test_counts_depend_on_the_position_alone(dataset):
     """After any step the sum over ranks is the same, however many ranks and workers there are and wherever they began.
     """

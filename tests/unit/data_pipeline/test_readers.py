@@ -236,6 +236,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.txt.gz", "a.tar"])
 def test_reading_takes_much_less_memory_than_the_file(tmp_path, name):

@@ -142,6 +142,7 @@ def test_a_cancelled_job_does_not_come_back_however_its_ranks_ended(tmp_path, ca
     assert (tmp_path / "did").exists() != cancelled
 
 
+@pytest.mark.slow
 def test_a_launcher_that_starts_ranks_again_is_left_to_it(tmp_path):
     (tmp_path / "logs").mkdir()
     body = f"""

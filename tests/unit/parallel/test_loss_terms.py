@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from parallel.chunked_loss import token_losses
+from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT, VOCAB_SIZE, recipe_of
 
@@ -139,7 +140,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("ranks", "parallel"), slow_after(5, LAYOUTS), ids=str)
 def test_every_layout_gives_the_means_of_the_whole_batch(ranks, parallel, expected):
     if parallel.get("schedule") == "dualpipev":
         deep = values(**parallel)

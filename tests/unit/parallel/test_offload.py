@@ -70,6 +70,7 @@ def test_both_kinds_of_adam_agree(decay):
     assert not torch.equal(weights[0], torch.linspace(-1, 1, 1000))
 
 
+@pytest.mark.slow
 def test_a_step_after_a_restart_has_the_same_bits():
     """Steps taken one after the other, and each again as the first one of a fresh optimizer's counter would be."""
     weight, again = torch.nn.Parameter(torch.linspace(-1, 1, 1000)), torch.nn.Parameter(torch.zeros(1000))

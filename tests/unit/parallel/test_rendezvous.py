@@ -69,6 +69,7 @@ def test_one_rank_alone():
     assert "total 1" in run_all([clean_environment()])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_taken_ports_are_passed_over_by_all_ranks_and_nothing_listens_beyond_loopback():
     from parallel.ranks.rank_info import read_rank_info
@@ -86,6 +87,7 @@ def test_taken_ports_are_passed_over_by_all_ranks_and_nothing_listens_beyond_loo
         assert set(addresses) == {"0100007F"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
 def test_a_name_with_only_an_ipv6_address():
     port = str(free_port())

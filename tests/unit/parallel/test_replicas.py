@@ -107,7 +107,7 @@ def replicated(engine) -> list[tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize(("world_size", "compute", "parallel"), [
     pytest.param(2, "fp32", {"tensor": 2, "sequence": True}, id="tp2", marks=pytest.mark.slow),
-    pytest.param(2, "bf16", {"zero_stage": 1}, id="dp2"),
+    pytest.param(2, "bf16", {"zero_stage": 1}, id="dp2", marks=pytest.mark.slow),
     pytest.param(4, "bf16", {"zero_stage": 2}, id="dp4", marks=pytest.mark.slow),
     pytest.param(6, "fp32", {"pipeline": 2, "zero_stage": 1}, id="pp2-dp3-tied", marks=pytest.mark.slow),
     pytest.param(4, "bf16", {"tensor": 2, "zero_stage": 3}, id="tp2-dp2-zero3", marks=pytest.mark.slow),

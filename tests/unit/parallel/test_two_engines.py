@@ -6,6 +6,7 @@ import hashlib
 
 import pytest
 
+from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks
 from tests.helpers.recipes import GPT, VOCAB_SIZE
 
@@ -67,9 +68,9 @@ def trained(info, models: dict[str, dict], parallel: dict) -> dict[str, tuple]:
     return found
 
 
-@pytest.mark.parametrize(("other", "parallel"), [
+@pytest.mark.parametrize(("other", "parallel"), slow_after(1, [
     (OTHER_EXPERTS, {}), (DENSE, {}), (OTHER_EXPERTS, {"zero_stage": 0}),
-], ids=["experts", "dense", "experts-zero0"])  # fmt: skip
+]), ids=["experts", "dense", "experts-zero0"])  # fmt: skip
 def test_each_is_as_alone(other, parallel):
     models = {"model": (EXPERTS, 11), "other": (other, 12)}
     together = run_ranks(trained, 2, models, parallel)

@@ -147,6 +147,7 @@ def largest_scale(info, stage: int) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 1), (2, 3)])
 def test_the_scale_stays_at_most_100(ranks, stage):
     values = [value for found in run_ranks(largest_scale, ranks, stage) for value in found]
@@ -206,6 +207,7 @@ def test_a_run_counts_what_it_passes_over(unusable_alone):
     assert unusable_alone[-1] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extra", [[], ["parallel.tensor=2"]])
 def test_the_count_is_the_same_on_another_layout_and_goes_on_after_a_resume(extra, damaged, unusable_alone, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", damaged, CLIP)

@@ -268,6 +268,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.slow
 def test_memory_is_a_shard_and_not_the_model(tmp_path):
     growth, = run_ranks(peak_growth, 1, str(tmp_path))
     bound = 2 * SHARD_BYTES + growth["tensor"]

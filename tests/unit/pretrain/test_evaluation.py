@@ -21,6 +21,7 @@ from pretrain.cli import main
 from pretrain.inference.language import Text, language_measures, stream_batches
 from pretrain.inference.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
 from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE, read_metrics
+from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
@@ -103,7 +104,7 @@ def test_a_language_model_on_a_dataset_and_on_the_text_of_it(recipe, dataset, tm
     assert found["text_bytes"] == len(text.read_bytes().strip()) or found["text_bytes"] == len(text.read_bytes())
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "bert"])
+@pytest.mark.parametrize("family", slow_after(1, ["bert", "t5", "bart"]))
 def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_path):
     """The held-out loss of training, from shards and from the files they were made of, in batches of any size."""
     recipe = write_recipe(tmp_path / "recipe.yaml", dataset, recipe_of(family))
@@ -166,6 +167,7 @@ def answered(info, recipe: str) -> bool:
         return answer_tokens(stage, (source,), 5, 8, stop_token=answer[4]) == answer[:place]
 
 
+@pytest.mark.slow
 def test_data_that_does_not_fit_the_model(recipe, dataset, shapes, tmp_path):
     """Each mistake is told in words, with its exit code and without a traceback, and nothing is printed for a program.
 

@@ -12,6 +12,7 @@ import torch
 
 from pretrain.cli import main
 from pretrain.models import FAMILIES
+from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
@@ -38,7 +39,7 @@ def measured(info, *commands: list[str]) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, list(FAMILIES)))
 def test_a_run_and_the_folder_exported_from_it(family, dataset, shapes, tmp_path):
     run, exported = str(tmp_path / "run"), str(tmp_path / "exported")
     if family == "clip":

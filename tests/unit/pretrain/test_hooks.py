@@ -179,7 +179,7 @@ def test_samples_where_a_family_has_no_tokens(tmp_path, capsys):
     assert (tmp_path / "curve.png").exists()
 
 
-@pytest.mark.parametrize("size", [(24, 80), (0, 0)])
+@pytest.mark.parametrize("size", [(24, 80), pytest.param((0, 0), marks=pytest.mark.slow)])
 def test_one_live_line_on_a_terminal(tmp_path, size):
     script = (
         "import sys; from tests.unit.pretrain.test_hooks import *\n"

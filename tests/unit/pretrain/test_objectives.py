@@ -131,6 +131,7 @@ def test_documents_shorter_than_a_span(family, name, config_of, dataset, tmp_pat
         list(heldout(TextDataset(["", "", "", ""], tokenizer), config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), [("bert", "masked_lm"), ("bart", "denoising")])
 def test_corruption_is_the_same_for_any_ranks_workers_and_place_of_resumption(family, name, config_of):
     """Stages travel to worker processes, and a sample is corrupted by its position alone."""

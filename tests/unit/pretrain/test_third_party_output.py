@@ -114,6 +114,7 @@ def test_our_warnings_are_shown_on_the_main_rank_and_logged_on_all(tmp_path):
     assert (out, err) == ("", "") and log.count("again") == 2
 
 
+@pytest.mark.slow
 def test_the_real_deepspeed_is_quiet(tmp_path):
     out, err, log = run_script(
         tmp_path,
