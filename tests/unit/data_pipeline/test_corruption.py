@@ -154,6 +154,7 @@ def test_prefixes_are_uniform_and_nothing_is_lost():
     assert np.mean(prefixes) == pytest.approx(8, abs=0.3)
 
 
+@pytest.mark.slow
 def test_fill_in_the_middle_can_be_undone():
     pre, suf, mid = (SPECIAL.first_sentinel - number for number in range(3))
     kinds = {"as it was": 0, "prefix first": 0, "suffix first": 0}

@@ -86,6 +86,7 @@ def test_batches(dataset):
     assert loader.position == 8
 
 
+@pytest.mark.slow
 def test_order_is_a_function_of_position(dataset):
     whole = joined(steps(dataset, 7)[0])  # crosses an epoch
     for kwargs in ({"workers": 2}, {"micro": 2}):

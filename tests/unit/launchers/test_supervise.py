@@ -131,6 +131,7 @@ def test_a_warning_before_the_launcher_starts_is_kept(tmp_path):
     assert (read(tmp_path).exit_code, read(tmp_path).reason) == (75, "SIGUSR1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cancelled", [True, False])
 def test_a_cancelled_job_does_not_come_back_however_its_ranks_ended(tmp_path, cancelled):
     process = start_under_slurm(tmp_path, f"touch {tmp_path}/up; sleep 2; exit 137", str(tmp_path), "--", "srun")

@@ -202,6 +202,7 @@ def bert_step(info, values: dict) -> tuple:
     return result.loss, result.losses.terms, means
 
 
+@pytest.mark.slow
 def test_bert_is_the_papers_sum_of_two_means():
     content = {**recipe_of("bert"), "data": {"train": "unused"}}
 

@@ -53,6 +53,7 @@ def test_a_full_disc_is_told_before_the_first_write(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_both_kinds_of_adam_agree(decay):
     """Five steps with weight decay and the correction of young moments."""

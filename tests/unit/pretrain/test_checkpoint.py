@@ -102,6 +102,7 @@ def written(tmp_path_factory) -> Path:
     return write(tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000005", Layout(4, 2, 2), 16, Known())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(8, 16, 8), Layout(4, 2, 2), Layout(), Layout(2, 4, 3)],
                          ids=lambda layout: layout.words)
 def test_a_rank_reads_the_bytes_that_it_keeps(layout, written, monkeypatch):

@@ -206,6 +206,7 @@ def outputs_of(models: dict, groups) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_the_training_side_is_the_same_on_two_tensor_ranks(alone):
     models = {}
     for case in [case for case, (_, _, fields) in OURS.items() if "pad_vocab_to" in fields]:
