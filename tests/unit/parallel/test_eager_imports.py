@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from parallel.eager_imports import SWITCH, eager_imports
+from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks, train
 from tests.helpers.recipes import write_recipe
 
@@ -16,8 +17,8 @@ def train_and_look(info, recipe: str, overrides: list[str]) -> tuple[int, list[s
     return code, [name for name in ("torch._inductor.lowering", "torch._inductor.compile_fx") if name in sys.modules]
 
 
-@pytest.mark.parametrize("extra", [[], ["parallel.zero_stage=3"], ["parallel.zero_stage=1", "model.experts=2"]],
-                         ids=str)
+@pytest.mark.parametrize("extra", slow_after(1, [
+    ["parallel.zero_stage=3"], [], ["parallel.zero_stage=1", "model.experts=2"]]), ids=str)
 def test_a_run_loads_no_compiler(extra, tmp_path, dataset):
     recipe = write_recipe(tmp_path / "gpt.yaml", dataset)
     overrides = [f"run.dir={tmp_path / 'run'}", "run.steps=1", *extra]

@@ -65,6 +65,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_one_rank_alone():
     assert "total 1" in run_all([clean_environment()])[0]
 

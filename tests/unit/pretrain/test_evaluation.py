@@ -21,7 +21,6 @@ from pretrain.cli import main
 from pretrain.inference.language import Text, language_measures, stream_batches
 from pretrain.inference.zero_shot import DEFAULT_TEMPLATES, _recalls, class_folders, filled, templates_of
 from pretrain.training.metrics import EVALUATIONS_FILE, METRICS_FILE, read_metrics
-from tests.helpers.marks import slow_after
 from tests.helpers.ranks import run_ranks, train_on
 from tests.helpers.recipes import CLIP, recipe_of, write_recipe
 
@@ -104,7 +103,8 @@ def test_a_language_model_on_a_dataset_and_on_the_text_of_it(recipe, dataset, tm
     assert found["text_bytes"] == len(text.read_bytes().strip()) or found["text_bytes"] == len(text.read_bytes())
 
 
-@pytest.mark.parametrize("family", slow_after(1, ["bert", "t5", "bart"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "bart", "bert"])
 def test_noised_text_on_a_dataset_and_on_the_text_of_it(family, dataset, tmp_path):
     """The held-out loss of training, from shards and from the files they were made of, in batches of any size."""
     recipe = write_recipe(tmp_path / "recipe.yaml", dataset, recipe_of(family))
