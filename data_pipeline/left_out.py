@@ -46,7 +46,9 @@ class LeftOut:
 
     def _keep_example(self, reason: str, example: str) -> None:
         if example:
-            self.examples.setdefault(reason, printable(example))
+            shown = printable(example)
+            self.examples.setdefault(reason, shown if len(shown) <= MAX_EXAMPLE_CHARACTERS
+                                     else shown[:MAX_EXAMPLE_CHARACTERS] + "...")
 
     def _told(self, counts: Counter[str]) -> list[str]:
         return [f"{number:,}: {reason}" + (f", first: {self.examples[reason]}" if reason in self.examples else "")
@@ -54,7 +56,6 @@ class LeftOut:
 
 
 def printable(name: str) -> str:
-    """A name as a terminal shows it: bytes that are not UTF-8 and control characters as escapes, 300 long at most."""
+    """A name as a terminal can show it: bytes that are not UTF-8 and control characters are written as escapes."""
     text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-    return shown if len(shown) <= MAX_EXAMPLE_CHARACTERS else shown[:MAX_EXAMPLE_CHARACTERS] + "..."
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
