@@ -38,14 +38,6 @@ def checked_caption(text: str) -> str:
     return text
 
 
-def caption_of(content: bytes, is_json: bool) -> str:
-    """`read_caption`, or the empty text where there is none."""
-    try:
-        return read_caption(content, is_json)
-    except BadCaption:
-        return ""
-
-
 def _value(text: str) -> str:
     try:
         values = json.loads(text)

@@ -15,7 +15,7 @@ from common.errors import DataError
 from data_pipeline.folder.manifest import PairsEntry, PairsManifest
 from data_pipeline.folder.shard_index import ShardIndex, read_index
 from data_pipeline.folder.shard_reader import DamagedBytes, OpenShards, Shard, require_files
-from data_pipeline.image_text.captions import CAPTION_SUFFIXES, caption_of
+from data_pipeline.image_text.captions import CAPTION_SUFFIXES, BadCaption, read_caption
 from data_pipeline.image_text.images import IMAGE_SUFFIXES, BadImage, decode, evaluation_crop, training_crop
 from data_pipeline.keyed_permutation import BlockShuffle
 from data_pipeline.samples import Fault
@@ -73,18 +73,18 @@ class PairsDataset:
     def pair(self, number: int) -> Pair:
         """The stored image and its caption.
 
-        Raises BadPair when the tar members are not those that were written, or the caption holds no text; DataError
+        Raises BadPair when the tar members are not those that were written, or there is no caption in them; DataError
         when the shard shrank, has gone or cannot be read.
         """
         shard, first = self._shards.shard_of(number)
         try:
             image, caption = _members(shard, self._rows[number].tolist())
+        except BadCaption as error:
+            raise BadPair(f"{self.place(number)}: {error}") from None
         except DamagedBytes as error:
             raise BadPair(f"pair {number - first} of {shard.path.name}: {error}") from None
         except DataError as error:
             raise DataError(f"pair {number - first} of {shard.path.name}: {error}") from None
-        if not caption:
-            raise BadPair(f"{self.place(number)}: the caption is empty or no text")
         return Pair(image, caption)
 
     def shard_path(self, number: int) -> Path:
@@ -177,4 +177,4 @@ def load_pairs_index(folder: Path, entry: PairsEntry) -> ShardIndex:
 def _members(shard: Shard, row: list[int]) -> tuple[bytes, str]:
     _, image = shard.member(row[0], row[1], IMAGE_SUFFIXES)
     name, caption = shard.member(row[2], row[3], CAPTION_SUFFIXES)
-    return bytes(image), caption_of(bytes(caption), is_json=name.lower().endswith(".json"))
+    return bytes(image), read_caption(bytes(caption), is_json=name.lower().endswith(".json"))

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data_pipeline.image_text.captions import BadCaption, caption_of, read_caption
+from data_pipeline.image_text.captions import BadCaption, read_caption
 
 
 @pytest.mark.parametrize(("content", "is_json", "expected"), [
@@ -20,7 +20,7 @@ from data_pipeline.image_text.captions import BadCaption, caption_of, read_capti
     (b'{"caption": "", "text": "words"}', True, "words"),
 ])  # fmt: skip
 def test_captions(content, is_json, expected):
-    assert read_caption(content, is_json) == caption_of(content, is_json) == expected
+    assert read_caption(content, is_json) == expected
 
 
 @pytest.mark.parametrize(("content", "is_json", "reason"), [
@@ -33,7 +33,6 @@ def test_captions(content, is_json, expected):
     (b'{"caption": " "}', True, "empty"),
 ])  # fmt: skip
 def test_reasons(content, is_json, reason):
-    assert caption_of(content, is_json) == ""
     with pytest.raises(BadCaption, match=reason):
         read_caption(content, is_json)
 
