@@ -41,31 +41,24 @@ class FileReport:
     unusable: tuple[str, ...] = ()
 
 
-def verify(folder: str | os.PathLike, processes: int = 1) -> Iterator[FileReport]:
+def verify(folder: str | os.PathLike, processes: int | None = None) -> Iterator[FileReport]:
     """Check the tokenizer and then each shard of a dataset, yielding a report for each in the manifest's order.
 
-    `processes` check shards at the same time; the reports are the same for any number. Raises DataError when there is
-    no readable manifest.
+    `processes` check shards at the same time (None: one for each CPU, but none for less than BYTES_PER_PROCESS of
+    shards); the reports are the same for any number. Raises DataError when there is no readable manifest.
     """
     folder = Path(folder)
     manifest = load_manifest(folder)
     yield FileReport(manifest.tokenizer.file, 0, 0, tuple(_tokenizer_problems(folder, manifest)))
     # Each with the manifest of a dataset that has this shard only: samples are then numbered within the shard.
     parts = [manifest.model_copy(update={"shards": (entry,)}) for entry in manifest.shards]
-    processes = min(processes, len(parts))
+    useful = min(len(os.sched_getaffinity(0)), manifest.size_bytes // BYTES_PER_PROCESS)
+    processes = min(processes or useful, len(parts))
     if processes <= 1:
         yield from map(_shard_report, repeat(folder), parts)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         yield from pool.map(_shard_report, repeat(folder), parts)
-
-
-def useful_processes(folder: str | os.PathLike) -> int:
-    """How many processes `verify` gains from: one for each CPU, but none for less than BYTES_PER_PROCESS of shards.
-
-    Raises DataError when there is no readable manifest.
-    """
-    return max(1, min(len(os.sched_getaffinity(0)), load_manifest(folder).size_bytes // BYTES_PER_PROCESS))
 
 
 def _shard_report(folder: Path, manifest: Manifest | PairsManifest) -> FileReport:
@@ -122,12 +115,10 @@ def _file_problems(folder: Path, entry: ShardFile) -> Iterator[str]:
 
 def _tokenizer_problems(folder: Path, manifest: Manifest | PairsManifest) -> Iterator[str]:
     try:
-        tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file)
+        tokenizer = Tokenizer.load_copy(folder / manifest.tokenizer.file, manifest.tokenizer.sha256)
     except DataError as error:
         yield error.message
         return
-    if tokenizer.sha256 != manifest.tokenizer.sha256:
-        yield "SHA-256 differs from the manifest"
     if (tokenizer.vocab_size, tokenizer.end_of_text) != (manifest.vocab_size, manifest.end_of_text):
         yield "vocabulary size or end-of-text id differs from the manifest"
 

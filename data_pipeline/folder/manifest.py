@@ -91,10 +91,12 @@ class _Manifest(_Record):
 
         Raises UserError when there is no dataset, or one of another kind; DataError when its manifest is damaged.
         """
-        folder = Path(folder)
-        path = folder / MANIFEST_NAME
-        content = _content(folder)
-        kind = _kind(content)
+        return cls._of(Path(folder), _content(Path(folder)))
+
+    @classmethod
+    def _of(cls, folder: Path, content: dict[str, Any]) -> Self:
+        """Raises as `load`."""
+        path, kind = folder / MANIFEST_NAME, _kind(content)
         if kind in KINDS and kind != cls.model_fields["kind"].default:
             needed = KINDS[cls.model_fields["kind"].default]
             raise UserError(f"{folder} holds {KINDS[kind]}, where {needed} are needed")
@@ -153,7 +155,8 @@ class PairsManifest(_Manifest):
 def load_manifest(folder: str | os.PathLike) -> Manifest | PairsManifest:
     """The manifest of a dataset folder of either kind. Raises UserError and DataError as `Manifest.load`."""
     folder = Path(folder)
-    return (PairsManifest if _kind(_content(folder)) == "pairs" else Manifest).load(folder)
+    content = _content(folder)
+    return (PairsManifest if _kind(content) == "pairs" else Manifest)._of(folder, content)
 
 
 def shard_faults(folder: Path, entry: ShardFile, sizes: dict[str, int]) -> list[str]:

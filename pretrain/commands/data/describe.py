@@ -43,7 +43,6 @@ def verify(args: argparse.Namespace, console: Console) -> int:
 
     The exit code is 65 where a file has problems, or more pairs are unusable than training allows.
     """
-    from data_pipeline.verify import useful_processes
     from data_pipeline.verify import verify as reports_of
 
     if args.processes is not None and args.processes < 1:
@@ -52,7 +51,7 @@ def verify(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"--max-bad-fraction {args.max_bad_fraction:g} must be between 0 and 1")
     table = Table("file", "samples", "tokens", "problem")
     with console.status(f"verifying {args.folder}"):
-        reports = list(reports_of(args.folder, args.processes or useful_processes(args.folder)))
+        reports = list(reports_of(args.folder, args.processes))
     for report in reports:
         for problem in report.problems or ("none",):
             table.add_row(report.name, f"{report.num_samples:,}", f"{report.num_tokens:,}", problem)
@@ -66,8 +65,7 @@ def verify(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{args.folder}: {num_problems} problems in {len(reports)} files; do not train on it")
         return ExitCode.DATA
     if num_unusable > args.max_bad_fraction * num_samples:
-        console.print(f"{args.folder}: more than the part {args.max_bad_fraction:g} that --max-bad-fraction allows, as "
-                      "data.max_bad_fraction does in training")
+        console.print(f"{args.folder}: more than the part {args.max_bad_fraction:g} that --max-bad-fraction allows")
         return ExitCode.DATA
     console.print(f"{args.folder}: {len(reports)} files, all as the manifest says")
     return ExitCode.DONE
