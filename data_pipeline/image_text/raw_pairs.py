@@ -255,6 +255,6 @@ def _bad_file(error: OSError, path: Path) -> BadFile | StorageError:
 def inputs_of(inputs: Sequence[Path], columns: Columns = ANY_COLUMNS, skip_damaged: bool = False) -> str:
     """Names, sizes and times of all input files, and the choices: tells whether the same pairs would be written."""
     found = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    files = [file for file in found if file.is_file()]
+    files = [(file, file.stat()) for file in found if file.is_file()]
     choices = [choice for choice in (columns.image, columns.caption, skip_damaged or None) if choice is not None]
-    return json.dumps([[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files] + choices)
+    return json.dumps([[str(file), status.st_size, status.st_mtime_ns] for file, status in files] + choices)

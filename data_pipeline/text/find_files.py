@@ -56,11 +56,13 @@ def find(paths: Sequence[str | os.PathLike], code_suffixes: Sequence[str]) -> tu
     for path in paths:
         files, is_folder = _at(path, left_out)
         name = printable(os.fspath(path))
-        readable = [file for file in files if kind_of(file.key, code_suffixes)]
+        readable = []
+        for file in files:
+            if kind_of(file.key, code_suffixes):
+                readable.append(file)
+            elif is_folder:
+                left_out.add(NO_SUCH_SUFFIX, file.key)
         if is_folder:
-            for file in files:
-                if not kind_of(file.key, code_suffixes):
-                    left_out.add(NO_SUCH_SUFFIX, file.key)
             if not readable:
                 faults.append(f"{name} holds no {suffixes} file, plain or {' '.join(COMPRESSIONS)}")
         elif not files:

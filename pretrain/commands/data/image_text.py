@@ -74,7 +74,7 @@ def images(args: argparse.Namespace, console: Console) -> int:
     console.print(f"{manifest.num_pairs:,} pairs, {manifest.size_bytes / MEGABYTE:.1f} MB "
                   f"in {count(len(manifest.shards), 'shard')}")
     for line in (*(f"left out {line}" for line in left_out.lines()), *left_out.remarks()):
-        console.print(f"  {line}", markup=False)
+        console.print(f"  {line}")
     return ExitCode.DONE
 
 
